@@ -1,0 +1,174 @@
+"""Where the heavy classes live: in this process or in Ray actors, behind one handle. The only file that imports Ray.
+
+    handle = await runtime.start(Learner, ..., name="learner-0")
+    result = await handle.call("update", micro_batches, ...)
+
+Both runtimes run the same classes. `local` is for tests and debuggers: calls run in this process, one after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from cispo.types import UserError
+
+# Two cores are shared by everybody here: more threads than cores wait for each other (docs/design.md, threads).
+_CPU_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class Handle(Protocol):
+    """Something that lives elsewhere and answers to method names."""
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Runs a method of the object; UserErrors come back as they were raised."""
+        ...
+
+
+class Runtime(Protocol):
+    """Starts objects and ends them."""
+
+    async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
+        """Builds one object."""
+        ...
+
+    async def start_ranks(
+        self, build: Callable[..., Any], *args: Any, name: str, ranks: int, gpus: int = 0, **kwargs: Any
+    ) -> list[Handle]:
+        """Builds one object a rank; each also gets rank=, world= and address= (where the ranks meet)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _LocalHandle:
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.target, method)(*args, **kwargs)
+
+
+class LocalRuntime:
+    """Everything in this process."""
+
+    def __init__(self) -> None:
+        self._handles: list[_LocalHandle] = []
+
+    async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
+        self._handles.append(_LocalHandle(build(*args, **kwargs)))
+        return self._handles[-1]
+
+    async def start_ranks(
+        self, build: Callable[..., Any], *args: Any, name: str, ranks: int, gpus: int = 0, **kwargs: Any
+    ) -> list[Handle]:
+        if ranks > 1:
+            raise UserError(f"runtime: local is one process, so learner.ranks must be 1, not {ranks}")
+        return [await self.start(build, *args, name=name, gpus=gpus, **kwargs)]
+
+    def close(self) -> None:
+        for handle in reversed(self._handles):
+            handle.target.close()
+        self._handles.clear()
+
+
+class _Host:
+    """The Ray actor: an empty process until it is told what to build, so that errors of a constructor arrive whole."""
+
+    def __init__(self) -> None:
+        self._target: Any = None
+
+    def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._target = build(*args, **kwargs)
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return getattr(self._target, method)(*args, **kwargs)
+
+    def free_address(self) -> str:
+        """tcp://host:port of this actor's machine, free at the moment."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+
+class _RayHandle:
+    def __init__(self, actor: Any, name: str) -> None:
+        self.actor, self.name = actor, name
+
+    async def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        await self.wait(self.actor.build.remote(build, args, kwargs))
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return await self.wait(self.actor.call.remote(method, args, kwargs))
+
+    async def wait(self, reference: Any) -> Any:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return await reference
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise
+        except RayActorError as error:
+            raise RuntimeError(f"the process of {self.name} ended unexpectedly: {error}") from None
+
+
+class RayRuntime:
+    """A Ray cluster: the one that RAY_ADDRESS names, else one of this machine for the time of the run."""
+
+    def __init__(self, *, processes: int) -> None:
+        """`processes` is how many actors will be started; a laptop's cluster is sized for them."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_DISABLE_MEMORY_MONITOR", "1")
+        # Ray would hide the GPUs from actors that ask for none, in a way that it will itself abandon.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        self._ray = ray
+        self._actors: list[Any] = []
+        if not ray.is_initialized():
+            size = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(os.cpu_count() or 1, processes)}
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                **size,
+            )
+
+    async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
+        handle = self._actor(name, gpus)
+        await handle.build(build, args, kwargs)
+        return handle
+
+    async def start_ranks(
+        self, build: Callable[..., Any], *args: Any, name: str, ranks: int, gpus: int = 0, **kwargs: Any
+    ) -> list[Handle]:
+        handles = [self._actor(f"{name}-{rank}", gpus) for rank in range(ranks)]
+        address = await handles[0].wait(handles[0].actor.free_address.remote())
+        places = [{"rank": rank, "world": ranks, "address": address} for rank in range(ranks)]
+        await asyncio.gather(
+            *(h.build(build, args, {**kwargs, **place}) for h, place in zip(handles, places, strict=True))
+        )
+        return list(handles)
+
+    def _actor(self, name: str, gpus: int) -> _RayHandle:
+        environment = {"env_vars": {} if gpus else _CPU_ENV}
+        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": environment}
+        actor = self._ray.remote(_Host).options(**options).remote()
+        self._actors.append(actor)
+        return _RayHandle(actor, name)
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors.clear()
+        self._ray.shutdown()

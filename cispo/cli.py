@@ -1,0 +1,116 @@
+"""The command line. Only names and help live here: `cispo --help` must answer before torch could be imported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="cispo",
+    help="RL post-training for lightning-attention and mixture-of-experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe.", show_default=False)
+]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="DIR", help="A checkpoint folder; the recipe's policy when left out.")
+]
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Run a recipe: supervised warm-up if it has one, then reinforcement learning."""
+    from cispo import commands
+
+    commands.train(recipe, overrides or [])
+
+
+@app.command()
+def sft(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Run only the supervised warm-up of a recipe and save the policy."""
+    from cispo import commands
+
+    commands.sft(recipe, overrides or [])
+
+
+@app.command()
+def evaluate(recipe: RecipeArgument, overrides: Overrides = None, checkpoint: Checkpoint = None) -> None:
+    """Measure sampling accuracy on the held-out prompts."""
+    from cispo import commands
+
+    commands.evaluate_checkpoint(recipe, overrides or [], checkpoint)
+
+
+@app.command()
+def generate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the user says.")] = "",
+    checkpoint: Checkpoint = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many completions.")] = 4,
+    column: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A dataset column for the rewards (answer=42).")
+    ] = None,
+) -> None:
+    """Sample completions of one prompt, with log-probabilities and rewards."""
+    from cispo import commands
+
+    commands.generate(recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or [])
+
+
+@app.command()
+def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print the resolved recipe, the algorithm in words, and the process and memory plan."""
+    from cispo import inspection
+
+    inspection.show(recipe, overrides or [])
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
+    to: Annotated[Path, typer.Option("--to", metavar="OUT", help="A new folder.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Write a checkpoint as a Hugging Face model folder."""
+    from cispo import commands
+
+    commands.export(checkpoint, to, dtype)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)] = None,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Check versions, devices, the lightning op against its reference, and sampler/learner parity of a recipe."""
+    from cispo import inspection
+
+    inspection.doctor(recipe, overrides or [], checkpoint)
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence and exit code 2, an interrupt is 130."""
+    from cispo.types import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"cispo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("cispo: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The commands that run something: train, sft, evaluate, generate, export."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from cispo.algorithms import Algorithm, warnings
+from cispo.assemble import (
+    Workers,
+    algorithm_of,
+    check_same_shape,
+    demonstrations_of,
+    make_runtime,
+    policy_folder,
+    prompts_of,
+    renderer_of,
+    rewards_of,
+    sampling_of,
+    seed_of,
+    start_engines,
+    start_learners,
+    workers_of,
+)
+from cispo.config import Recipe, dump_yaml, load_recipe, need
+from cispo.controller import Controller, warm_up
+from cispo.evaluate import evaluate
+from cispo.policies.base import load_policy, save_policy
+from cispo.report import learning_curve, summary
+from cispo.rollout.prompts import PromptSource
+from cispo.rollout.renderer import Renderer, load_tokenizer
+from cispo.rollout.rewards import RewardRunner
+from cispo.rollout.rollout import roll_out
+from cispo.runfolder import RunLog, check_checkpoint, create_run_folder, save_checkpoint
+from cispo.screen import Screen
+from cispo.types import Prompt, Sample, UserError
+from cispo.weight_sync import weights_folder
+
+
+def train(path: Path, overrides: Sequence[str]) -> None:
+    """`cispo train`: everything a recipe names is checked first, then a run folder is made and filled."""
+    recipe = load_recipe(path, overrides)
+    need(recipe, "data", "reward")
+    run = _Run(recipe)
+    run.check()
+    run.open()
+    asyncio.run(run.train())
+
+
+def sft(path: Path, overrides: Sequence[str]) -> None:
+    """`cispo sft`: the warm-up alone, saved as a checkpoint."""
+    recipe = load_recipe(path, overrides)
+    need(recipe, "sft")
+    run = _Run(recipe)
+    run.check()
+    run.open()
+    asyncio.run(run.sft())
+
+
+class _Run:
+    """One train or sft command, from the recipe to the summary."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.screen = Screen()
+        self.started = time.perf_counter()
+
+    def check(self) -> None:
+        """Loads what the recipe names; raises UserError before anything is written or started."""
+        recipe = self.recipe
+        if recipe.policy.model is not None:
+            _check_model(recipe.policy.model)
+        self.algorithm: Algorithm = algorithm_of(recipe)
+        self.renderer: Renderer = renderer_of(recipe)
+        self.rewards: RewardRunner | None = rewards_of(recipe) if recipe.reward else None
+        self.prompts = prompts_of(recipe.data, "data", self.renderer, recipe) if recipe.data else []
+        self.held_out = prompts_of(recipe.eval, "eval", self.renderer, recipe) if recipe.eval else []
+        self.demonstrations: list[Sample] = (
+            demonstrations_of(recipe.sft.data, self.renderer, recipe) if recipe.sft else []
+        )
+
+    def open(self) -> None:
+        """Makes the run folder and the first policy."""
+        recipe = self.recipe
+        self.folder = create_run_folder(recipe.output_dir, recipe.name)
+        (self.folder / "recipe.yaml").write_text(dump_yaml(recipe))
+        self.policy = policy_folder(recipe, self.renderer, self.folder / "checkpoints" / "initial")
+        self.screen.print(f"[bold]{recipe.name}[/]: {self.algorithm.name}, run folder {self.folder}")
+        for sentence in warnings(self.algorithm, updates_per_batch=recipe.algorithm.updates_per_batch):
+            self.screen.print(f"[yellow]warning:[/] {sentence}")
+
+    async def train(self) -> None:
+        recipe = self.recipe
+        assert self.rewards is not None
+        log = RunLog(self.folder)
+        with self.screen, contextlib.closing(log), contextlib.closing(self.rewards):
+            async with _workers(recipe, self.folder, self.policy, engines=True) as (workers, engines):
+                if recipe.sft:
+                    await self._warm_up(workers)
+                workers.engines = await engines
+                controller = Controller(
+                    recipe=recipe,
+                    algorithm=self.algorithm,
+                    workers=workers,
+                    renderer=self.renderer,
+                    sampling=sampling_of(recipe, self.renderer),
+                    rewards=self.rewards,
+                    train_prompts=PromptSource(self.prompts, seed_of(recipe.seed, "prompts")),
+                    eval_prompts=self.held_out,
+                    log=log,
+                    screen=self.screen,
+                )
+                try:
+                    await controller.train()
+                except (KeyboardInterrupt, asyncio.CancelledError):
+                    self._finish(log)
+                    raise
+        self._finish(log)
+
+    async def sft(self) -> None:
+        recipe = self.recipe
+        with self.screen:
+            async with _workers(recipe, self.folder, self.policy, engines=False) as (workers, _):
+                await self._warm_up(workers)
+                draft = self.folder / ".policy"
+                await workers.save(draft)
+                checkpoint = save_checkpoint(
+                    self.folder, recipe.sft.steps if recipe.sft else 0, {"recipe": recipe.name}, draft, self.renderer.save, 1
+                )
+        self.screen.print(f"policy: {checkpoint}")
+
+    async def _warm_up(self, workers: Workers) -> None:
+        with contextlib.closing(RunLog(self.folder, name="sft")) as log:
+            await warm_up(self.recipe, workers, self.demonstrations, log, self.screen)
+
+    def _finish(self, log: RunLog) -> None:
+        """The summary and the picture, also of a run that was interrupted."""
+        if len(log.history) < 2:
+            return
+        picture = self.folder / "learning_curve.png"
+        title = f"{self.recipe.name}: {self.algorithm.name}, seed {self.recipe.seed}"
+        learning_curve(log.history, picture, title=title)
+        self.screen.console.print(summary(log.history, seconds=time.perf_counter() - self.started))
+        self.screen.print(f"learning curve: {picture}")
+        saved = sorted((self.folder / "checkpoints").glob("step_*"))
+        if saved:
+            self.screen.print(f"checkpoint:     {saved[-1]}")
+
+
+@contextlib.asynccontextmanager
+async def _workers(
+    recipe: Recipe, folder: Path, policy: str, *, engines: bool, learners: bool = True
+) -> AsyncIterator[tuple[Workers, asyncio.Task[list]]]:
+    """Learners, and engines that start in the background meanwhile; all of them end with the block."""
+    runtime = make_runtime(recipe, learners=learners, engines=engines)
+    starting: asyncio.Task[list] | None = None
+    try:
+        with weights_folder(folder) as shared:
+            workers = workers_of(recipe, runtime, [], [], shared)
+            starting = asyncio.create_task(start_engines(recipe, runtime, policy) if engines else _nothing())
+            if learners:
+                workers.learners = await start_learners(recipe, runtime, policy)
+            yield workers, starting
+    finally:
+        if starting is not None:
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await starting
+        runtime.close()
+
+
+async def _nothing() -> list:
+    return []
+
+
+def _check_model(model: str) -> None:
+    """A folder must hold a policy; anything else is taken for a hub id."""
+    if Path(model).exists():
+        check_checkpoint(model)
+
+
+def _chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
+    """The folder that a command without training works with."""
+    if checkpoint is None:
+        if recipe.policy.model is None:
+            raise UserError("the recipe starts from random weights: name a policy with --checkpoint DIR")
+        _check_model(recipe.policy.model)
+        return recipe.policy.model
+    folder = check_checkpoint(checkpoint)
+    check_same_shape(recipe, folder)
+    return str(folder)
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | None) -> None:
+    """`cispo evaluate`: sampling accuracy of one policy on the held-out prompts, as a table and one JSON line."""
+    recipe = load_recipe(path, overrides)
+    need(recipe, "eval", "reward")
+    policy = _chosen_policy(recipe, checkpoint)
+    renderer = renderer_of(recipe)
+    rewards = rewards_of(recipe)
+    assert recipe.eval is not None
+    prompts = prompts_of(recipe.eval, "eval", renderer, recipe)
+
+    async def run() -> dict[str, float]:
+        async with _engines_only(recipe, policy) as workers:
+            metrics, _ = await evaluate(
+                prompts,
+                samples=recipe.train.eval_samples,
+                generate=workers.generate,
+                renderer=renderer,
+                rewards=rewards,
+                sampling=sampling_of(recipe, renderer),
+                seed=seed_of(recipe.seed, "eval"),
+            )
+            return metrics
+
+    with contextlib.closing(rewards):
+        metrics = asyncio.run(run())
+    print(json.dumps({"policy": policy, "prompts": len(prompts), **metrics}))
+
+
+@contextlib.asynccontextmanager
+async def _engines_only(recipe: Recipe, policy: str) -> AsyncIterator[Workers]:
+    async with _workers(recipe, Path(policy), policy, engines=True, learners=False) as (workers, engines):
+        workers.engines = await engines
+        yield workers
+
+
+def generate(
+    path: Path, overrides: Sequence[str], *, prompt: str, checkpoint: str | None, number: int, columns: Sequence[str]
+) -> None:
+    """`cispo generate`: completions of one prompt with their logprobs, and rewards where the columns are given."""
+    if not prompt:
+        raise UserError("generate needs --prompt TEXT")
+    recipe = load_recipe(path, overrides)
+    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"prompts_per_step": 1, "group_size": number})})
+    wrong = [c for c in columns if "=" not in c]
+    if wrong:
+        raise UserError(f"--column {wrong[0]!r} is not of the form NAME=VALUE")
+    policy = _chosen_policy(recipe, checkpoint)
+    renderer = renderer_of(recipe)
+    row = dict(c.split("=", 1) for c in columns)
+    asked = Prompt(id=0, messages=({"role": "user", "content": prompt},), columns=row)
+    rewards = rewards_of(recipe) if recipe.reward and row else RewardRunner([])
+
+    async def run() -> None:
+        async with _engines_only(recipe, policy) as workers:
+            rollouts = await roll_out(
+                [asked],
+                group_size=number,
+                generate=workers.generate,
+                renderer=renderer,
+                rewards=rewards,
+                sampling=sampling_of(recipe, renderer),
+                seed=seed_of(recipe.seed, "generate"),
+            )
+        table = Table(show_lines=True)
+        for heading in ("#", "completion", "tokens", "finish", "logprob", *(["reward"] if row else [])):
+            table.add_column(heading)
+        for t in rollouts.groups[0].trajectories:
+            completion = t.turns[0].completion
+            cells = [str(t.index), t.text, str(t.length), t.finish_reason.value, f"{sum(completion.logprobs):.3f}"]
+            table.add_row(*cells, *([f"{t.reward:g}"] if row else []))
+        Screen().console.print(table)
+
+    with contextlib.closing(rewards):
+        asyncio.run(run())
+
+
+def export(checkpoint: Path, to: Path, dtype: str) -> None:
+    """`cispo export`: a checkpoint as a model folder that transformers and vLLM load, checked by reading it back."""
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype!r} is unknown; there are float32 and bfloat16")
+    check_checkpoint(str(checkpoint))
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"--to {to} is not empty")
+    policy = load_policy(str(checkpoint), dtype=getattr(torch, dtype))
+    save_policy(policy, to)
+    with contextlib.suppress(UserError):
+        load_tokenizer(str(checkpoint)).save_pretrained(str(to))
+    written, again = policy.to_hf(), load_policy(str(to), dtype=getattr(torch, dtype)).to_hf()
+    assert written.keys() == again.keys() and all(torch.equal(written[k], again[k]) for k in written)
+    parameters = sum(t.numel() for t in written.values())
+    print(f"{to}: {parameters:,} parameters, {dtype}")

@@ -1,0 +1,398 @@
+"""The recipe: every key, its default and one sentence about it; YAML files and key=value overrides become a `Recipe`.
+
+    defaults  <-  base: other.yaml  <-  recipe.yaml  <-  key=value ...
+
+OmegaConf merges, pydantic validates; unknown keys and wrong types raise UserError naming the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cispo.types import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Policy(Section):
+    model: str | None = None
+    """Folder or hub id of the policy to start from (config.json and safetensors); or give `config`."""
+    config: dict[str, Any] | None = None
+    """A config.json written here: the policy starts from random weights of this shape."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; the model's own when left out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights; the LM head is computed in float32 either way."""
+
+
+class Data(Section):
+    source: str
+    """A .jsonl or .parquet file, a hub id, module:function, or reasoning_gym:TASK."""
+    split: str = "train"
+    """Which split of a hub dataset."""
+    args: dict[str, Any] = {}
+    """Arguments of the function or parameters of the reasoning-gym task (with size and seed)."""
+    limit: Positive | None = None
+    """Use only the first so many rows."""
+    prompt: str | None = None
+    """Template with {column} fields; without it the column `messages` or `prompt` is the prompt."""
+
+
+class Repetition(Section):
+    run_length: NotNegative = 3000
+    """Stop after this many tokens in a row above `probability` (the rule of MiniMax-M1); 0 is off."""
+    probability: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """A token counts towards the run when its probability is strictly above this."""
+    pattern_size: NotNegative = 0
+    """Longest repeated token pattern that the engine's own detection looks for; 0 is off."""
+    pattern_count: Annotated[int, Field(ge=2)] = 4
+    """How often the pattern must repeat."""
+
+
+class Rollout(Section):
+    engine: Literal["vllm", "torch"] = "vllm"
+    """What samples completions; torch is a small slow engine for tests."""
+    engines: Positive = 1
+    """How many engines share the prompts of a step."""
+    tensor_parallel: Positive = 1
+    """GPUs of one engine."""
+    prompts_per_step: Positive = 16
+    """P: prompts of one training step."""
+    group_size: Positive = 8
+    """G: completions of one prompt."""
+    max_context: Positive = 2048
+    """Longest prompt and completion together, in tokens."""
+    max_tokens: Positive = 1024
+    """Longest completion, in tokens."""
+    temperature: Amount = 1.0
+    """Sampling temperature; the learner uses the same."""
+    top_p: float = 1.0
+    """Must be 1: truncated sampling has no well-defined importance ratio."""
+    top_k: int = 0
+    """Must be 0, for the same reason."""
+    min_p: float = 0.0
+    """Must be 0, for the same reason."""
+    repetition: Repetition = Repetition()
+    """When a completion is cut for repeating itself."""
+    engine_args: dict[str, Any] = {}
+    """Further arguments for vLLM's engine, passed on as they are."""
+
+
+class RewardTerm(Section):
+    fn: str
+    """module:function of the reward."""
+    weight: float = 1.0
+    """Its factor in the sum."""
+    args: dict[str, Any] = {}
+    """Further keyword arguments for it."""
+
+
+class Reward(Section):
+    functions: Annotated[list[RewardTerm], Field(min_length=1)]
+    """Reward functions; their weighted sum is the reward."""
+    on_error: Literal["raise", "drop_group"] = "raise"
+    """What a raising or hanging reward does: end the run, or drop the prompt's group and count it."""
+    timeout: Rate = 10.0
+    """Seconds that one call may take."""
+
+
+class Algorithm(Section):
+    name: str = "cispo"
+    """cispo, grpo, or module:NAME of an Algorithm record."""
+    ratio_max: float | None = None
+    """CISPO: absolute cap on the importance weight (the paper's 1 + eps_high)."""
+    ratio_min: float | None = None
+    """CISPO: absolute floor of the importance weight; 0 is none."""
+    mask_low: float | None = None
+    """CISPO's token mask (eq. 7): drops tokens with a negative advantage and a ratio below this."""
+    mask_high: float | None = None
+    """CISPO's token mask (eq. 7): drops tokens with a positive advantage and a ratio above this."""
+    clip_low: float | None = None
+    """GRPO: the ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    clip_high: float | None = None
+    """GRPO: see clip_low."""
+    ratio_anchor: Literal["rollout", "old"] | None = None
+    """What the ratio divides by: the engine's logprobs, or the learner's before this batch."""
+    advantage: str | None = None
+    """group_norm (std of the population), group_norm_sample (n-1), or group_mean (no division)."""
+    reduction: Literal["token", "prompt", "sequence", "constant"] | None = None
+    """What a token's loss is divided by."""
+    zero_variance: Literal["drop", "keep"] = "drop"
+    """Groups whose rewards are all equal have no gradient: whether they still count in the reduction."""
+    overlong_buffer: NotNegative = 0
+    """DAPO's soft penalty over the last so many tokens before max_tokens; 0 is off."""
+    overlong_penalty: Amount = 1.0
+    """The penalty at max_tokens."""
+    updates_per_batch: Positive = 1
+    """Optimizer steps on one batch of rollouts, each on its own share of the prompts."""
+
+
+class Learner(Section):
+    ranks: Positive = 1
+    """Data-parallel learner processes."""
+    lr: Rate = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: NotNegative = 0
+    """Optimizer steps of linear warm-up."""
+    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    eps: Rate = 1e-15
+    """AdamW's epsilon."""
+    weight_decay: Amount = 0.0
+    """Decoupled weight decay of matrices (norms have none)."""
+    max_grad_norm: Rate = 1.0
+    """Gradients are scaled down to this norm."""
+    tokens_per_micro_batch: Positive = 8192
+    """Most packed tokens of one forward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass to save memory."""
+    router_aux_coef: Amount = 0.0
+    """Factor of the experts' load-balancing loss."""
+    router_aux_tokens: Literal["completion", "all"] = "completion"
+    """Which tokens the balancing loss counts."""
+
+
+class Sft(Section):
+    data: Data
+    """Demonstrations: rows with a prompt and a column `completion`."""
+    steps: Positive = 100
+    """Optimizer steps."""
+    batch_size: Positive = 128
+    """Demonstrations of one step."""
+    lr: Rate = 1e-3
+    """Peak learning rate."""
+    warmup_steps: NotNegative = 0
+    """Steps of linear warm-up; constant afterwards."""
+
+
+class Train(Section):
+    steps: Positive = 100
+    """Training steps (one batch of rollouts each)."""
+    eval_every: NotNegative = 20
+    """Steps between evaluations on data.eval; 0 evaluates at the start and the end only."""
+    eval_samples: Positive = 1
+    """Completions of each held-out prompt."""
+    save_every: NotNegative = 0
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Positive = 2
+    """Checkpoints that stay."""
+
+
+class Recipe(Section):
+    base: str | None = None
+    """Another recipe that this one changes."""
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the run folder."""
+    seed: NotNegative = 0
+    """Seeds everything that is random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where policies run."""
+    runtime: Literal["ray", "local"] = "ray"
+    """Ray actors, or the same classes in this process."""
+    output_dir: str = "runs"
+    """Where run folders go."""
+    policy: Policy = Policy()
+    """The language model that is trained."""
+    data: Data | None = None
+    """Training prompts."""
+    eval: Data | None = None
+    """Held-out prompts."""
+    sft: Sft | None = None
+    """Supervised warm-up, before the first training step."""
+    rollout: Rollout = Rollout()
+    """How completions are sampled."""
+    reward: Reward | None = None
+    """How completions are scored."""
+    algorithm: Algorithm = Algorithm()
+    """What turns rewards into a gradient."""
+    learner: Learner = Learner()
+    """How the policy is updated."""
+    train: Train = Train()
+    """How long, and what is kept."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, its base and the overrides (`key=value`).
+
+    Raises UserError for a missing or malformed file, an unknown key, a wrong type, or keys that contradict each other.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    layers = [_read_yaml(path)]
+    base = layers[0].get("base")
+    if base is not None:
+        base_layer = _read_yaml(path.parent / str(base))
+        if "base" in base_layer:
+            raise UserError(f"{path.parent / str(base)}: a base recipe cannot have a base of its own")
+        layers.insert(0, base_layer)
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise UserError(f"override {item!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    assert isinstance(values, dict)
+    recipe = parse_recipe({str(k): v for k, v in values.items()}, where=str(path))
+    return _with_paths(recipe, path.parent)
+
+
+def parse_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """Validates plain values; `where` names the file in errors."""
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error)}") from None
+    _check(recipe, where)
+    return recipe
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {_one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} does not hold keys and values")
+    return values
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, field) of every key of the schema, nested sections included."""
+    for name, info in section.model_fields.items():
+        yield prefix + name, info
+        for inner in _sections(info.annotation):
+            yield from known_keys(inner, f"{prefix}{name}.")
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [s for part in getattr(annotation, "__args__", ()) for s in _sections(part)]
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem of a validation error as one sentence that names the key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        plain = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        keys = [k for k, _ in known_keys()]
+        near = difflib.get_close_matches(plain, keys, n=1, cutoff=0.6)
+        leaf = plain.rsplit(".", 1)[-1]
+        near = near or [k for k in keys if k.rsplit(".", 1)[-1] == leaf][:1]
+        return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
+    if first["type"] == "missing":
+        return f"key {key} is missing"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key} = {first['input']!r}: {message}"
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """Refuses keys that contradict each other, each with the reason."""
+    rollout, policy, algorithm = recipe.rollout, recipe.policy, recipe.algorithm
+    problems = [
+        (policy.model is None and policy.config is None, "policy needs a model (folder or hub id) or a config"),
+        (
+            policy.model is not None and policy.config is not None,
+            "policy.model and policy.config exclude each other: start from weights or from a shape",
+        ),
+        (policy.model is None and policy.tokenizer is None, "policy.tokenizer is needed where there is no policy.model"),
+        (
+            rollout.top_p != 1 or rollout.top_k != 0 or rollout.min_p != 0,
+            "rollout.top_p, top_k and min_p must stay 1, 0 and 0: truncated sampling makes the importance ratio wrong",
+        ),
+        (rollout.temperature == 0, "rollout.temperature must be above 0: greedy completions of a group are all equal"),
+        (
+            rollout.max_tokens >= rollout.max_context,
+            f"rollout.max_tokens {rollout.max_tokens} leaves no room for a prompt in max_context {rollout.max_context}",
+        ),
+        (
+            rollout.prompts_per_step % algorithm.updates_per_batch != 0,
+            f"rollout.prompts_per_step {rollout.prompts_per_step} is not a multiple of "
+            f"algorithm.updates_per_batch {algorithm.updates_per_batch}",
+        ),
+        (
+            algorithm.overlong_buffer > rollout.max_tokens,
+            f"algorithm.overlong_buffer {algorithm.overlong_buffer} is longer than "
+            f"rollout.max_tokens {rollout.max_tokens}",
+        ),
+        (
+            rollout.temperature != 1 and 0 < rollout.repetition.run_length <= rollout.max_tokens,
+            "rollout.repetition.run_length needs temperature 1 (it looks at the raw probabilities): set it to 0",
+        ),
+        (recipe.device == "cpu" and rollout.tensor_parallel > 1, "rollout.tensor_parallel above 1 needs GPUs"),
+    ]
+    for wrong, sentence in problems:
+        if wrong:
+            raise UserError(f"{where}: {sentence}")
+
+
+def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Paths that exist beside the recipe but not in the current directory are taken from beside the recipe."""
+
+    def found(value: str | None) -> str | None:
+        if value is None or Path(value).exists() or not (folder / value).exists():
+            return value
+        return str(folder / value)
+
+    def data(value: Data | None) -> Data | None:
+        return value and value.model_copy(update={"source": found(value.source)})
+
+    policy = recipe.policy.model_copy(
+        update={"model": found(recipe.policy.model), "tokenizer": found(recipe.policy.tokenizer)}
+    )
+    sft = recipe.sft and recipe.sft.model_copy(update={"data": data(recipe.sft.data)})
+    return recipe.model_copy(
+        update={"policy": policy, "data": data(recipe.data), "eval": data(recipe.eval), "sft": sft, "base": None}
+    )
+
+
+def need(recipe: Recipe, *sections: str) -> None:
+    """Raises UserError where a command needs a section that the recipe leaves out."""
+    for section in sections:
+        if getattr(recipe, section) is None:
+            raise UserError(f"the recipe has no {section}: section, which this command needs")
+
+
+def dump_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every key with the value in force."""
+    import yaml
+
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"base"}), sort_keys=False, width=120)
+
+
+def json_schema() -> str:
+    """The schema that editors complete recipes with."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+    return json.dumps(schema, indent=1) + "\n"

@@ -1,0 +1,60 @@
+"""Held-out sampling accuracy: the same rollout code on the prompts that training never sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from cispo.metrics import pass_at_k
+from cispo.rollout.rollout import Generate, roll_out
+from cispo.rollout.renderer import Renderer
+from cispo.rollout.rewards import RewardRunner
+from cispo.types import Prompt, Sampling, Trajectory, TrajectoryGroup
+
+
+def is_right(trajectory: Trajectory, judge: str) -> bool:
+    """Whether the recipe's first reward function, the judge, gave at least 1."""
+    return trajectory.rewards.get(judge, 0.0) >= 1.0
+
+
+async def evaluate(
+    prompts: Sequence[Prompt],
+    *,
+    samples: int,
+    generate: Generate,
+    renderer: Renderer,
+    rewards: RewardRunner,
+    sampling: Sampling,
+    seed: int,
+) -> tuple[dict[str, float], list[TrajectoryGroup]]:
+    """Samples every prompt `samples` times at the training temperature.
+
+    eval/accuracy is the share of right completions, with its standard error over prompts; eval/pass@k the chance that
+    one of k = samples is right.
+    """
+    rollouts = await roll_out(
+        prompts,
+        group_size=samples,
+        generate=generate,
+        renderer=renderer,
+        rewards=rewards,
+        sampling=sampling,
+        seed=seed,
+    )
+    judge = rewards.names[0]
+    right = [sum(is_right(t, judge) for t in group.trajectories) for group in rollouts.groups]
+    if not right:
+        return {}, []
+    shares = [r / samples for r in right]
+    accuracy = math.fsum(shares) / len(shares)
+    spread = math.fsum((s - accuracy) ** 2 for s in shares) / max(len(shares) - 1, 1)
+    everyone = [t for group in rollouts.groups for t in group.trajectories]
+    metrics = {
+        "eval/accuracy": accuracy,
+        "eval/accuracy_stderr": math.sqrt(spread / len(shares)),
+        "eval/reward": math.fsum(t.reward for t in everyone) / len(everyone),
+        "eval/length": math.fsum(t.length for t in everyone) / len(everyone),
+    }
+    if samples > 1:
+        metrics[f"eval/pass@{samples}"] = math.fsum(pass_at_k(r, samples, samples) for r in right) / len(right)
+    return metrics, rollouts.groups

@@ -1,0 +1,126 @@
+"""What a step reports: pure functions from tokens and trajectories to named numbers.
+
+Names are grouped by a prefix: reward/ adv/ is/ (importance weights) mismatch/ (engine against learner) rollout/ learner/
+time/ eval/. Fractions are shares of the batch's trained tokens (is/, mismatch/) or completions (rollout/).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cispo.types import FinishReason, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The band of PPO and GRPO; what they would have dropped is what CISPO's paper is about.
+_PPO_BAND = 0.2
+
+
+def importance_metrics(tokens: Mapping[str, Tensor]) -> dict[str, float]:
+    """Importance ratios and the weights they became, over [N] trained tokens.
+
+    clip_frac counts tokens whose weight is below their ratio (capped or dropped), low_frac those lifted by a floor,
+    dropped_frac those without any gradient, ppo_dropped_* those that PPO with a band of 0.2 would have dropped.
+    """
+    ratio, weight, advantages = (tokens[k].double() for k in ("ratio", "weight", "advantages"))
+    positive, negative = advantages > 0, advantages < 0
+    clipped = weight < ratio
+    return {
+        "is/ratio_mean": float(ratio.mean()),
+        "is/ratio_max": float(ratio.max()),
+        "is/ratio_min": float(ratio.min()),
+        "is/ratio_p99": _quantile(ratio, 0.99),
+        "is/clamped_mean": float(weight.mean()),
+        "is/clip_frac": _share(clipped),
+        "is/clip_frac_posadv": _share(clipped[positive]),
+        "is/clip_frac_negadv": _share(clipped[negative]),
+        "is/low_frac": _share(weight > ratio),
+        "is/dropped_frac": _share(weight == 0),
+        "is/ppo_dropped_posadv": _share(ratio[positive] > 1 + _PPO_BAND),
+        "is/ppo_dropped_negadv": _share(ratio[negative] < 1 - _PPO_BAND),
+        "entropy": float(tokens["entropy"].double().mean()),
+    }
+
+
+def mismatch_metrics(learner: Tensor, engine: Tensor) -> dict[str, float]:
+    """How far the learner's log-probabilities are from the engine's for the same policy and tokens, [N] each.
+
+    k1 and k3 estimate KL(engine || learner) (k3 = r - 1 - log r with r = learner / engine), prob_pearson correlates the
+    probabilities, token_mult_prob_error is the mean of exp(|difference|).
+    """
+    learner, engine = learner.double(), engine.double()
+    gap = learner - engine
+    return {
+        "mismatch/kl_k1": float(-gap.mean()),
+        "mismatch/kl_k3": float((gap.exp() - 1 - gap).mean()),
+        "mismatch/logprob_max": float(gap.abs().max()),
+        "mismatch/prob_pearson": _pearson(learner.exp(), engine.exp()),
+        "mismatch/token_mult_prob_error": float(gap.abs().exp().mean()),
+    }
+
+
+def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[str, float]:
+    """Rewards, lengths, finish reasons and staleness of a batch of groups that the policy `version` is trained on."""
+    everyone = [t for group in groups for t in group.trajectories]
+    if not everyone:
+        return {}
+    lengths = sorted(t.length for t in everyone)
+    metrics = {
+        "reward/mean": _mean([t.reward for t in everyone]),
+        "rollout/length_mean": _mean(lengths),
+        "rollout/length_p99": float(lengths[math.ceil(0.99 * len(lengths)) - 1]),
+        "rollout/truncation_frac": _mean([t.finish_reason is FinishReason.LENGTH for t in everyone]),
+        "rollout/repetition_stop_frac": _mean([t.finish_reason is FinishReason.REPETITION for t in everyone]),
+    }
+    stale = [version - turn.completion.versions[0] for t in everyone for turn in t.turns]
+    metrics |= {"staleness/mean": _mean(stale), "staleness/max": float(max(stale))}
+    names = dict.fromkeys(name for t in everyone for name in t.rewards)
+    for name in names:
+        metrics[f"reward/{name}"] = _mean([t.rewards[name] for t in everyone if name in t.rewards])
+    middle = metrics["reward/mean"]
+    for side, some in (("good", [t for t in everyone if t.reward > middle]), ("bad", [t for t in everyone if t.reward <= middle])):
+        if some:
+            metrics[f"rollout/length_{side}"] = _mean([t.length for t in some])
+    return metrics
+
+
+def group_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """How many groups have nothing to compare, split by whether all went well or badly."""
+    if not groups:
+        return {}
+    constant = [g.trajectories[0].reward for g in groups if len({t.reward for t in g.trajectories}) == 1]
+    highest = max(t.reward for g in groups for t in g.trajectories)
+    return {
+        "adv/zero_variance_frac": len(constant) / len(groups),
+        "adv/all_right_frac": sum(r == highest and r > 0 for r in constant) / len(groups),
+        "adv/all_wrong_frac": sum(r != highest or r <= 0 for r in constant) / len(groups),
+    }
+
+
+def pass_at_k(right: int, total: int, k: int) -> float:
+    """Unbiased chance that k of `total` completions, `right` of them correct, hold a correct one (arXiv 2107.03374)."""
+    if total - right < k:
+        return 1.0
+    return 1.0 - math.prod((total - right - i) / (total - i) for i in range(k))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _share(which: Tensor) -> float:
+    return float(which.double().mean()) if len(which) else 0.0
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    # torch.quantile refuses more than 16 million values; the sorted position does not.
+    return float(values.kthvalue(math.ceil(share * len(values))).values)
+
+
+def _pearson(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = float((a.square().sum() * b.square().sum()).sqrt())
+    return float((a * b).sum()) / scale if scale > 0 else 1.0

@@ -1,0 +1,142 @@
+"""Lightning attention over packed documents: linear attention with a fixed decay per head, in chunks.
+
+    tokens      | document 0        | document 1 | doc 2 |
+    chunks      | C     | C     |pad| C      |pad| C |pad|         chunks start where documents start
+    inside      o_i  = sum_{j<=i} e^{-s(i-j)} (q_i . k_j) v_j      one batched matmul over all chunks
+    across      o_i += e^{-s i} q_i S,  S' = e^{-s n} S + sum_j e^{-s(n-j)} k_j^T v_j
+
+with i, j = 1..n inside a chunk that holds n tokens and S the state at its start. The scan over chunks is a loop as
+long as the longest document has chunks; each step serves every document that still has one. Distances are integers
+and no exponent is positive, so nothing overflows however long the document or steep the slope.
+
+Source: arXiv 2401.04658 (Lightning Attention-2), for any document lengths.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Layout(NamedTuple):
+    """Where tokens sit once documents are cut into chunks.
+
+    The N chunks are ordered by their place in the document, then by document, longest first: the chunks that one
+    step of the scan reads are contiguous, and belong to the first documents of the order.
+    """
+
+    chunk: int
+    slots: Tensor
+    """[T] int64: the row of each token among the N * chunk padded rows."""
+    lengths: Tensor
+    """[N] int64: tokens in each chunk."""
+    widths: list[int]
+    """Documents that have a first chunk, a second, ..."""
+    order: Tensor
+    """[S] int64: documents by number of chunks, most first."""
+    rank: Tensor
+    """[S] int64: the inverse of `order`."""
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor | None]:
+    """o_t = q_t S_t with S_t = exp(-s) S_{t-1} + k_t^T v_t, separately in each document and head.
+
+    q, k, v [T, H, D]; slopes [H] float32, positive or zero; cu_seqlens [S + 1] int32 (documents may be empty);
+    states [S, H, D, D] float32, zero where `initial_state` is None. Computed in float32 whatever the activations
+    (float64 for float64); the output has q's dtype. `chunk_size` is the largest chunk: short documents get shorter
+    ones. Equals `reference.lightning_attention_recurrence`; differentiable in q, k, v and the initial state.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    layout = _lay_out(cu_seqlens, q.shape[0], q.shape[-1], chunk_size)
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys, values = (_to_chunks(x.to(dtype), layout) for x in (q, k, v))
+        slopes = slopes.to(dtype)
+        place = torch.arange(layout.chunk, device=q.device)
+        decay = _decay(slopes, place[:, None] - place).tril()[:, None]
+        outputs = ((queries @ keys.transpose(-1, -2)) * decay) @ values
+        final_state = None
+        if len(layout.widths) > 1 or initial_state is not None or output_final_state:
+            remaining = (layout.lengths[:, None] - 1 - place).clamp(min=0)
+            updates = (keys * _decay(slopes, remaining)[..., None]).transpose(-1, -2) @ values
+            states, final_state = _scan(updates, slopes, layout, initial_state)
+            outputs = outputs + (queries * _decay(slopes, place + 1)[:, None, :, None]) @ states
+        flat = outputs.permute(1, 2, 0, 3).reshape(-1, *q.shape[1:]).index_select(0, layout.slots)
+    return flat.to(q.dtype), final_state if output_final_state else None
+
+
+def _lay_out(cu_seqlens: Tensor, tokens: int, dim: int, chunk_size: int) -> _Layout:
+    lengths = cu_seqlens.diff().long()
+    chunk = _choose_chunk(lengths, dim, chunk_size)
+    chunks = (lengths + chunk - 1) // chunk
+    order = torch.argsort(chunks, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    # Documents with more than t chunks, for t = 0, 1, ...: all of them, less those that have ended.
+    widths = len(chunks) - torch.bincount(chunks, minlength=1).cumsum(0)[:-1]
+    offsets = widths.cumsum(0) - widths
+    document = torch.repeat_interleave(lengths, output_size=tokens)
+    within = torch.arange(tokens, device=lengths.device) - cu_seqlens[:-1].long()[document]
+    index = offsets[within // chunk] + rank[document]
+    filled = torch.bincount(index, minlength=int(chunks.sum()))
+    return _Layout(chunk, index * chunk + within % chunk, filled, widths.tolist(), order, rank)
+
+
+def _choose_chunk(lengths: Tensor, dim: int, chunk_size: int) -> int:
+    """The cheapest chunk, at most `chunk_size`: long chunks pad short documents, short ones carry more states.
+
+    A padded row costs its chunk (scores), about 64 (copies) and, where documents span chunks, 2 * dim (matmuls with
+    states) and dim^2 / chunk (moving them): this ranks chunks as a CPU does, on equal, ragged and mixed lengths.
+    """
+    longest = int(lengths.max()) if len(lengths) else 0
+    costs: dict[int, float] = {}
+    for size in (chunk_size, chunk_size // 2, chunk_size // 4):
+        chunk = max(1, min(longest, size))
+        rows = int(((lengths + chunk - 1) // chunk).sum()) * chunk
+        states = 2 * dim + dim * dim / chunk if longest > chunk else 0
+        costs[chunk] = rows * (chunk + 64 + states)
+    return min(costs, key=lambda chunk: costs[chunk])
+
+
+def _to_chunks(x: Tensor, layout: _Layout) -> Tensor:
+    """[T, H, D] to [H, N, chunk, D], zero where a chunk has no token."""
+    rows = len(layout.lengths) * layout.chunk
+    padded = x.new_zeros(rows, *x.shape[1:]).index_copy(0, layout.slots, x)
+    return padded.view(-1, layout.chunk, *x.shape[1:]).permute(2, 0, 1, 3).contiguous()
+
+
+def _decay(slopes: Tensor, distance: Tensor) -> Tensor:
+    """exp(-slope * distance), [H, *distance.shape]; distances below 0 count as 0 (the caller masks them)."""
+    return torch.exp(-slopes.view(-1, *[1] * distance.ndim) * distance.clamp(min=0))
+
+
+def _scan(updates: Tensor, slopes: Tensor, layout: _Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """States at the start of every chunk [H, N, D, D] and at the end of every document [S, H, D, D]."""
+    heads, _, dim, _ = updates.shape
+    documents = len(layout.order)
+    if initial_state is None:
+        state = updates.new_zeros(heads, documents, dim, dim)
+    else:
+        state = initial_state.to(updates.dtype).index_select(0, layout.order).transpose(0, 1)
+    decays = _decay(slopes, layout.lengths)[..., None, None]
+    # split, not slices: the gradient of each slice would be a tensor of the whole size.
+    steps = zip(updates.split(layout.widths, 1), decays.split(layout.widths, 1), layout.widths, strict=True)
+    starts, ends = [], []
+    for update, decay, width in steps:
+        ends.append(state[:, width:])
+        state = state[:, :width]
+        starts.append(state)
+        state = decay * state + update
+    ends.append(state)
+    final = torch.cat(ends[::-1], 1).index_select(1, layout.rank).transpose(0, 1)
+    return torch.cat(starts, 1) if starts else updates, final

@@ -1,0 +1,148 @@
+"""Trajectories become samples, samples become flat micro-batches; the reduction becomes per-token weights.
+
+    TrajectoryGroup --to_samples--> Sample [L] --pack--> MicroBatch [T] per rank
+
+The loss of a batch is (per_token_loss * loss_weights).sum() over all its micro-batches and ranks. Because the weights
+already hold the global denominators, neither the number of micro-batches nor of ranks nor the order of samples can
+change the loss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cispo.algorithms import Reduction
+from cispo.types import MicroBatch, Sample, Trajectory, TrajectoryGroup
+
+
+def to_samples(group: TrajectoryGroup, advantages: Tensor) -> list[Sample]:
+    """One sample a turn: the rendered prompt is context, the completion is trained on.
+
+    advantages [G]: every sampled token of trajectory i gets advantages[i].
+    """
+    return [
+        sample
+        for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True)
+        for sample in _turn_samples(trajectory, advantage)
+    ]
+
+
+def _turn_samples(trajectory: Trajectory, advantage: float) -> list[Sample]:
+    samples = []
+    for turn in trajectory.turns:
+        completion = turn.completion
+        prompt, sampled = len(turn.prompt_ids), len(completion.token_ids)
+        mask = torch.zeros(prompt + sampled, dtype=torch.bool)
+        mask[prompt:] = True
+        samples.append(
+            Sample(
+                token_ids=torch.tensor((*turn.prompt_ids, *completion.token_ids)),
+                loss_mask=mask,
+                rollout_logprobs=torch.tensor((*(0.0,) * prompt, *completion.logprobs)),
+                advantages=mask * advantage,
+                group_id=trajectory.group_id,
+                index=trajectory.index,
+                versions=completion.versions,
+            )
+        )
+    return samples
+
+
+def demonstration(prompt_ids: Sequence[int], completion_ids: Sequence[int], index: int) -> Sample:
+    """A sample for supervised fine-tuning: no rollout, advantage 1."""
+    mask = torch.zeros(len(prompt_ids) + len(completion_ids), dtype=torch.bool)
+    mask[len(prompt_ids) :] = True
+    return Sample(
+        token_ids=torch.tensor((*prompt_ids, *completion_ids)),
+        loss_mask=mask,
+        rollout_logprobs=torch.zeros(len(mask)),
+        advantages=mask.float(),
+        group_id=index,
+        index=0,
+    )
+
+
+def reduction_weights(samples: Sequence[Sample], reduction: Reduction, *, max_tokens: int) -> list[float]:
+    """The weight of each sample's tokens, so that the weighted sum over the batch is the named reduction.
+
+    token: 1 / tokens. prompt: 1 / (prompts * tokens of the prompt), the form of CISPO's eq. 4. sequence:
+    1 / (sequences * tokens of the sequence). constant: 1 / (sequences * max_tokens), Dr. GRPO.
+    """
+    lengths = [sample.num_loss_tokens for sample in samples]
+    if reduction == "token":
+        return [1 / max(sum(lengths), 1)] * len(samples)
+    if reduction == "prompt":
+        by_prompt: Counter[int] = Counter()
+        for sample, length in zip(samples, lengths, strict=True):
+            by_prompt[sample.group_id] += length
+        return [1 / (len(by_prompt) * max(by_prompt[sample.group_id], 1)) for sample in samples]
+    if reduction == "sequence":
+        return [1 / (len(samples) * max(length, 1)) for length in lengths]
+    return [1 / (len(samples) * max_tokens)] * len(samples)
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    reduction: Reduction,
+    max_tokens: int,
+    tokens_per_micro_batch: int,
+    ranks: int = 1,
+) -> list[list[MicroBatch]]:
+    """Packs a batch for the learner: [ranks][micro-batches], each at most `tokens_per_micro_batch` tokens.
+
+    Samples go to ranks longest first onto the least loaded, and inside a rank into as few micro-batches as their
+    order by length allows. A sample longer than the budget has a micro-batch of its own. A rank may get none.
+    """
+    weights = reduction_weights(samples, reduction, max_tokens=max_tokens)
+    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].token_ids), samples[i].group_id, samples[i].index))
+    columns: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for i in order:
+        rank = load.index(min(load))
+        columns[rank].append(i)
+        load[rank] += len(samples[i].token_ids) - 1
+    return [
+        [_flatten([samples[i] for i in bin], [weights[i] for i in bin]) for bin in _bins(column, samples, tokens_per_micro_batch)]
+        for column in columns
+    ]
+
+
+def _bins(column: Sequence[int], samples: Sequence[Sample], budget: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    room = 0
+    for i in column:
+        need = len(samples[i].token_ids) - 1
+        if need > room or not bins:
+            bins.append([])
+            room = budget
+        bins[-1].append(i)
+        room -= need
+    return bins
+
+
+def _flatten(samples: Sequence[Sample], weights: Sequence[float]) -> MicroBatch:
+    """Shifts once: position t holds the input token and everything about the token it predicts."""
+    lengths = torch.tensor([len(s.token_ids) - 1 for s in samples])
+    mask = torch.cat([s.loss_mask[1:] for s in samples])
+    per_sample = torch.tensor(weights, dtype=torch.float64).repeat_interleave(lengths)
+    return MicroBatch(
+        tokens=torch.cat([s.token_ids[:-1] for s in samples]),
+        targets=torch.cat([s.token_ids[1:] for s in samples]),
+        positions=torch.cat([torch.arange(int(n)) for n in lengths]),
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
+        loss_mask=mask,
+        rollout_logprobs=torch.cat([s.rollout_logprobs[1:] for s in samples]),
+        advantages=torch.cat([s.advantages[1:] for s in samples]),
+        loss_weights=torch.where(mask, per_sample, 0.0).float(),
+    )
+
+
+def with_old_logprobs(micro_batches: Sequence[MicroBatch], old_logprobs: Sequence[Tensor]) -> list[MicroBatch]:
+    """The micro-batches of one rank with the learner's logprobs from before the update attached."""
+    return [replace(mb, old_logprobs=old) for mb, old in zip(micro_batches, old_logprobs, strict=True)]

@@ -1,0 +1,217 @@
+"""What a policy is, and how one is loaded, initialised and saved.
+
+    config.json + *.safetensors --load_policy--> Policy --save_policy--> config.json + model.safetensors
+    config, seed                --init_policy-->
+
+The config picks the family: MiniMax-01 models run on `lightning.LightningPolicy`, every other on `hf.HFPolicy`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cispo.policies.lightning_config import is_lightning_config, parse_config, read_config
+from cispo.types import UserError
+
+
+class RouterOutput(NamedTuple):
+    """What the router of one MoE layer decided."""
+
+    probs: Tensor
+    """[T, E]: softmax over all experts, at least float32."""
+    chosen: Tensor
+    """[T, k] int64."""
+
+
+class PolicyOutput(NamedTuple):
+    """One forward pass over packed tokens."""
+
+    hidden: Tensor
+    """[T, d] after the final norm; the logits are hidden @ lm_head_weight.T."""
+    router: tuple[RouterOutput, ...] = ()
+    """One entry per MoE layer; empty for a dense policy."""
+
+
+class Policy(Protocol):
+    """A language model on packed tokens. Implementations are nn.Modules; these are the parts the project relies on."""
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each layer is recomputed in the backward pass instead of keeping its activations."""
+        ...
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None: ...
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[V, d]; the embedding where they are tied."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the policy is made for."""
+        ...
+
+    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32: where each document starts, then T."""
+        ...
+
+    def to_hf(self) -> dict[str, Tensor]:
+        """The weights under the names that checkpoints use: views, detached, a tied lm_head left out."""
+        ...
+
+    def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies a whole checkpoint in. Raises UserError for a missing, unexpected or misshapen weight."""
+        ...
+
+    def hf_config(self) -> dict[str, Any]:
+        """The config.json that goes with `to_hf`."""
+        ...
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput: ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+
+def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
+    """Loads a folder with config.json and safetensors weights (one file or several), or a Hugging Face hub id.
+
+    Raises UserError naming the folder where it is not a policy: no or broken config.json, no weights, or weights that
+    are not those of the config.
+    """
+    folder = _local_folder(source)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no policy: config.json is missing")
+    config = _read_json(folder / "config.json")
+    files = _weight_files(folder)
+    try:
+        policy = _build(config, folder, dtype)
+        policy.load_hf(_read_weights(files))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return policy
+
+
+def init_policy(config: Mapping[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy with random weights from a config.json's content; the same for a seed whatever ran before.
+
+    Matrices are normal with the config's initializer_range, norms one, biases zero.
+    """
+    policy = _build(config, None, dtype)
+    std = policy.hf_config().get("initializer_range", 0.02)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if parameter.ndim > 1:
+                # Drawn in float32 whatever the policy's dtype: a bfloat16 policy is the float32 one, rounded.
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return policy
+
+
+def save_policy(policy: Policy, folder: str | Path) -> None:
+    """Writes config.json and model.safetensors, each under a temporary name first."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in policy.to_hf().items()}
+    partial = folder / "model.safetensors.partial"
+    save_file(weights, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / "model.safetensors")
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(policy.hf_config(), indent=2) + "\n")
+    os.replace(partial, folder / "config.json")
+
+
+def _build(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Policy:
+    """A policy with undefined weights."""
+    if not is_lightning_config(config):
+        from cispo.policies import hf
+
+        return hf.build(config, dtype)
+    from cispo.policies.lightning import LightningPolicy
+
+    parsed = parse_config(config) if folder is None else read_config(folder)
+    with torch.device("meta"):
+        policy = LightningPolicy(parsed, config)
+    return policy.to(dtype).to_empty(device="cpu")
+
+
+def _local_folder(source: str | Path) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise UserError(f"{source} is not a folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = type(error).__name__
+        raise UserError(f"{source} is neither a folder nor a model that the hub gives ({reason})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files = [folder / "model.safetensors"]
+    elif index.is_file():
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{index} has no weight_map")
+        files = [folder / name for name in sorted(set(names.values()))]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no weights: there is no *.safetensors file in it")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{folder} lacks {file.name}, which its index names")
+    return files
+
+
+def _read_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():
+                    yield name, weights.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file.name} is not a whole safetensors file: {error}") from None

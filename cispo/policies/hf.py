@@ -1,0 +1,180 @@
+"""Any dense Hugging Face causal language model as a policy on packed tokens.
+
+The base model runs on one row [1, T] of packed documents. Everything but attention works token by token, and
+attention is ours: registered with transformers under a name, it reads where documents start from the keyword
+arguments of the forward pass, so no [T, T] mask exists and nothing crosses from one document to another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import AttentionInterface
+
+from cispo.policies.base import PolicyOutput
+from cispo.policies.layers import causal_attention
+from cispo.types import UserError
+
+ATTENTION = "cispo_packed"
+
+_UNSUPPORTED_ATTENTION = ("softcap", "s_aux", "position_bias", "sliding_window")
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CONVOLUTION_KEYS = ("conv_L_cache", "sconv_kernel_size")
+_LOGIT_SCALE_KEYS = (
+    "logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier"
+)  # fmt: skip
+_BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form transformers calls: query [1, H, T, D], key and value [1, K, T, D], to [1, T, H, D]."""
+    asked = [name for name in _UNSUPPORTED_ATTENTION if kwargs.get(name) is not None]
+    if cu_seq_lens_q is None or asked:
+        reason = f"uses {asked[0]}" if asked else "does not pass on where documents start"
+        raise UserError(f"{type(module).__name__} cannot run on packed tokens: it {reason}")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return causal_attention(q, k, v, cu_seq_lens_q, scaling)[None], None
+
+
+AttentionInterface.register(ATTENTION, _packed_attention)
+
+
+class HFPolicy(nn.Module):
+    """A dense transformers model without cache, padding or dropout."""
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> None:
+        """Builds the model with undefined weights. Raises UserError where packing would change what it computes."""
+        super().__init__()
+        _refuse_unsupported(config)
+        with no_init_weights():
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION
+            )
+        self.model.tie_weights()
+        head = self.model.get_output_embeddings()
+        if not self.model._supports_attention_backend or self.model._is_stateful:
+            raise UserError(_refusal(config, "its attention cannot be replaced or it keeps a recurrent state"))
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise UserError(_refusal(config, "its output head is not a plain matrix"))
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):  # the policy that trains must be the policy that sampled
+                module.p = 0.0
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.model.is_gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        if enabled:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head.weight
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_head_weight.shape[0]
+
+    @property
+    def max_positions(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32."""
+        output = self.model.base_model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, cu_seq_lens_q=cu_seqlens
+        )
+        return PolicyOutput(output.last_hidden_state[0])
+
+    def hf_config(self) -> dict[str, Any]:
+        config = self.model.config.to_dict()
+        config["architectures"] = [type(self.model).__name__]
+        config["dtype"] = str(self.lm_head_weight.dtype).removeprefix("torch.")
+        return config
+
+    def to_hf(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes the model's own names, with or without the base model's prefix; raises UserError if they do not fit."""
+        # A tied head is the same tensor under two names: parameters() names it once, state_dict() twice.
+        places = {**self.model.state_dict(), **dict(self.model.named_parameters())}
+        missing = {name for name, _ in self.model.named_parameters()}
+        for name, tensor in weights:
+            if _BUFFER.fullmatch(name):
+                continue
+            if name not in places:
+                name = f"{self.model.base_model_prefix}.{name}"
+            if name not in places:
+                raise UserError(f"weight {name!r} has no place in this policy: is it a checkpoint of another model?")
+            if places[name].shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, this policy needs {list(places[name].shape)}"
+                raise UserError(f"weight {name!r} has shape {shapes}: is it a checkpoint of another model?")
+            if name in missing:
+                places[name].copy_(tensor)
+                missing.remove(name)
+        if missing:
+            raise UserError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
+
+
+def build(config: Mapping[str, Any], dtype: torch.dtype) -> HFPolicy:
+    """An HFPolicy with undefined weights from a config.json's content; UserError where transformers refuses it."""
+    if "model_type" not in config:
+        raise UserError("the policy's config lacks 'model_type'")
+    try:
+        parsed = AutoConfig.for_model(**config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"transformers does not accept the policy's config: {str(error).splitlines()[0]}") from None
+    try:
+        return HFPolicy(parsed, dtype)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no causal language model can be built from the policy's config: {reason}") from None
+
+
+def _refusal(config: PretrainedConfig, reason: str) -> str:
+    return f"model_type {config.model_type!r} cannot be trained on packed tokens: {reason}"
+
+
+def _refuse_unsupported(config: PretrainedConfig) -> None:
+    """Raises UserError for models that the packed path would change: other attention kinds, experts, scaled logits."""
+    values = config.to_dict()
+    kinds = [kind for kind in values.get("layer_types") or [] if kind != "full_attention"]
+    if kinds:
+        raise UserError(_refusal(config, f"it has {kinds[0]!r} layers"))
+    if not values.get("layer_types") and values.get("sliding_window") and values.get("use_sliding_window", True):
+        raise UserError(_refusal(config, f"it attends in a sliding window of {values['sliding_window']}"))
+    for key in _CONVOLUTION_KEYS:
+        if values.get(key):
+            raise UserError(_refusal(config, f"{key} says that it has convolution layers"))
+    for key in _EXPERT_KEYS:
+        if (values.get(key) or 0) > 1:
+            raise UserError(_refusal(config, f"{key} is {values[key]}, and the balance of experts would be ignored"))
+    for key in _LOGIT_SCALE_KEYS:
+        if values.get(key) not in (None, 1):
+            raise UserError(_refusal(config, f"{key} rescales its logits"))

@@ -1,0 +1,236 @@
+"""The MiniMax-01 policy: lightning and softmax attention layers, each followed by a mixture of experts.
+
+    tokens [T] -> embed -> { norm -> attention -> norm -> experts } x L -> norm -> hidden [T, d]
+
+The conventions of the two dialects are in `lightning_config`. A residual is alpha * residual + beta * branch; with
+postnorm the residual is the normalised input (arXiv 2501.08313, section 2.2.3), else the input itself.
+
+Decay slopes are computed from the config in float32 and are neither parameters nor buffers: casting the policy does
+not touch them and a checkpoint does not hold them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cispo.ops.lightning import lightning_attention
+from cispo.policies.base import PolicyOutput, RouterOutput
+from cispo.policies.layers import RMSNorm, SwiGLU, apply_rotary, causal_attention, rotary_table
+from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, dump_config
+from cispo.policies.moe import MoE
+from cispo.types import UserError
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of config.json that say nothing about the shape and are carried from load to save."""
+
+
+class LightningAttention(nn.Module):
+    """Gated lightning attention: out(sigmoid(gate(x)) * norm(attention(silu(qkv(x)))))."""
+
+    def __init__(self, config: LightningConfig, layer: int) -> None:
+        super().__init__()
+        inner = config.num_heads * config.head_dim
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * inner, bias=False)
+        self.output_gate = nn.Linear(config.hidden_size, inner, bias=False)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.norm = RMSNorm(inner, LIGHTNING_NORM_EPS)
+        with torch.device("cpu"):  # real values also where the weights are built on the meta device
+            self.slopes = config.slopes(layer)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if self.slopes.device != x.device:
+            self.slopes = self.slopes.to(x.device)
+        # Interleaved per head: q, k and v of head 0, then of head 1, ...
+        heads = F.silu(self.qkv_proj(x)).view(len(x), self.num_heads, 3 * self.head_dim)
+        q, k, v = heads.split(self.head_dim, dim=-1)
+        attended, _ = lightning_attention(q, k, v, self.slopes, cu_seqlens)
+        return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(attended.flatten(1)))
+
+
+class SoftmaxAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LightningConfig) -> None:
+        super().__init__()
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (proj(x).view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        attended = causal_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, cu_seqlens)
+        return self.o_proj(attended.flatten(1))
+
+
+class Layer(nn.Module):
+    """One block: attention, then experts, each behind a norm and a weighted residual."""
+
+    def __init__(self, config: LightningConfig, layer: int) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.lightning = config.lightning_layers[layer]
+        self.self_attn = LightningAttention(config, layer) if self.lightning else SoftmaxAttention(config)
+        self.mlp = MoE(hidden, config.intermediate_size, config.num_experts, config.experts_per_token)
+        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.shared_mlp = SwiGLU(hidden, config.shared_size) if config.shared_size else None
+        self.coefficient = nn.Linear(hidden, 1, bias=False) if config.shared_size else None
+        self.postnorm = config.postnorm
+        self.attention_factors = config.attention_factors(layer)
+        self.mlp_factors = config.mlp_alpha, config.mlp_beta
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, d] to x [T, d] and the router's probs [T, E] and chosen [T, k]."""
+        normed = self.input_layernorm(x)
+        rotary = () if self.lightning else (cos, sin)
+        x = self._residual(x, normed, self.self_attn(normed, cu_seqlens, *rotary), self.attention_factors)
+        normed = self.post_attention_layernorm(x)
+        branch, probs, chosen = self.mlp(normed)
+        if self.shared_mlp is not None and self.coefficient is not None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            share = torch.sigmoid(F.linear(normed.to(wide), self.coefficient.weight.to(wide))).to(x.dtype)
+            branch = branch * (1 - share) + self.shared_mlp(normed) * share
+        return self._residual(x, normed, branch, self.mlp_factors), probs, chosen
+
+    def _residual(self, x: Tensor, normed: Tensor, branch: Tensor, factors: tuple[float, float]) -> Tensor:
+        alpha, beta = factors
+        return alpha * (normed if self.postnorm else x) + beta * branch
+
+
+class LightningPolicy(nn.Module):
+    """A MiniMax-01 model without cache or padding: packed tokens in, hidden states and router outputs out."""
+
+    def __init__(self, config: LightningConfig, special_tokens: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.special_tokens = {k: v for k, v in (special_tokens or {}).items() if k in SPECIAL_TOKENS}
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32."""
+        cos, sin = rotary_table(positions, self.config.rotary_dim, self.config.rope_theta)
+        x = self.embed_tokens(tokens)
+        router = []
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                outputs = checkpoint(layer, x, cu_seqlens, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                assert outputs is not None
+            else:
+                outputs = layer(x, cu_seqlens, cos, sin)
+            x, probs, chosen = outputs
+            router.append(RouterOutput(probs, chosen))
+        return PolicyOutput(self.norm(x), tuple(router))
+
+    def hf_config(self) -> dict[str, Any]:
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        return {**dump_config(self.config), **self.special_tokens, "dtype": dtype}
+
+    def to_hf(self) -> dict[str, Tensor]:
+        """Weights as views under the names on disk: experts one by one (w1 gate, w3 up, w2 down)."""
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            parameter = parameter.detach()
+            for disk_name, place in disk_names(name, self.config.num_experts):
+                weights[disk_name] = place.of(parameter)
+        return weights
+
+    @torch.no_grad()
+    def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes the names of Hugging Face (legacy or fused) and of the original; UserError where they do not fit."""
+        parameters = dict(self.named_parameters())
+        missing = {n: dict(disk_names(n, self.config.num_experts)) for n in parameters}
+        for name, tensor in weights:
+            place = place_of(name)
+            if place is None or (self.lm_head is None and place.parameter == "lm_head.weight"):
+                continue
+            if place.parameter not in parameters or (place.expert or 0) >= self.config.num_experts:
+                raise UserError(f"weight {name!r} has no place in this policy: is it a checkpoint of another model?")
+            target = place.of(parameters[place.parameter])
+            if target.shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, this policy needs {list(target.shape)}"
+                raise UserError(f"weight {name!r} has shape {shapes}: is it a checkpoint of another model?")
+            target.copy_(tensor)
+            left = missing[place.parameter]
+            missing[place.parameter] = {n: p for n, p in left.items() if place.expert is not None and p != place}
+        lacking = [name for left in missing.values() for name in left]
+        if lacking:
+            raise UserError(f"{len(lacking)} weights are missing, the first is {lacking[0]!r}")
+
+
+class Place(NamedTuple):
+    """Where a tensor of a checkpoint lives: a parameter, or one expert's share of a fused one."""
+
+    parameter: str
+    expert: int | None = None
+    half: Literal["gate", "up"] | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view of `parameter` that this place is."""
+        view = parameter if self.expert is None else parameter[self.expert]
+        if self.half is None:
+            return view
+        gate, up = view.chunk(2)
+        return gate if self.half == "gate" else up
+
+
+_EXPERT = re.compile(r"(layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
+_BUFFER = re.compile(r".*\.(slope_rate|query_decay|key_decay|diagonal_decay|inv_freq)")
+_EXPERT_WEIGHTS: dict[str, tuple[str, Literal["gate", "up"] | None]] = {
+    "w1": ("gate_up_proj", "gate"),
+    "w3": ("gate_up_proj", "up"),
+    "w2": ("down_proj", None),
+}
+
+
+def place_of(name: str) -> Place | None:
+    """Where the checkpoint's tensor `name` goes, in any of the three namings; None for buffers that are recomputed."""
+    if _BUFFER.fullmatch(name):
+        return None
+    name = name.removeprefix("model.")
+    if match := _EXPERT.fullmatch(name):
+        layer, expert, weight = match.groups()
+        fused, half = _EXPERT_WEIGHTS[weight]
+        return Place(f"{layer}.mlp.experts.{fused}", int(expert), half)
+    return Place(name.replace(".block_sparse_moe.", ".mlp."))
+
+
+def disk_names(parameter: str, num_experts: int) -> list[tuple[str, Place]]:
+    """The inverse of `place_of`: the names under which a parameter is written, with the part that each holds."""
+    prefix = "" if parameter.startswith("lm_head.") else "model."
+    layer, _, fused = parameter.partition(".mlp.experts.")
+    if not fused:
+        return [(prefix + parameter.replace(".mlp.", ".block_sparse_moe."), Place(parameter))]
+    return [
+        (f"{prefix}{layer}.block_sparse_moe.experts.{expert}.{weight}.weight", Place(parameter, expert, half))
+        for expert in range(num_experts)
+        for weight, (name, half) in _EXPERT_WEIGHTS.items()
+        if name == fused
+    ]

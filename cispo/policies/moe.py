@@ -1,0 +1,104 @@
+"""Mixture of experts: top-k router, grouped experts, and the balance loss over a global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Router(nn.Module):
+    """Chooses k experts for each token; `weight` is [E, d]."""
+
+    def __init__(self, hidden: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden))
+        self.top_k = top_k
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, d] to probs [T, E], at least float32, and chosen [T, k] int64, most probable first."""
+        logits = F.linear(x, self.weight)
+        probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return probs, probs.topk(self.top_k, dim=-1).indices
+
+
+def routing_weights(probs: Tensor, chosen: Tensor) -> Tensor:
+    """Weights [T, k] of the chosen experts: their probabilities, renormalised to sum to 1.
+
+    `chosen` may come from another forward pass (router replay): the gradient reaches the router all the same.
+    """
+    weights = probs.gather(-1, chosen)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts in two fused weights: gate_up_proj [E, 2I, d], gate first, and down_proj [E, d, I]."""
+
+    def __init__(self, hidden: int, width: int, num_experts: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, width))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Sum over k of weights[t, k] * expert[chosen[t, k]](x[t]): x [T, d], chosen and weights [T, k], to [T, d]."""
+        tokens, k = chosen.shape
+        expert_of_row = chosen.flatten()
+        order = expert_of_row.argsort(stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=x.device)
+        counts = torch.bincount(expert_of_row, minlength=len(self.gate_up_proj))
+        gate, up = grouped_linear(x.index_select(0, order // k), self.gate_up_proj, counts).chunk(2, dim=-1)
+        rows = grouped_linear(F.silu(gate) * up, self.down_proj, counts)
+        return (rows.index_select(0, place).view(tokens, k, -1) * weights[..., None]).sum(1).to(x.dtype)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows x [R, d] times their experts' weights [E, n, d], [R, n]: the first counts[0] rows use expert 0, and so on."""
+    if x.dtype == torch.float64:  # grouped_mm has no double
+        groups = x.split(counts.tolist())
+        return torch.cat([F.linear(rows, w) for rows, w in zip(groups, weight.unbind(), strict=True)])
+    return F.grouped_mm(x, weight.to(x.dtype).transpose(-1, -2), offs=counts.cumsum(0).int())
+
+
+class MoE(nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, hidden: int, width: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.gate = Router(hidden, num_experts, top_k)
+        self.experts = Experts(hidden, width, num_experts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, d] to the mixture [T, d], and the router's probs [T, E] and chosen [T, k]."""
+        probs, chosen = self.gate(x)
+        return self.experts(x, chosen, routing_weights(probs, chosen)), probs, chosen
+
+
+def expert_counts(chosen: Tensor, mask: Tensor, num_experts: int) -> Tensor:
+    """How many (token, slot) pairs went to each expert, [E] float32, over the tokens where `mask` [T] is True.
+
+    Counts add up over micro-batches and ranks.
+    """
+    return torch.bincount(chosen[mask].flatten(), minlength=num_experts).float()
+
+
+def aux_loss(probs: Tensor, mask: Tensor, counts: Tensor, num_tokens: float) -> Tensor:
+    """This micro-batch's share of one layer's balance loss E * sum_e f_e P_e (arXiv 2101.03961, eq. 4-6).
+
+    f_e is the share of the N counted tokens that chose e, summed over the k slots, P_e the mean probability of e: k
+    where the load is even. probs [T, E] and mask [T] are local; counts [E] and num_tokens N those of the global
+    batch, so the shares of all micro-batches and ranks add up to the loss of the batch, and their gradients too.
+    Values where the mask is False do not matter.
+    """
+    local = torch.where(mask[:, None], probs, 0.0).sum(0)
+    return len(counts) * (counts / num_tokens * (local / num_tokens)).sum()
+
+
+def router_aux_loss(
+    probs: Sequence[Tensor], mask: Tensor, counts: Sequence[Tensor] | Tensor, num_tokens: float
+) -> Tensor:
+    """The mean of `aux_loss` over layers: probs and counts have one entry a layer."""
+    losses = [aux_loss(p, mask, c, num_tokens) for p, c in zip(probs, counts, strict=True)]
+    return torch.stack(losses).mean()

@@ -1,0 +1,330 @@
+"""The vLLM model of the MiniMax-01 family: lightning and softmax attention layers with a mixture of experts.
+
+    LightningForCausalLM -> LightningLayer x L -> LightningAttention | SoftmaxAttention, MoE
+
+Both conventions come from `LightningConfig`, as in the learner's policy. vLLM sees a hybrid model: a softmax layer owns
+paged keys and values, a lightning layer one [H, D, D] state a sequence. A step of the engine is a flat [T] batch with
+the decodes (one token each) first and the prefills after them.
+
+The experts are the learner's own `MoE`: vLLM's fused experts are packed when they are loaded on a CPU, and an update
+would silently read as garbage. It is the one module that a fused implementation for CUDA replaces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFuncCalculator,
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+)
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from cispo.ops.lightning import lightning_attention
+from cispo.policies.layers import SwiGLU
+from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
+from cispo.policies.moe import MoE
+from cispo.types import UserError
+
+# Recomputed from the config: Hugging Face's buffers, rounded to the checkpoint's dtype, would be worse.
+_NOT_WEIGHTS = (".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay", ".inv_freq")
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(w[123])\.weight")
+_FUSED = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+_SOFTMAX_PROJECTION = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight")
+
+
+def resolve_config(model: ModelConfig) -> LightningConfig:
+    """The policy's shape and conventions; the shared expert's width is that of the weights in a local folder."""
+    folder = Path(model.model)
+    shared_size = read_config(folder).shared_size if (folder / "config.json").is_file() else None
+    return parse_config(model.hf_config.to_dict(), shared_size=shared_size)
+
+
+def checkpoint_target(name: str) -> tuple[str, tuple[str | int, ...]]:
+    """Where a checkpoint's tensor goes: the parameter's name here, and which part of it (empty: the whole).
+
+    Takes the original names, Hugging Face's on disk (experts one by one) and in memory (experts fused).
+    """
+    name = name.replace(".block_sparse_moe.", ".mlp.")
+    if match := _EXPERT.fullmatch(name):
+        experts, index, matrix = match.groups()
+        return f"{experts}.{_FUSED[matrix]}", (matrix, int(index))
+    if match := _SOFTMAX_PROJECTION.fullmatch(name):
+        return f"{match[1]}.qkv_proj.weight", (match[2],)
+    return name, ()
+
+
+class LightningAttention(nn.Module, MambaBase):
+    """Lightning attention with its output norm and gate; the state of each sequence lives in vLLM's cache, fp32."""
+
+    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.state_dtype = _state_dtype(vllm_config)
+        inner = config.num_heads * config.head_dim
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, 3 * inner, bias=False, prefix=f"{prefix}.qkv_proj")
+        self.output_gate = ColumnParallelLinear(config.hidden_size, inner, bias=False, prefix=f"{prefix}.output_gate")
+        self.out_proj = RowParallelLinear(inner, config.hidden_size, bias=False, prefix=f"{prefix}.out_proj")
+        self.norm = RMSNorm(inner, eps=LIGHTNING_NORM_EPS)
+        # Not a buffer: a buffer would be rounded to the model's dtype.
+        self.slopes = config.slopes(layer).to(self.norm.weight.device)
+        self.decay = torch.exp(-self.slopes)[:, None, None]
+        layers = vllm_config.compilation_config.static_forward_context
+        assert prefix not in layers, f"two layers named {prefix}"
+        layers[prefix] = self
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum.LINEAR
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return self.state_dtype
+
+    def get_state_shape(self) -> tuple[tuple[int, int, int]]:
+        return _state_shape(self.heads, self.head_dim)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [T, d] -> [T, d]; rows beyond the scheduled tokens are padding and come out arbitrary."""
+        qkv = F.silu(self.qkv_proj(x)[0]).view(-1, self.heads, 3 * self.head_dim)
+        q, k, v = qkv.float().split(self.head_dim, dim=-1)
+        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        metadata = get_forward_context().attn_metadata
+        if isinstance(metadata, dict):  # None in vLLM's dummy runs, which have no sequences
+            self._attend(q, k, v, metadata[self.prefix], out)
+        out = self.norm(out.view(len(x), -1).to(x.dtype))
+        return self.out_proj(torch.sigmoid(self.output_gate(x)[0]) * out)[0]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, out: Tensor) -> None:
+        """Attends over every sequence of the step and leaves the new states in the cache."""
+        (cache,) = self.kv_cache
+        decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
+        starts, slots = batch.query_start_loc[: sequences + 1], batch.state_indices_tensor[:sequences].long()
+        # A fresh sequence finds its slot as the last owner left it. That includes a prompt of one token, which vLLM
+        # counts among the decodes.
+        fresh = batch.seq_lens[:sequences] <= starts.diff()
+        cache.index_fill_(0, slots[fresh], 0)
+        if decodes:
+            assert batch.num_decode_tokens == decodes, "speculative decoding is not supported"
+            states = cache.index_select(0, slots[:decodes]).float()
+            out[:decodes], states = _decode(q[:decodes], k[:decodes], v[:decodes], self.decay, states)
+            cache.index_copy_(0, slots[:decodes], states.to(cache.dtype))
+        if batch.num_prefills:
+            tokens = slice(decodes, decodes + batch.num_prefill_tokens)
+            out[tokens], states = lightning_attention(
+                q[tokens],
+                k[tokens],
+                v[tokens],
+                self.slopes,
+                starts[decodes:] - starts[decodes],
+                initial_state=cache.index_select(0, slots[decodes:]).float(),
+                output_final_state=True,
+            )
+            cache.index_copy_(0, slots[decodes:], states.to(cache.dtype))
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of each sequence: S = decay * S + k^T v, o = q S; q, k, v [S, H, D], states [S, H, D, D], in place."""
+    states.mul_(decay)
+    flat = states.flatten(0, 1)
+    flat.baddbmm_(k.flatten(0, 1).unsqueeze(2), v.flatten(0, 1).unsqueeze(1))
+    return torch.bmm(q.flatten(0, 1).unsqueeze(1), flat).view(q.shape), states
+
+
+class SoftmaxAttention(nn.Module):
+    """Grouped-query attention over vLLM's paged cache; rotary embedding on the first `rotary_dim` of each head."""
+
+    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
+        super().__init__()
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size, head_dim, heads, kv_heads, bias=False, prefix=f"{prefix}.qkv_proj"
+        )
+        self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj")
+        self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        # The table covers what the engine serves, not M1's ten million positions.
+        self.rotary_emb = get_rope(
+            head_dim,
+            max_position=vllm_config.model_config.max_model_len,
+            rope_parameters={"rope_theta": config.rope_theta, "partial_rotary_factor": config.rotary_dim / head_dim},
+        )
+        self.attn = Attention(
+            heads,
+            head_dim,
+            head_dim**-0.5,
+            num_kv_heads=kv_heads,
+            cache_config=vllm_config.cache_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [T, d], positions [T] -> [T, d]."""
+        q, k, v = self.qkv_proj(x)[0].split(self.sizes, dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        return self.o_proj(self.attn(q, k, v))[0]
+
+
+def _load_expert(param: Tensor, loaded_weight: Tensor, matrix: str | None = None, expert: int | None = None) -> None:
+    """Copies one expert's w1, w2 or w3, or all experts at once; vLLM's reloading needs the first name to be `param`."""
+    if expert is None:
+        target = param.data
+    elif matrix == "w2":
+        target = param.data[expert]
+    else:
+        target = param.data[expert].chunk(2)[0 if matrix == "w1" else 1]
+    assert target.shape == loaded_weight.shape, f"an expert's {tuple(loaded_weight.shape)} for {tuple(target.shape)}"
+    target.copy_(loaded_weight)
+
+
+class LightningLayer(nn.Module):
+    """Attention and experts with scaled residuals; the residual branches off after the norm (postnorm) or before it."""
+
+    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        attention = LightningAttention if config.lightning_layers[layer] else SoftmaxAttention
+        self.self_attn = attention(config, vllm_config, layer, f"{prefix}.self_attn")
+        self.mlp = MoE(hidden, config.intermediate_size, config.num_experts, config.experts_per_token)
+        for parameter in self.mlp.experts.parameters():
+            parameter.weight_loader = _load_expert
+        self.shared_mlp = self.coefficient = None
+        if config.shared_size:
+            self.shared_mlp = SwiGLU(hidden, config.shared_size)
+            self.coefficient = nn.Linear(hidden, 1, bias=False)
+        self.input_layernorm = RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.postnorm = config.postnorm
+        self.attention_factors = config.attention_factors(layer)
+        self.mlp_factors = config.mlp_alpha, config.mlp_beta
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [T, d], positions [T] -> [T, d]."""
+        alpha, beta = self.attention_factors
+        normed = self.input_layernorm(x)
+        x = alpha * (normed if self.postnorm else x) + beta * self.self_attn(normed, positions)
+        alpha, beta = self.mlp_factors
+        normed = self.post_attention_layernorm(x)
+        return alpha * (normed if self.postnorm else x) + beta * self._experts(normed)
+
+    def _experts(self, x: Tensor) -> Tensor:
+        out, _, _ = self.mlp(x)
+        if self.shared_mlp is None or self.coefficient is None:
+            return out
+        share = torch.sigmoid(F.linear(x.float(), self.coefficient.weight.float())).to(x.dtype)
+        return out * (1 - share) + self.shared_mlp(x) * share
+
+
+class LightningModel(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            LightningLayer(config, vllm_config, i, f"{prefix}.layers.{i}") for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, positions)
+        return self.norm(x)
+
+
+class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
+    """What vLLM loads for MiniMaxForCausalLM, MiniMaxM1ForCausalLM and MiniMaxText01ForCausalLM."""
+
+    # Read by vLLM's loader, first match wins: a folder may hold other safetensors beside the model's.
+    allow_patterns_overrides = ["model*.safetensors", "*.safetensors", "*.bin"]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        if get_tensor_model_parallel_world_size() > 1:
+            raise UserError("tensor_parallel above 1 is not supported by the lightning policy")
+        config = resolve_config(vllm_config.model_config)
+        self.model = LightningModel(config, vllm_config, f"{prefix}.model" if prefix else "model")
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.requires_grad_(False)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [T, d] after the final norm."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        return self.model(inputs_embeds, positions)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copies weights of either dialect in place and returns the names of the parameters that it filled.
+
+        Raises UserError on a name that this policy does not have.
+        """
+        parameters = dict(self.named_parameters())
+        loaded = set()
+        for name, weight in weights:
+            target, part = checkpoint_target(name)
+            if name.endswith(_NOT_WEIGHTS) or (target == "lm_head.weight" and target not in parameters):
+                continue  # a tied head arrives with the embedding
+            if target not in parameters:
+                raise UserError(f"the weights hold {name!r}, which the lightning policy of this config does not have")
+            load: Callable[..., None] = getattr(parameters[target], "weight_loader", default_weight_loader)
+            load(parameters[target], weight, *part)
+            loaded.add(target)
+        return loaded
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return _state_dtype(vllm_config)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int, int]]:
+        config = resolve_config(vllm_config.model_config)
+        return _state_shape(config.num_heads, config.head_dim)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
+        return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
+
+
+def _state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+    return MambaStateDtypeCalculator.linear_attention_state_dtype(
+        vllm_config.model_config.dtype, vllm_config.cache_config.mamba_cache_dtype
+    )
+
+
+def _state_shape(heads: int, head_dim: int) -> tuple[tuple[int, int, int]]:
+    return MambaStateShapeCalculator.linear_attention_state_shape(num_heads=heads, tp_size=1, head_dim=head_dim)

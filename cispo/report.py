@@ -1,0 +1,87 @@
+"""The picture and the summary that a run ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+_INK, _BLUE, _ORANGE = "#222222", "#2563b0", "#d9660f"
+
+
+def learning_curve(history: Sequence[Mapping[str, float]], file: Path, *, title: str) -> None:
+    """Draws held-out accuracy and training reward over steps, with entropy, length and mismatch below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(9, 6.2), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1))
+    top = figure.add_subplot(grid[0, :])
+    steps, reward = _series(history, "reward/mean")
+    top.plot(steps, reward, color=_ORANGE, alpha=0.35, linewidth=1)
+    top.plot(steps, _smooth(reward), color=_ORANGE, linewidth=1.8, label="training reward (smoothed over 9 steps)")
+    steps, accuracy = _series(history, "eval/accuracy")
+    if steps:
+        _, stderr = _series(history, "eval/accuracy_stderr")
+        top.errorbar(
+            steps, accuracy, [1.96 * s for s in stderr], color=_BLUE, marker="o", capsize=3, linewidth=2,
+            label="held-out accuracy, sampled (95% interval)",
+        )  # fmt: skip
+    top.set_title(title, loc="left", color=_INK)
+    top.set_xlabel("step")
+    top.legend(frameon=False, loc="lower right")
+    small = (
+        ("entropy", "entropy (nats a token)"),
+        ("rollout/length_mean", "completion length (tokens)"),
+        ("mismatch/logprob_max", "largest |learner - engine| logprob"),
+    )
+    for column, (name, label) in enumerate(small):
+        axis = figure.add_subplot(grid[1, column])
+        axis.plot(*_series(history, name), color=_INK, linewidth=1.2)
+        axis.set_title(label, fontsize=9, loc="left")
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def _series(history: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    rows = [(row["step"], row[name]) for row in history if name in row]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def _smooth(values: Sequence[float], width: int = 9) -> list[float]:
+    """Centred mean over at most `width` values."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(w) / len(w) for w in windows]
+
+
+def summary(history: Sequence[Mapping[str, float]], *, seconds: float) -> Table:
+    """First and last values of what matters, and where the time went."""
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    for heading in ("", "first", "last"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    wanted = (
+        ("eval/accuracy", "held-out accuracy", "{:.3f}"),
+        ("reward/mean", "training reward", "{:.3f}"),
+        ("entropy", "entropy", "{:.3f}"),
+        ("rollout/length_mean", "completion length", "{:.1f}"),
+        ("mismatch/logprob_max", "largest sampler/learner mismatch", "{:.1e}"),
+    )
+    for name, label, form in wanted:
+        _, values = _series(history, name)
+        if values:
+            table.add_row(label, form.format(values[0]), form.format(values[-1]))
+    for name, label in (("time/rollout", "sampling"), ("time/learn", "learning"), ("time/sync", "weight sync")):
+        _, values = _series(history, name)
+        if values:
+            table.add_row(f"seconds {label}", "", f"{sum(values):.1f}")
+    table.add_row("seconds in all", "", f"{seconds:.1f}")
+    return table

@@ -1,0 +1,415 @@
+"""Engines turn prompts into completions, token in, token out, with the log-probability of every sampled token.
+
+    Engine.generate(prompts, sampling, seed) -> [Completion]        one a prompt, in order
+    Engine.update_weights(path, version)                            what `publish_weights` wrote
+
+`VLLMEngine` runs vLLM inside this process; `TorchEngine` recomputes everything with the learner's policy, for tests.
+A completion ends at the first of: an end-of-sequence token, the length limit, a repeated pattern, a run of near-certain
+tokens. The token that ended it is always its last one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cispo.policies.base import load_policy
+from cispo.types import Completion, FinishReason, RepetitionStop, Sampling, UserError
+from cispo.weight_sync import TRANSFER_BACKEND, mapped_weights, register_transfer_backend
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine, SamplingParams
+    from vllm.config import VllmConfig
+
+# Read when vLLM and torch are imported. One process holds the whole engine: the two that vLLM would spawn import it
+# again, 20 s. Without compilation the sampler's helpers start 2 s sooner and run as fast.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+# What the engine is told because of the device it runs on.
+_DEVICE_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "cpu": {"enforce_eager": True, "block_size": 128},
+    "cuda": {"enforce_eager": True},
+}
+
+
+class Engine(Protocol):
+    """Samples completions from one version of the policy."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        """Samples one completion a prompt, in order; the same batch and seed give the same tokens.
+
+        Raises UserError on a prompt that leaves no room for a token, naming its index.
+        """
+        ...
+
+    def update_weights(self, path: str, version: int) -> None:
+        """Replaces the weights by a published version."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the next completion is sampled from; 0 is the model folder's."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the engine holds; nothing works afterwards."""
+        ...
+
+
+@dataclass(slots=True)
+class RunCounter:
+    """MiniMax-M1's repetition stop (arXiv 2506.13585, section 5): a run of tokens that were all near certain."""
+
+    rule: RepetitionStop
+    run: int = 0
+
+    def fires(self, logprob: float) -> bool:
+        """Takes the next token's log-probability; True at the `run_length`-th in a row strictly above `probability`."""
+        self.run = self.run + 1 if logprob > math.log(self.rule.probability) else 0
+        return self.run == self.rule.run_length
+
+
+def repeats_pattern(tokens: Sequence[int], rule: RepetitionStop) -> bool:
+    """Whether `tokens` end in `pattern_count` copies of a pattern of at most `pattern_size` tokens."""
+    for size in range(1, rule.pattern_size + 1):
+        span = size * rule.pattern_count
+        if span > len(tokens):
+            return False
+        tail = tokens[-span:]
+        if tail[size:] == tail[:-size]:
+            return True
+    return False
+
+
+def _limits(prompts: Sequence[Sequence[int]], sampling: Sampling, max_context: int) -> list[int]:
+    """How many tokens each completion may have; checks the prompts and that the sampling makes sense for them."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} is empty")
+        if len(prompt) >= max_context:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens: no room for a completion in {max_context} of context"
+            )
+    limits = [min(sampling.max_tokens, max_context - len(prompt)) for prompt in prompts]
+    if _watches_runs(sampling, limits) and not _draws_from_the_model(sampling):
+        raise UserError(
+            "repetition.run_length counts the policy's own probabilities, which sampling with a temperature other than "
+            "1, top_p, top_k or min_p does not give: set repetition.run_length to 0 or sample at temperature 1"
+        )
+    return limits
+
+
+def _watches_runs(sampling: Sampling, limits: Sequence[int]) -> bool:
+    return 0 < sampling.repetition.run_length <= max(limits, default=0)
+
+
+def _draws_from_the_model(sampling: Sampling) -> bool:
+    """Whether the reported log-probabilities are the policy's own: plain sampling, or greedy."""
+    plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
+    return plain or sampling.temperature == 0
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds torch inside the block and gives the process its own random streams back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A completion in the making."""
+
+    counter: RunCounter | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+    def extend(self, tokens: Sequence[int], logprobs: Sequence[float], reason: str | None) -> None:
+        """Adds what was sampled; `reason` says why the last token ended the completion, None while it goes on."""
+        assert len(tokens) == len(logprobs), f"{len(logprobs)} logprobs for {len(tokens)} tokens"
+        kept = len(tokens)
+        if self.counter is not None:
+            kept = next((i for i, x in enumerate(logprobs, 1) if self.counter.fires(x)), kept + 1)
+            if kept < len(tokens) or (kept == len(tokens) and reason is None):
+                reason = FinishReason.REPETITION
+        self.tokens.extend(tokens[:kept])
+        self.logprobs.extend(logprobs[:kept])
+        self.reason = None if reason is None else FinishReason(reason)
+
+    def completion(self, version: int) -> Completion:
+        assert self.reason is not None, "the engine stopped before this completion did"
+        assert all(map(math.isfinite, self.logprobs)), "a sampled token has a log-probability that is not finite"
+        return Completion(
+            token_ids=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.reason,
+            versions=(version, version),
+        )
+
+
+class VLLMEngine:
+    """vLLM in this process, driven step by step.
+
+    `model` is a folder in checkpoint format. `max_context` bounds prompt and completion together, `max_sequences` how
+    many run at once (the others wait). `engine_args` are vLLM's own engine arguments and win over ours. With prefix
+    caching, which is off by default, what earlier calls left in the cache changes the last bits of a log-probability.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str,
+        max_context: int,
+        max_sequences: int,
+        tensor_parallel: int = 1,
+        seed: int,
+        engine_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not (Path(model) / "config.json").is_file():
+            raise UserError(f"{model} holds no policy: config.json is missing")
+        self._max_context = max_context
+        self._version = 0
+        arguments = {
+            "model": str(model),
+            "dtype": dtype,
+            "max_model_len": max_context,
+            "max_num_seqs": max_sequences,
+            "max_num_batched_tokens": max(max_context, 4096),
+            "tensor_parallel_size": tensor_parallel,
+            "seed": seed,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logprobs_mode": "processed_logprobs",
+            "mamba_cache_dtype": "float32",
+            "hf_overrides": {"head_dtype": "float32"},
+            "enable_prefix_caching": False,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        with warnings.catch_warnings(), _seeded(seed):
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's, while it scans torch
+            self._engine = _start(arguments | dict(engine_args or {}))
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        from vllm.inputs import tokens_input
+
+        limits = _limits(prompts, sampling, self._max_context)
+        streaming = _watches_runs(sampling, limits)
+        params = _sampling_params(sampling, streaming)
+        drafts = [_Draft(RunCounter(sampling.repetition) if streaming else None) for _ in prompts]
+        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            params.max_tokens = limit
+            self._engine.add_request(str(index), tokens_input(list(prompt)), params)
+        # Seed the process: on a CPU a per-request seed ends vLLM's engine when a prompt is prefilled in parts.
+        with _seeded(seed):
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    draft, piece = drafts[int(output.request_id)], output.outputs[0]
+                    draft.extend(piece.token_ids, piece.logprobs.logprobs, piece.finish_reason)
+                    if draft.reason is FinishReason.REPETITION and not output.finished:
+                        self._engine.abort_request([output.request_id])
+        return [draft.completion(self._version) for draft in drafts]
+
+    def update_weights(self, path: str, version: int) -> None:
+        self._engine.collective_rpc("start_weight_update")
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"path": str(path)}})
+        self._engine.collective_rpc("finish_weight_update")
+        emptied = self._engine.reset_prefix_cache()
+        assert emptied, "weights change between two calls of generate, when no request holds a block"
+        self._version = version
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+        del self._engine
+
+
+def _start(arguments: Mapping[str, Any]) -> LLMEngine:
+    """Builds the engine; imports vLLM, which reads the environment, and takes about 9 s in a new process."""
+    from vllm import EngineArgs, LLMEngine, ModelRegistry
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    from cispo.policies.vllm_lightning import LightningForCausalLM
+    from cispo.policies.vllm_plugin import ARCHITECTURES, register
+
+    device = current_platform.device_type
+    if device == "cpu" and arguments["tensor_parallel_size"] > 1:
+        raise UserError("tensor_parallel above 1 needs GPUs")
+    register()
+    for architecture in ARCHITECTURES:
+        # The class itself: to look at the lazy one, vLLM starts a process of its own, 8 s on a new machine.
+        ModelRegistry.register_model(architecture, LightningForCausalLM)
+    register_transfer_backend()
+    transfer = WeightTransferConfig(backend=TRANSFER_BACKEND)
+    settings = EngineArgs(**{"weight_transfer_config": transfer, **_DEVICE_ARGUMENTS[device], **arguments})
+    config = settings.create_engine_config()
+    if device == "cpu" and config.cache_config.kv_cache_memory_bytes is None:
+        config.cache_config.kv_cache_memory_bytes = _cache_bytes(config)
+    return LLMEngine.from_vllm_config(config, disable_log_stats=settings.disable_log_stats)
+
+
+def _cache_bytes(config: VllmConfig) -> int:
+    """Memory for `max_num_seqs` sequences of full length, at most a quarter of what the machine has free.
+
+    A page holds one block of keys and values of a softmax layer, or the state of one sequence in a linear layer, which
+    vLLM pads to a whole number of blocks. Short of pages, vLLM preempts sequences and recomputes them.
+    """
+    import psutil
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.utils.torch_utils import get_dtype_size
+
+    model, parallel, sequences = config.model_config, config.parallel_config, config.scheduler_config.max_num_seqs
+    softmax = model.get_num_layers_by_block_type(parallel, "attention")
+    linear = model.get_num_layers(parallel) - softmax
+    block = config.cache_config.block_size
+    token_bytes = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * get_dtype_size(model.dtype)
+    if linear:
+        policy, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
+        shapes, dtypes = (
+            policy.get_mamba_state_shape_from_config(config),
+            policy.get_mamba_state_dtype_from_config(config),
+        )
+        state = sum(math.prod(s) * get_dtype_size(d) for s, d in zip(shapes, dtypes, strict=True))
+        block *= math.ceil(state / (block * token_bytes))
+    # vLLM puts layers of a kind into groups of one size and pads the last group; with prefix caching a sequence keeps
+    # the states of up to three blocks.
+    group = max(1, min(softmax, linear))
+    states = math.ceil(linear / group) * group * (3 if config.cache_config.enable_prefix_caching else 1)
+    pages = softmax * math.ceil(model.max_model_len / block) + states
+    return min((sequences + 1) * pages * block * token_bytes, psutil.virtual_memory().available // 4)
+
+
+def _sampling_params(sampling: Sampling, streaming: bool) -> SamplingParams:
+    """vLLM's form of `sampling`, with the log-probability of the sampled token alone."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
+
+    rule = sampling.repetition
+    pattern = RepetitionDetectionParams(max_pattern_size=rule.pattern_size, min_count=rule.pattern_count)
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        stop_token_ids=list(sampling.eos_ids),
+        ignore_eos=True,  # those ids and no other
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA if streaming else RequestOutputKind.FINAL_ONLY,
+        repetition_detection=pattern if rule.pattern_size else None,
+        skip_clone=True,
+    )
+
+
+class TorchEngine:
+    """The learner's policy, recomputed from the first token at every step: small, slow, for tests."""
+
+    def __init__(self, model: str, *, dtype: str, max_context: int) -> None:
+        self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
+        self._max_context = max_context
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        limits = _limits(prompts, sampling, self._max_context)
+        watching = _watches_runs(sampling, limits)
+        drafts = [_Draft(RunCounter(sampling.repetition) if watching else None) for _ in prompts]
+        with torch.no_grad(), _seeded(seed):
+            while active := [i for i, draft in enumerate(drafts) if draft.reason is None]:
+                logits = self._logits([[*prompts[i], *drafts[i].tokens] for i in active])
+                for i, token, logprob in zip(active, *_sample(logits, sampling), strict=True):
+                    tokens = [*drafts[i].tokens, token]
+                    drafts[i].extend([token], [logprob], _finish_reason(tokens, limits[i], sampling))
+        return [draft.completion(self._version) for draft in drafts]
+
+    def _logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Of the token after each sequence, [S, V] float32."""
+        lengths = torch.tensor([len(s) for s in sequences])
+        ends = lengths.cumsum(0)
+        tokens = torch.tensor([t for s in sequences for t in s])
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
+        hidden = self._policy(tokens, positions, torch.cat([ends.new_zeros(1), ends]).int()).hidden
+        return hidden[ends - 1].float() @ self._policy.lm_head_weight.float().T
+
+    def update_weights(self, path: str, version: int) -> None:
+        self._policy.load_hf(mapped_weights(path))
+        self._version = version
+
+    def close(self) -> None:
+        del self._policy
+
+
+def _finish_reason(tokens: Sequence[int], limit: int, sampling: Sampling) -> FinishReason | None:
+    """Why the last token ends the completion, in vLLM's order of precedence."""
+    if tokens[-1] in sampling.eos_ids:
+        return FinishReason.STOP
+    if len(tokens) >= limit:
+        return FinishReason.LENGTH
+    if repeats_pattern(tokens, sampling.repetition):
+        return FinishReason.REPETITION
+    return None
+
+
+def _sample(logits: Tensor, sampling: Sampling) -> tuple[list[int], list[float]]:
+    """One token a row of logits [S, V] and its log-probability in the distribution it was drawn from (greedy: raw)."""
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        logprobs = _truncate(logits / sampling.temperature, sampling).log_softmax(-1)
+        tokens = logprobs.exp().multinomial(1)
+    return tokens.flatten().tolist(), logprobs.gather(-1, tokens).flatten().tolist()
+
+
+def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Masks what min_p, top_k and top_p leave out, in vLLM's order."""
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(-1)
+        smallest = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < smallest, -math.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if sampling.top_p < 1:
+        ordered, places = logits.sort(-1)
+        beyond = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        beyond[:, -1] = False
+        logits = logits.masked_fill(beyond.scatter(-1, places, beyond), -math.inf)
+    return logits

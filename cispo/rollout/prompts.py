@@ -1,0 +1,285 @@
+"""From a dataset's name to an endless, resumable stream of prompts.
+
+    source --load_rows--> rows --build_prompts--> prompts --PromptSource.take--> the P prompts of a step
+
+A row is a plain dict. Its columns fill the prompt's template and reach the reward functions by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cispo.loading import is_hub_id, load_object
+from cispo.types import Message, Prompt, UserError
+
+Row = dict[str, Any]
+
+REASONING_GYM = "reasoning_gym:"
+JSON_SUFFIXES = (".jsonl", ".json")
+
+SEED_STRIDE = 1_000_000
+"""reasoning_gym draws item i of seed s from s + i: without a stride, seeds 0 and 1 would share all but one item."""
+
+
+def load_rows(source: str, split: str, args: Mapping[str, Any], limit: int | None, key: str) -> list[Row]:
+    """The rows of a dataset, at most `limit` of them.
+
+    `source` is one of
+        module:function        called with `args` (and with `split`, if it has such a parameter); gives dicts
+        reasoning_gym:TASK     a procedural task; `args` are size, seed and the task's own parameters
+        FILE                   .jsonl, .json or .parquet
+        FOLDER or OWNER/NAME   whatever `datasets.load_dataset` reads; `args` go to it
+    `key` is the recipe key of the dataset ("data.train"). UserError when it cannot be read, or has no row.
+    """
+    if source.startswith(REASONING_GYM):
+        rows = _reasoning_gym_rows(source.removeprefix(REASONING_GYM), split, args, key)
+    elif Path(source).suffix in JSON_SUFFIXES:
+        rows = _json_rows(_existing(source, key), key)
+    elif Path(source).suffix == ".parquet" or Path(source).is_dir():
+        rows = _local_rows(_existing(source, key), split, args, key)
+    elif ":" in source:
+        rows = _function_rows(source, split, args, key)
+    elif is_hub_id(source):
+        rows = _hub_rows(source, split, args, key)
+    else:
+        raise UserError(
+            f"{key}: '{source}' does not exist, and is neither module:function, reasoning_gym:TASK, a .jsonl, .json or "
+            "parquet file, nor OWNER/NAME on the hub"
+        )
+    loaded = list(itertools.islice(rows, limit))
+    if not loaded:
+        raise UserError(f"{key}: '{source}' has no rows")
+    return loaded
+
+
+def _existing(source: str, key: str) -> Path:
+    if not Path(source).exists():
+        raise UserError(f"{key}: '{source}' does not exist")
+    return Path(source)
+
+
+def _json_rows(path: Path, key: str) -> Iterator[Row]:
+    """Read by `json`, not by `datasets`: that turns the answer "2024-01-01" into a datetime, and names no line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: cannot read '{path}': {error}") from error
+    if path.suffix == ".json":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{key}: '{path}' line {error.lineno} is not JSON: {error.msg}") from error
+        if not isinstance(values, list):
+            raise UserError(f"{key}: '{path}' must hold a list of rows, not one {type(values).__name__}")
+        for number, value in enumerate(values, start=1):
+            yield _as_row(value, f"{key}: row {number} of '{path}'")
+        return
+    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{key}: '{path}' line {number} is not JSON: {error.msg} (column {error.colno})") from error
+        yield _as_row(value, f"{key}: '{path}' line {number}")
+
+
+def _local_rows(path: Path, split: str, args: Mapping[str, Any], key: str) -> list[Row]:
+    """A parquet file or a folder, through `datasets` with a cache of its own: nothing is left behind or goes stale."""
+    import datasets
+
+    with tempfile.TemporaryDirectory(prefix="cispo-datasets-") as cache:
+        try:
+            if path.is_dir():
+                found = datasets.load_dataset(str(path), split=split, cache_dir=cache, **args)
+            else:
+                found = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache)
+            return list(found)
+        except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+            reason = error.__cause__ or error
+            raise UserError(f"{key}: cannot read '{path}', split '{split}': {reason}") from error
+
+
+def _hub_rows(source: str, split: str, args: Mapping[str, Any], key: str) -> Iterable[Row]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, split=split, **args)
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{key}: cannot load '{source}', split '{split}', from the hub: {error}") from error
+
+
+def _function_rows(source: str, split: str, args: Mapping[str, Any], key: str) -> Iterator[Row]:
+    function = load_object(source, key)
+    if not callable(function):
+        raise UserError(f"{key}: '{source}' is not a function")
+    parameters = inspect.signature(function).parameters
+    given = {"split": split, **args} if "split" in parameters else dict(args)
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        raise UserError(f"{key}: {source} takes {', '.join(parameters)}: {error}") from error
+    try:
+        values = iter(function(**given))
+        for number in itertools.count():
+            try:
+                value = next(values)
+            except StopIteration:
+                return
+            yield _as_row(value, f"{key}: row {number} of {source}")
+    except UserError:
+        raise
+    # This ran the user's code: whatever it raised is the reason to report.
+    except Exception as error:
+        raise UserError(f"{key}: {source} raised {type(error).__name__}: {error}") from error
+
+
+def _as_row(value: Any, where: str) -> Row:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} is not an object with columns but a {type(value).__name__}")
+    return dict(value)
+
+
+def in_split(problem: str, split: str) -> bool:
+    """Whether a generated problem belongs to a split: a hash of its text puts it in "train" or in every other split.
+
+    Half of all problems are on each side, so that train and held-out problems are disjoint whatever their seeds are.
+    """
+    return hashlib.sha256(problem.encode()).digest()[0] % 2 == (split == "train")
+
+
+def _reasoning_gym_rows(task: str, split: str, args: Mapping[str, Any], key: str) -> Iterator[Row]:
+    """Rows with the columns question and answer, the item's metadata, and what `rewards.gym:score` needs.
+
+    `item` stays as Python made it, since two tasks (arc_agi, rearc) tell tuples from lists when they score.
+    """
+    params = {name: value for name, value in args.items() if name not in ("size", "seed")}
+    size, seed = int(args.get("size", 500)), int(args.get("seed", 0))
+    if not 0 < size <= SEED_STRIDE // 4 or seed < 0:
+        raise UserError(f"{key}: {REASONING_GYM}{task} needs a size of 1 to {SEED_STRIDE // 4} and a seed of 0 or more")
+    # A split holds half of the problems, so four times as many items are enough unless the problems are very few.
+    dataset = reasoning_gym_dataset(task, {**params, "size": 4 * size, "seed": seed * SEED_STRIDE}, key)
+    found = 0
+    for index in range(4 * size):
+        item = dataset[index]
+        if not in_split(item["question"], split):
+            continue
+        own = {"question": item["question"], "answer": item["answer"], "task": task, "params": params, "item": item}
+        yield {**item["metadata"], **own}
+        found += 1
+        if found == size:
+            return
+    raise UserError(f"{key}: {REASONING_GYM}{task} has only {found} problems in split '{split}' among {4 * size} items")
+
+
+def reasoning_gym_dataset(task: str, args: Mapping[str, Any], key: str) -> Any:
+    """reasoning_gym's dataset for a task; UserError when the task or one of its parameters does not exist."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        close = difflib.get_close_matches(task, DATASETS, n=3)
+        hint = f", did you mean {' or '.join(close)}?" if close else f"; there are {len(DATASETS)}, such as chain_sum"
+        raise UserError(f"{key}: reasoning_gym has no task '{task}'{hint}")
+    parameters = list(inspect.signature(DATASETS[task][1]).parameters)
+    for name in args:
+        if name not in parameters:
+            raise UserError(f"{key}: {REASONING_GYM}{task} has no parameter '{name}'; it takes {', '.join(parameters)}")
+    try:
+        return reasoning_gym.create_dataset(task, **args)
+    # A task's config checks itself with assert, and leaves wrong types to fail in a comparison.
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"{key}: {REASONING_GYM}{task} refuses its parameters: {error}") from error
+
+
+def build_prompts(rows: Sequence[Row], template: str | None, key: str) -> list[Prompt]:
+    """One prompt a row; its id is the row's position.
+
+    The messages are the column `messages` if there is one, else `template` filled with the columns as one user message,
+    else the column `prompt` (text or messages). UserError naming the column that is missing or has the wrong type.
+    """
+    return [
+        Prompt(id=index, messages=_messages(row, template, f"{key}: row {index}"), columns=row)
+        for index, row in enumerate(rows)
+    ]
+
+
+def _messages(row: Row, template: str | None, where: str) -> tuple[Message, ...]:
+    if "messages" in row:
+        return _checked_messages(row["messages"], f"{where}: column 'messages'")
+    if template is not None:
+        try:
+            text = template.format_map(row)
+        except KeyError as error:
+            raise UserError(f"{where} has no column {error}, which the template needs; {_available(row)}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserError(f"{where} does not fit the template {template!r}: {error}") from error
+        return ({"role": "user", "content": text},)
+    if "prompt" not in row:
+        raise UserError(f"{where} has no column 'messages' or 'prompt', and there is no template; {_available(row)}")
+    if isinstance(row["prompt"], str):
+        return ({"role": "user", "content": row["prompt"]},)
+    return _checked_messages(row["prompt"], f"{where}: column 'prompt'")
+
+
+def _checked_messages(value: Any, where: str) -> tuple[Message, ...]:
+    messages = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
+        raise UserError(f"{where} must be a list of messages with role and content, not {value!r:.80}")
+    return messages
+
+
+def _available(row: Row) -> str:
+    return f"its columns are {', '.join(map(str, row)) or 'none'}"
+
+
+class PromptSource:
+    """An endless stream of prompts: every epoch is one shuffle that depends on nothing but the seed and the epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
+        assert prompts, "load_rows refuses an empty dataset"
+        self.prompts = prompts
+        self.seed = seed
+        self.shuffle = shuffle
+        self.taken = 0
+        self._epoch, self._order = -1, list[int]()
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next n prompts; they wrap around into the next epoch."""
+        chosen = [self.prompts[self._index(position)] for position in range(self.taken, self.taken + n)]
+        self.taken += n
+        return chosen
+
+    @property
+    def epoch(self) -> float:
+        """How many times the dataset has been gone through."""
+        return self.taken / len(self.prompts)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken, "seed": self.seed, "size": len(self.prompts)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where `state` was taken. UserError if it belongs to another dataset or seed."""
+        for name, here in (("size", len(self.prompts)), ("seed", self.seed)):
+            if state[name] != here:
+                raise UserError(f"the checkpoint's prompts have {name} {state[name]}, this run's have {name} {here}")
+        self.taken = state["taken"]
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.prompts))
+        if epoch != self._epoch:
+            order = list(range(len(self.prompts)))
+            if self.shuffle:
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._epoch, self._order = epoch, order
+        return self._order[offset]

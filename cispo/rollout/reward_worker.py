@@ -1,0 +1,367 @@
+"""The process that reward functions run in, and what it says to the driver (`cispo.rollout.rewards`).
+
+    driver   Setup, Job, Job, ...      ->   worker: calls the functions in its main thread, where signals work
+    driver   <-   Ready, Reply, Reply, ...          a frame is 8 bytes of length and a pickle, over a socket
+
+A call that outlives its limit ends the process, whatever it is stuck in: faulthandler's watchdog is a C thread that
+needs no GIL. The *black box*, a file that the driver holds too, survives the process: its first bytes name the last call,
+and the traceback that the watchdog or a crash wrote follows them. A worker also ends when the driver's end of the socket
+is closed. Nothing heavy is imported here: a worker has to start quickly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import inspect
+import json
+import math
+import os
+import pickle
+import queue
+import random
+import signal
+import socket
+import struct
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cispo.loading import load_object
+from cispo.types import UserError
+
+HEADER = struct.Struct("<Q")
+"""Length of a frame's pickle."""
+LAST_CALL = struct.Struct("<qqq")
+"""Start of the black box: job, function and completion of the last call; completion -1 is the whole group."""
+
+START_SECONDS = 300
+"""Limit for importing the functions, on a busy machine as well."""
+
+Value = tuple[float | None, dict[str, Any]]
+"""What a function gave a completion: a finite number, or None where it does not apply, and extra columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a worker is for."""
+
+    functions: tuple[tuple[str, Mapping[str, Any], str], ...]
+    """(module:name, args, recipe key) of each."""
+    timeout: float
+    """Seconds of one call."""
+    asynchronous: bool
+    """Jobs hold async functions, which share one event loop and run side by side; else they hold plain ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a function takes."""
+
+    name: str
+    group: bool
+    """`completions`, the whole group, instead of one `completion`."""
+    asynchronous: bool
+    columns: frozenset[str] | None
+    """Dataset columns that it takes; None is all of them."""
+    required: frozenset[str]
+    """Columns that it cannot do without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The worker's first answer: what it imported, or the sentence that says why it could not."""
+
+    signatures: tuple[Signature, ...]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One group for some of the functions."""
+
+    id: int
+    prompt_id: int
+    functions: tuple[int, ...]
+    completions: tuple[str, ...]
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A call that gave no usable value."""
+
+    function: int
+    completion: int
+    """-1 for a call with the whole group."""
+    what: str
+    where: str = ""
+    timed_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A job's values [functions of the job][G], or its first failure."""
+
+    id: int
+    values: list[list[Value]]
+    failure: Failure | None = None
+
+
+class BadValue(ValueError):
+    """A function returned what is not a reward; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """An imported reward function with its fixed arguments."""
+
+    call: Callable[..., Any]
+    args: Mapping[str, Any]
+    signature: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a function, with one completion or with the group."""
+
+    function: Function
+    index: int
+    completion: int
+    """-1 for the group."""
+    start: Callable[[], Any]
+    read: Callable[[Any], list[Value]]
+    """Checks what it returned; BadValue if that is no reward."""
+
+    def failure(self, error: BaseException) -> Failure:
+        """What to report of an error that the call raised, with the last line of the function's own file in it."""
+        if isinstance(error, BadValue):
+            return Failure(self.index, self.completion, str(error))
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        frames = traceback.extract_tb(error.__traceback__)
+        code = inspect.unwrap(self.function.call).__code__ if inspect.isfunction(self.function.call) else None
+        frame = next((f for f in reversed(frames) if code and f.filename == code.co_filename), frames[-1])
+        where = f"{Path(frame.filename).name}, line {frame.lineno}"
+        return Failure(self.index, self.completion, f"raised {message:.300}", where)
+
+
+def load_function(path: str, args: Mapping[str, Any], key: str) -> Function:
+    """Imports a reward function and reads its signature; UserError when it cannot be one."""
+    call = load_object(path, key)
+    try:
+        parameters = inspect.signature(call).parameters
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: '{path}' is not a function: {error}") from error
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = {name for name, parameter in parameters.items() if parameter.kind in by_name}
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if len(names & {"completion", "completions"}) != 1:
+        takes = ", ".join(parameters) or "nothing"
+        raise UserError(f"{key}: '{path}' must take completion, or completions for whole groups, but takes {takes}")
+    for name in args:
+        if name not in names and not takes_all:
+            raise UserError(f"{key}: '{path}' has no parameter '{name}'; it takes {', '.join(parameters)}")
+    columns = names - {"completion", "completions", *args}
+    signature = Signature(
+        name=path.rpartition(":")[2],
+        group="completions" in names,
+        asynchronous=inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__),
+        columns=None if takes_all else frozenset(columns),
+        required=frozenset(n for n in columns if parameters[n].default is inspect.Parameter.empty),
+    )
+    return Function(call=call, args=args, signature=signature)
+
+
+def read_value(result: Any) -> Value:
+    """What a function returned for one completion: a number, None, or a tuple of one of these and extra columns."""
+    extra: dict[str, Any] = {}
+    if isinstance(result, tuple):
+        if len(result) != 2 or not isinstance(result[1], Mapping):
+            raise BadValue("returned a tuple that is not (number, dict of extra columns)")
+        # Samples are written as JSON: a number of numpy's or torch's becomes a plain one, anything strange its text.
+        extra = json.loads(json.dumps({str(k): v for k, v in result[1].items()}, default=_plain))
+        result = result[0]
+    if result is None:
+        return None, extra
+    if isinstance(result, str) or not hasattr(result, "__float__"):
+        raise BadValue(f"returned {result!r:.60}, which is not a number but a {type(result).__name__}")
+    if not math.isfinite(value := float(result)):
+        raise BadValue(f"returned {value}")
+    return value, extra
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if hasattr(value, "__float__") else str(value)
+
+
+def read_group(results: Any, size: int) -> list[Value]:
+    """What a function returned for a group of `size` completions: as many results in a list, tuple, array ..."""
+    if isinstance(results, str | Mapping) or not hasattr(results, "__len__") or not hasattr(results, "__iter__"):
+        raise BadValue(f"returned a {type(results).__name__}, not a list of {size} numbers")
+    if len(results) != size:
+        raise BadValue(f"returned {len(results)} values for {size} completions")
+    return [read_value(result) for result in results]
+
+
+class Worker:
+    """Runs jobs: plain functions one call at a time, async ones side by side."""
+
+    def __init__(self, functions: list[Function], timeout: float, connection: socket.socket, black_box: int) -> None:
+        self.functions = functions
+        self.timeout = timeout
+        self.connection = connection
+        self.black_box = black_box
+        self.guarded_at = -math.inf
+
+    def run(self) -> None:
+        """Plain functions, for ever."""
+        jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._start_reading(jobs.put)
+        while True:
+            job = jobs.get()
+            # A function that draws random numbers draws the same ones in whichever worker it runs.
+            random.seed(job.prompt_id)
+            reply = _reply(job, ((self._call(job.id, c) for c in self._calls(job, i)) for i in job.functions))
+            faulthandler.cancel_dump_traceback_later()
+            self.guarded_at = -math.inf
+            send(self.connection, reply)
+
+    async def run_async(self) -> None:
+        """Async functions, for ever."""
+        loop = asyncio.get_running_loop()
+        jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._start_reading(lambda job: loop.call_soon_threadsafe(jobs.put_nowait, job))
+        # An event loop keeps weak references to its tasks only.
+        running = {asyncio.create_task(self._watch_the_loop())}
+        while True:
+            task = asyncio.create_task(self._answer(await jobs.get()))
+            running.add(task)
+            task.add_done_callback(running.discard)
+
+    def _start_reading(self, deliver: Callable[[Job], Any]) -> None:
+        def read() -> None:
+            while True:
+                try:
+                    job = receive(self.connection)
+                except (EOFError, ConnectionError):
+                    # The driver is gone: leave, with whatever processes the functions started.
+                    os.killpg(0, signal.SIGKILL)
+                deliver(job)
+
+        threading.Thread(target=read, daemon=True).start()
+
+    def _calls(self, job: Job, index: int) -> Iterator[Call]:
+        function = self.functions[index]
+        wanted = function.signature.columns
+        arguments = {n: v for n, v in job.columns.items() if wanted is None or n in wanted} | dict(function.args)
+        if function.signature.group:
+            texts = list(job.completions)
+            start = partial(function.call, **arguments | {"completions": texts})
+            yield Call(function, index, -1, start, partial(read_group, size=len(texts)))
+            return
+        for number, text in enumerate(job.completions):
+            start = partial(function.call, **arguments | {"completion": text})
+            yield Call(function, index, number, start, lambda result: [read_value(result)])
+
+    def _call(self, job: int, call: Call) -> list[Value] | Failure:
+        self._guard(job, call)
+        try:
+            return call.read(call.start())
+        # This ran the user's code: whatever it raised is what to report.
+        except (Exception, SystemExit) as error:
+            return call.failure(error)
+
+    async def _call_async(self, call: Call) -> list[Value] | Failure:
+        async def run() -> list[Value] | Failure:
+            try:
+                return call.read(await call.start())
+            # As above, and a function may let the CancelledError of a task of its own escape.
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                return call.failure(error)
+
+        # Not asyncio.timeout: it waits for a function that swallows its cancellation.
+        task = asyncio.create_task(run())
+        await asyncio.wait({task}, timeout=self.timeout)
+        if task.done():
+            return task.result()
+        task.cancel()
+        return Failure(call.index, call.completion, f"did not finish within {self.timeout:g} s", timed_out=True)
+
+    async def _answer(self, job: Job) -> None:
+        calls = [asyncio.gather(*map(self._call_async, self._calls(job, index))) for index in job.functions]
+        send(self.connection, _reply(job, await asyncio.gather(*calls)))
+
+    def _guard(self, job: int, call: Call) -> None:
+        """Notes the call that starts now in the black box, and gives it its time.
+
+        Arming the watchdog costs 60 us, so it is armed 5 % late, and anew only once that margin is used up.
+        """
+        os.pwrite(self.black_box, LAST_CALL.pack(job, call.index, call.completion), 0)
+        margin = 0.05 * self.timeout
+        if time.monotonic() - self.guarded_at > margin:
+            faulthandler.dump_traceback_later(self.timeout + margin, exit=True, file=self.black_box)
+            self.guarded_at = time.monotonic()
+
+    async def _watch_the_loop(self) -> None:
+        """Ends the process when a function blocks the event loop that it shares with all others."""
+        while True:
+            faulthandler.dump_traceback_later(1.25 * self.timeout, exit=True, file=self.black_box)
+            await asyncio.sleep(0.25 * self.timeout)
+
+
+def _reply(job: Job, outcomes: Iterable[Iterable[list[Value] | Failure]]) -> Reply:
+    """The values of all calls [functions][calls], or the first failure; lazy outcomes after it are never computed."""
+    values: list[list[Value]] = []
+    for of_function in outcomes:
+        values.append([])
+        for outcome in of_function:
+            if isinstance(outcome, Failure):
+                return Reply(job.id, [], outcome)
+            values[-1] += outcome
+    return Reply(job.id, values)
+
+
+def main(connection_fd: int, black_box: int) -> None:
+    """Imports the functions, says whether that worked, and takes jobs until the driver is gone."""
+    connection = socket.socket(fileno=connection_fd)
+    setup: Setup = receive(connection)
+    faulthandler.enable(file=black_box)
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=black_box)
+    try:
+        functions = [load_function(*function) for function in setup.functions]
+    except UserError as error:
+        return send(connection, Ready((), str(error)))
+    faulthandler.cancel_dump_traceback_later()
+    send(connection, Ready(tuple(function.signature for function in functions)))
+    worker = Worker(functions, setup.timeout, connection, black_box)
+    if setup.asynchronous:
+        asyncio.run(worker.run_async())
+    else:
+        worker.run()
+
+
+def send(connection: socket.socket, message: Any) -> None:
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    connection.sendall(HEADER.pack(len(body)) + body)
+
+
+def receive(connection: socket.socket) -> Any:
+    """The next message; EOFError when the other end is gone."""
+    body = _receive_exactly(connection, HEADER.unpack(_receive_exactly(connection, HEADER.size))[0])
+    return pickle.loads(body)
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        received = connection.recv_into(view)
+        if received == 0:
+            raise EOFError
+        view = view[received:]
+    return data

@@ -1,0 +1,228 @@
+"""Running reward functions: in processes of their own, with a time limit, several weighted ones, errors accounted for.
+
+    Attempts (prompt, G texts) --> worker processes (`cispo.rollout.reward_worker`) --> G Scores, or None: group dropped
+
+Plain functions run in a pool of workers that take one group at a time. Async ones run in one worker more, whose event
+loop runs the calls of all groups side by side. A worker that a function kills or outstays its time in is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cispo.rollout.reward_worker import (
+    HEADER,
+    LAST_CALL,
+    START_SECONDS,
+    Failure,
+    Job,
+    Ready,
+    Reply,
+    Setup,
+    Signature,
+    Value,
+    receive,
+    send,
+)
+from cispo.types import Prompt, UserError
+
+KEPT_PROBLEMS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFunction:
+    """A term of the reward.
+
+    Example: RewardFunction(fn="rewards.numeric:numeric", weight=0.5, args={"tolerance": 1e-3})
+    """
+
+    fn: str
+    weight: float = 1.0
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments; they go before dataset columns of the same name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempts:
+    """What is scored: the G completions of one prompt, decoded."""
+
+    prompt: Prompt
+    completions: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One completion's reward.
+
+    Example: Score(total=1.1, values={"exact_match": 1.0, "boxed": 1.0}) for weights 1 and 0.1
+    """
+
+    total: float
+    """Weighted sum of `values`."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Each function's value, without its weight; one that does not apply is absent."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Extra columns of all functions; of two with the same name, the later function's."""
+
+
+Scores = list[Score]
+"""[G], in the order of the completions."""
+
+
+class RewardRunner:
+    """Scores groups with the recipe's reward functions.
+
+    `errors` and `timeouts` count failed groups, `seconds` adds up the time spent in `score`, and `problems` holds the
+    sentences of the last failures. Use one runner within one event loop, and close it.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        *,
+        on_error: Literal["raise", "drop_group"] = "raise",
+        timeout: float = 10.0,
+        workers: int = 2,
+        key: str = "reward.functions",
+    ) -> None:
+        """`timeout` is in seconds for one call; `key` is the recipe key of the functions, for error sentences."""
+        assert functions and workers > 0 and timeout > 0
+        self.functions = tuple(functions)
+        self.on_error = on_error
+        self.key = key
+        self.errors = 0
+        self.timeouts = 0
+        self.seconds = 0.0
+        self.problems: list[str] = []
+        self._timeout = timeout
+        self._signatures: tuple[Signature, ...] = ()
+        self._slots = asyncio.Semaphore(workers)
+        self._idle: list[_Worker] = []
+        self._busy: set[_Worker] = set()
+        self._shared: _Worker | None = None
+        self._start_shared = asyncio.Lock()
+        self._one_suspect = asyncio.Lock()
+        self._job_ids = itertools.count()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each function's value is called: its own name, with its module where two have the same."""
+        short = [function.fn.rpartition(":")[2] for function in self.functions]
+        full = [name if short.count(name) == 1 else f.fn for name, f in zip(short, self.functions, strict=True)]
+        return tuple(
+            name if full.count(name) == 1 else f"{name}#{full[:i].count(name) + 1}" for i, name in enumerate(full)
+        )
+
+    def check(self, columns: Collection[str] | None = None) -> None:
+        """Starts a worker, which imports every function, and so finds out what is wrong with them before a run does.
+
+        UserError when one does not import, is no reward function, or needs a column that is not among `columns`.
+        """
+        if not self._signatures:
+            self._idle.append(self._started(asynchronous=False))
+        if columns is not None:
+            self._check_columns(columns, "the dataset")
+
+    async def score(self, groups: Sequence[Attempts]) -> list[Scores | None]:
+        """The scores of each group; None for a group that was dropped because a function failed on it.
+
+        UserError naming function, prompt and error on the first failure instead, if that is what `on_error` says.
+        """
+        started = time.perf_counter()
+        if not self._signatures:
+            await asyncio.to_thread(self.check)
+        outcomes = await asyncio.gather(*map(self._score_group, groups))
+        self.seconds += time.perf_counter() - started
+        for group, outcome in zip(groups, outcomes, strict=True):
+            if isinstance(outcome, Failure):
+                self._account(outcome, group.prompt)
+        return [None if isinstance(outcome, Failure) else outcome for outcome in outcomes]
+
+    def close(self) -> None:
+        """Ends all workers; the runner can be used again, with new ones."""
+        for worker in [*self._idle, *self._busy, *([self._shared] if self._shared else [])]:
+            worker.kill()
+        self._idle.clear()
+        self._busy.clear()
+        self._shared = None
+
+    def _account(self, failure: Failure, prompt: Prompt) -> None:
+        self.timeouts += failure.timed_out
+        self.errors += not failure.timed_out
+        place = f"prompt {prompt.id}" + (f", completion {failure.completion}" if failure.completion >= 0 else "")
+        where = f" ({failure.where})" if failure.where else ""
+        problem = f"reward {self.functions[failure.function].fn} {failure.what} on {place}{where}"
+        self.problems = [*self.problems, problem][-KEPT_PROBLEMS:]
+        if self.on_error == "raise":
+            raise UserError(problem)
+
+    def _check_columns(self, columns: Collection[str], what: str) -> None:
+        for function, signature in zip(self.functions, self._signatures, strict=True):
+            for name in sorted(signature.required - set(columns)):
+                has = ", ".join(map(str, columns)) or "none"
+                raise UserError(f"reward {function.fn} needs a column '{name}', but {what} has {has}")
+
+    async def _score_group(self, group: Attempts) -> Scores | Failure:
+        self._check_columns(group.prompt.columns, f"prompt {group.prompt.id}")
+        plain = [i for i, signature in enumerate(self._signatures) if not signature.asynchronous]
+        others = [i for i, signature in enumerate(self._signatures) if signature.asynchronous]
+        replies = await asyncio.gather(
+            *([self._run_plain(self._job(group, plain))] if plain else []),
+            *([self._run_async(self._job(group, others))] if others else []),
+        )
+        failures = [reply.failure for reply in replies if reply.failure is not None]
+        if failures:
+            return min(failures, key=lambda failure: failure.function)
+        values = [value for reply in replies for value in reply.values]
+        by_function = dict(zip(plain + others, values, strict=True))
+        return [self._total([by_function[i][g] for i in sorted(by_function)]) for g in range(len(group.completions))]
+
+    def _total(self, values: Sequence[Value]) -> Score:
+        named = {name: value for name, (value, _) in zip(self.names, values, strict=True) if value is not None}
+        weights = {name: function.weight for name, function in zip(self.names, self.functions, strict=True)}
+        extra = {name: column for _, columns in values for name, column in columns.items()}
+        return Score(total=sum((weights[n] * value for n, value in named.items()), 0.0), values=named, extra=extra)
+
+    def _job(self, group: Attempts, functions: Sequence[int]) -> Job:
+        taken = [self._signatures[i].columns for i in functions]
+        columns = {
+            name: value
+            for name, value in group.prompt.columns.items()
+            if any(columns is None or name in columns for columns in taken)
+        }
+        return Job(next(self._job_ids), group.prompt.id, tuple(functions), tuple(group.completions), columns)
+
+    async def _run_plain(self, job: Job) -> Reply:
+        async with self._slots:
+            worker = self._idle.pop() if self._idle else await asyncio.to_thread(self._started, asynchronous=False)
+            return await self._run_alone(worker, job)
+
+    async def _run_alone(self, worker: _Worker, job: Job) -> Reply:
+        """The job in a worker that runs nothing else: if the worker dies, it was this job."""
+        self._busy.add(worker)
+        try:
+            reply = await worker.run(job)
+            self._idle.append(worker)
+            return reply
+        except WorkerDied as death:
+            return Reply(job.id, [], death.failure(job))
+        except asyncio.CancelledError:
+            # It is still at work on a job that nobody waits for.
+            worker.kill()
+            raise
+        finally:
+            self._busy.discard(worker)

@@ -1,0 +1,233 @@
+"""Every object that travels between the parts of CISPO, with shapes and one example each.
+
+    Prompt -> Completion -> Turn -> Trajectory -> TrajectoryGroup        the sampling side
+           -> Sample -> MicroBatch -> LossInputs                         the training side
+
+Axis letters: P prompts of a step, G trajectories of a prompt (the group), N = P * G trajectories, S sequences in
+a micro-batch, L tokens of one sequence, T packed tokens of a micro-batch, V vocabulary.
+
+Four log-probabilities, four names, never "old" for two things:
+
+    logprobs          the policy now (learner, with gradient)
+    old_logprobs      the learner before the first update on this batch
+    rollout_logprobs  the engine when it sampled
+    ref_logprobs      a frozen reference policy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Message = Mapping[str, Any]
+
+
+class UserError(ValueError):
+    """Bad input of the user: one sentence that names the key or file. The CLI prints it and exits with code 2."""
+
+
+class FinishReason(str, Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """The policy sampled an end-of-sequence token (it is the last of `token_ids`)."""
+    LENGTH = "length"
+    """`max_tokens` was reached: the completion is truncated."""
+    REPETITION = "repetition"
+    """The repetition stop fired (a run of near-certain tokens, or a repeated pattern)."""
+    ABORT = "abort"
+    """The request was cancelled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One problem of the dataset.
+
+    Example: Prompt(id=7, messages=({"role": "user", "content": "47,03>"},), columns={"answer": "03,47"})
+    """
+
+    id: int
+    """Position in the dataset: the identity that seeds are derived from."""
+    messages: tuple[Message, ...]
+    """What is rendered for the policy."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The dataset row: rewards receive its columns by name."""
+    env: str = "single_turn"
+    """Which environment runs it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepetitionStop:
+    """When a completion is cut for repeating itself.
+
+    Example: RepetitionStop(run_length=3000, probability=0.99) is the rule of MiniMax-M1 (arXiv 2506.13585, section 5):
+    stop after 3,000 consecutive tokens that each had a probability above 0.99.
+    """
+
+    run_length: int = 3000
+    """Tokens in a row above `probability` that stop the completion; 0 switches the rule off."""
+    probability: float = 0.99
+    """A token counts when its probability is strictly above this."""
+    pattern_size: int = 0
+    """Longest repeated pattern, in tokens, that vLLM's own detection looks for; 0 switches it off."""
+    pattern_count: int = 4
+    """How often the pattern must repeat."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How completions are drawn.
+
+    Example: Sampling(max_tokens=16, eos_ids=(2,))
+    """
+
+    max_tokens: int
+    eos_ids: tuple[int, ...]
+    temperature: float = 1.0
+    """0 is greedy. The logprobs of a completion are those of the distribution it was drawn from."""
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition: RepetitionStop = RepetitionStop()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the engine sampled after one prompt, token by token.
+
+    Example: Completion(token_ids=(5, 9, 2), logprobs=(-0.1, -0.7, -0.01), finish_reason=FinishReason.STOP, versions=(3, 3))
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Log-probability of each sampled token under the distribution it was drawn from; finite."""
+    finish_reason: FinishReason
+    versions: tuple[int, int]
+    """Lowest and highest policy version that sampled a token of it."""
+    routed_experts: Any = None
+    """Expert ids per token and layer, where the engine records them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One exchange: the rendered prompt, what the policy answered, what the environment said back."""
+
+    prompt_ids: tuple[int, ...]
+    completion: Completion
+    observation: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One attempt at a prompt.
+
+    Example: Trajectory(group_id=7, index=0, turns=(turn,), text="03,47", reward=1.0, rewards={"exact_match": 1.0})
+    """
+
+    group_id: int
+    index: int
+    """Which of the G attempts."""
+    turns: tuple[Turn, ...]
+    text: str
+    """The last completion, decoded."""
+    reward: float
+    """Weighted sum of `rewards`, plus any shaping."""
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Each reward function's value; one that does not apply is absent."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Columns that reward functions asked to log."""
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.turns[-1].completion.finish_reason
+
+    @property
+    def length(self) -> int:
+        """Sampled tokens over all turns."""
+        return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryGroup:
+    """The G attempts at one prompt."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One training sequence, before packing: prompt and completion with everything the loss needs.
+
+    Example: prompt (4, 5), completion (9, 2) gives token_ids [4, 5, 9, 2] and loss_mask [F, F, T, T].
+    """
+
+    token_ids: Tensor
+    """[L] int64."""
+    loss_mask: Tensor
+    """[L] bool: True where the token was sampled by the policy and is trained on."""
+    rollout_logprobs: Tensor
+    """[L] float32: 0 where loss_mask is False."""
+    advantages: Tensor
+    """[L] float32: per token, so that reward-to-go and GAE need no other type."""
+    group_id: int
+    index: int
+    versions: tuple[int, int] = (0, 0)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """S sequences packed flat for one forward pass; every [T] array shares one index.
+
+    The shift is done once, here: position t holds the input `tokens[t]`, the token to predict `targets[t]`, and the
+    mask, logprobs, advantage and weight of that *target*.
+
+    Example: the Sample above packs into tokens [4, 5, 9], targets [5, 9, 2], loss_mask [F, T, T], cu_seqlens [0, 3].
+    """
+
+    tokens: Tensor
+    """[T] int64."""
+    targets: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64, restarting at 0 with each sequence."""
+    cu_seqlens: Tensor
+    """[S + 1] int32: where each sequence starts; the last is T."""
+    loss_mask: Tensor
+    """[T] bool."""
+    rollout_logprobs: Tensor
+    """[T] float32."""
+    advantages: Tensor
+    """[T] float32."""
+    loss_weights: Tensor
+    """[T] float32: the reduction. The loss is (per_token_loss * loss_weights).sum() over all micro-batches and ranks."""
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossInputs:
+    """What a loss function sees: per-token tensors of one micro-batch, [T] each.
+
+    Values at positions where `mask` is False are arbitrary (NaN included) and must not reach the result.
+    """
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    """What the ratio divides by: the rollout's or the learner's, as `ratio_anchor` says."""
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor
+    ref_logprobs: Tensor | None = None

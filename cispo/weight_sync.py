@@ -1,0 +1,134 @@
+"""How the learner's weights reach the engines of one machine: one safetensors file a version, in shared memory.
+
+    learner: publish_weights(state, folder, version) -> folder/weights-00000007.safetensors
+    engine:  start_weight_update, update_weights({"path": ...}), finish_weight_update     vLLM's own verbs
+
+The engine maps the file and copies each tensor into its parameter, so a version crosses the processes once. The learner
+never imports vLLM: the receiving class is made where vLLM is already loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cispo.types import UserError
+
+TRANSFER_BACKEND = "cispo_shm"
+"""The name of our receiving side in vLLM's registry of weight transfer engines."""
+
+
+def make_weights_folder(run: str) -> Path:
+    """Makes a new folder for one run's weights: in shared memory where there is any, else on disk."""
+    shared = Path("/dev/shm")
+    root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    return Path(tempfile.mkdtemp(prefix=f"cispo-{run}-", dir=root))
+
+
+def remove_weights_folder(folder: str | Path) -> None:
+    """Deletes a run's weights; an engine that still maps them keeps them until it lets go."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish_weights(state: Mapping[str, Tensor], folder: str | Path, version: int) -> Path:
+    """Writes one version of the weights and returns its path; older versions go once it is whole.
+
+    `state` has the names of the checkpoint format; tensors may share memory (tied embeddings) and live anywhere.
+    Raises UserError where the folder cannot hold them.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    path = folder / f"weights-{version:08d}.safetensors"
+    partial = folder / f"partial-{os.getpid()}"
+    try:
+        save_file(_standalone(state), partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write the weights for the engines to {folder}: {error}") from error
+    for old in folder.glob("weights-*.safetensors"):
+        if old != path:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def _standalone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU with a storage each: safetensors refuses tensors that share one."""
+    storages: set[int] = set()
+    result = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def mapped_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a published version, mapped from the file without a copy.
+
+    Raises UserError where the file is gone.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).is_file():
+        raise UserError(f"the published weights {path} do not exist (a newer version replaces an older one)")
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - the file object is not a mapping
+            yield name, file.get_tensor(name)
+
+
+@cache
+def register_transfer_backend() -> None:
+    """Adds our receiving side to vLLM's registry under TRANSFER_BACKEND; a second call does nothing.
+
+    Imports vLLM: only for the process that runs an engine.
+    """
+    from dataclasses import dataclass
+
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        path: str
+
+    class SharedMemoryTransfer(WeightTransferEngine[WeightTransferInitInfo, UpdateInfo]):
+        """Copies a published file into the model's parameters, in place; it keeps nothing between updates."""
+
+        init_info_cls = WeightTransferInitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            pass
+
+        def finish_weight_update(self) -> None:
+            pass
+
+        def shutdown(self) -> None:
+            pass
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            with torch.no_grad():
+                loaded = self.model.load_weights(mapped_weights(update_info.path))
+            missing = {name for name, _ in self.model.named_parameters()} - loaded
+            assert not missing, f"{update_info.path} lacks {sorted(missing)[0]} and {len(missing) - 1} more parameters"
+
+    WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, SharedMemoryTransfer)

@@ -1,0 +1,73 @@
+"""reasoning-gym's own verifiers as a reward, and an imperfect teacher for a warm-up on any of its tasks.
+
+The rows come from the source "reasoning_gym:TASK". Beware of the raw scores: a wrong answer scores 0.01 in countdown,
+and anything below 1 where a task gives partial credit, so that averages of them are not shares of solved problems.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+import reasoning_gym
+
+from cispo.rollout.prompts import load_rows
+from cispo.types import UserError
+
+
+def score(
+    completion: str, task: str, params: Mapping[str, Any], item: Mapping[str, Any], *, partial: bool = False, **_
+) -> float:
+    """1.0 for a right answer and 0.0 for any other.
+
+    With `partial`, the task's partial credit: its score less what no answer (None or an empty one) scores, rescaled to
+    [0, 1]. Columns: `task`, `params` and `item` are on every row of a "reasoning_gym:TASK" source.
+    """
+    verifier = _verifier(task, json.dumps(dict(params), sort_keys=True))
+    value = _raw_score(verifier, completion.strip(), item)
+    if value == 1.0 or not partial:
+        return float(value == 1.0)
+    floor = max(_raw_score(verifier, None, item), _raw_score(verifier, "", item))
+    return max(0.0, (value - floor) / (1.0 - floor)) if floor < 1.0 else 0.0
+
+
+def demonstrations(task: str, size: int, seed: int, noise: float = 0.7, **params: Any) -> Iterator[dict[str, Any]]:
+    """Rows of the task's training split with a column `completion`; a share `noise` of those is wrong in one character.
+
+    The prompt comes from the recipe's template, as it does for "reasoning_gym:TASK".
+    """
+    rows = load_rows(f"reasoning_gym:{task}", "train", {"size": size, "seed": seed, **params}, None, "demonstrations")
+    if not isinstance(rows[0]["answer"], str):
+        raise UserError(f"demonstrations: reasoning_gym:{task} has no single right answer to show")
+    alphabet = sorted({character for row in rows for character in row["answer"]})
+    rng = Random(f"teacher {seed}")
+    for row in rows:
+        wrong = rng.random() < noise
+        yield {**row, "completion": _wrong_answer(row, alphabet, rng) if wrong else row["answer"]}
+
+
+def _wrong_answer(row: Mapping[str, Any], alphabet: list[str], rng: Random) -> str:
+    """The answer with one character replaced by another that occurs in answers, and no longer right."""
+    answer = row["answer"]
+    for _ in range(100):
+        place = rng.randrange(len(answer))
+        candidate = answer[:place] + rng.choice(alphabet) + answer[place + 1 :]
+        if score(candidate, row["task"], row["params"], row["item"]) < 1.0:
+            return candidate
+    raise UserError(f"demonstrations: reasoning_gym:{row['task']} takes any change of the answer {answer!r} for right")
+
+
+@lru_cache(maxsize=16)
+def _verifier(task: str, params: str) -> Any:
+    return reasoning_gym.create_dataset(task, **{**json.loads(params), "size": 1, "seed": 0})
+
+
+def _raw_score(verifier: Any, answer: str | None, item: Mapping[str, Any]) -> float:
+    try:
+        return float(verifier.score_answer(answer, item))
+    # Some verifiers fail on an answer that they cannot read instead of scoring it 0.
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError):
+        return 0.0

@@ -1,0 +1,214 @@
+"""Losses against numbers worked by hand, and the invariants that any policy-gradient loss must keep; all in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cispo.algorithms.losses import LossFn, cispo, clipped_surrogate, negative_log_likelihood
+from cispo.types import LossInputs
+
+INF = float("inf")
+
+
+def inputs(new: list[float], old: list[float], advantages: list[float], mask: list[bool] | None = None) -> LossInputs:
+    """Per-token probabilities as loss inputs; logprobs carry a gradient."""
+    logprobs = torch.tensor(new, dtype=torch.float64).log().requires_grad_()
+    before = torch.tensor(old, dtype=torch.float64).log()
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=before,
+        rollout_logprobs=before,
+        advantages=torch.tensor(advantages, dtype=torch.float64),
+        mask=torch.ones(len(new), dtype=torch.bool) if mask is None else torch.tensor(mask),
+        cu_seqlens=torch.tensor([0, len(new)], dtype=torch.int32),
+    )
+
+
+def gradient(loss: LossFn, x: LossInputs, weights: Tensor | float = 1.0, **settings: float | None) -> Tensor:
+    """d(sum of weighted loss) / d logprobs."""
+    value = (loss(x, **settings).loss * weights).sum()
+    (grad,) = torch.autograd.grad(value, x.logprobs)
+    assert bool(grad.isfinite().all())
+    return grad
+
+
+# One token, p .01 -> .12, A = +1: the case of a rare word whose probability the first update raised twelvefold.
+@pytest.mark.parametrize(
+    ("cap", "expected_gradient", "expected_loss"),
+    [(5, -5, 10.6013177), (1.28, -1.28, 2.7139373), (4, -4, 8.4810541), (6, -6, 12.7215816), (INF, -12, 25.4431624)],
+)
+def test_cispo_single_token(cap: float, expected_gradient: float, expected_loss: float):
+    x = inputs([0.12], [0.01], [1.0])
+    assert gradient(cispo, x, ratio_max=cap).item() == pytest.approx(expected_gradient, rel=1e-12)
+    assert cispo(x, ratio_max=cap).loss.item() == pytest.approx(expected_loss, abs=5e-7)
+
+
+@pytest.mark.parametrize(("high", "loss"), [(0.2, -1.2), (0.28, -1.28)])
+def test_clipped_surrogate_drops_the_single_token(high: float, loss: float):
+    x = inputs([0.12], [0.01], [1.0])
+    assert gradient(clipped_surrogate, x, clip_low=0.2, clip_high=high).item() == 0
+    output = clipped_surrogate(x, clip_low=0.2, clip_high=high)
+    assert output.loss.item() == pytest.approx(loss, rel=1e-12)
+    assert output.weight.item() == 0
+
+
+def test_negative_advantage_single_token():
+    x = inputs([0.12], [0.01], [-1.0])
+    assert gradient(cispo, x, ratio_max=5).item() == pytest.approx(5)
+    assert gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2).item() == pytest.approx(12)
+
+
+def test_token_mask_of_equation_7():
+    x = inputs([0.12], [0.01], [1.0])
+    output = cispo(x, ratio_max=5, mask_high=1.28)
+    assert output.loss.item() == 0 and gradient(cispo, x, ratio_max=5, mask_high=1.28).item() == 0
+    # The other side of the mask: a token whose probability fell is dropped only where its advantage is negative.
+    fell = inputs([0.1, 0.1], [0.2, 0.2], [1.0, -1.0])
+    assert gradient(cispo, fell, ratio_max=5, mask_low=0.8).tolist() == pytest.approx([-0.5, 0])
+
+
+# One prompt, two completions of 2 and 3 tokens, A = [+1, -1]; ratios [12, 1.2], [.5, .5, 1].
+BATCH = inputs([0.12, 0.6, 0.1, 0.25, 0.9], [0.01, 0.5, 0.2, 0.5, 0.9], [1, 1, -1, -1, -1])
+SEQUENCE_MEAN = torch.tensor([0.25, 0.25, 1 / 6, 1 / 6, 1 / 6], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "total", "token_mean", "sequence_mean", "grads"),
+    [
+        (0, 5, 9.264508, 1.852902, 2.478610, [-1.0, -0.24, 0.1, 0.1, 0.2]),
+        (0, 1.2, 1.207507, 0.241501, 0.464360, [-0.24, -0.24, 0.1, 0.1, 0.2]),
+        (0.8, 1.2, 0.100843, 0.020169, 0.279916, [-0.24, -0.24, 0.16, 0.16, 0.2]),
+        (0, INF, 24.106353, 4.821271, 6.189072, [-2.4, -0.24, 0.1, 0.1, 0.2]),
+    ],
+)
+def test_two_sequence_batch(low: float, high: float, total: float, token_mean: float, sequence_mean: float, grads: list):
+    loss = cispo(BATCH, ratio_min=low, ratio_max=high).loss
+    assert loss.sum().item() == pytest.approx(total, abs=5e-7)
+    assert loss.mean().item() == pytest.approx(token_mean, abs=5e-7)
+    assert (loss * SEQUENCE_MEAN).sum().item() == pytest.approx(sequence_mean, abs=5e-7)
+    assert gradient(cispo, BATCH, 0.2, ratio_min=low, ratio_max=high).tolist() == pytest.approx(grads, abs=1e-12)
+
+
+def test_clipped_surrogate_on_the_batch():
+    # 1.19 instead of 1.2: the bound itself is a kink, where rounding decides.
+    x = inputs([0.12, 0.595, 0.1, 0.25, 0.9], [0.01, 0.5, 0.2, 0.5, 0.9], [1, 1, -1, -1, -1])
+    got = gradient(clipped_surrogate, x, 0.2, clip_low=0.2, clip_high=0.2)
+    assert got.tolist() == pytest.approx([0, -0.238, 0, 0, 0.2], abs=1e-12)
+
+
+def test_mismatch_anchors():
+    """mu .008, old .01, new .12: the old anchor gives ratio 12, the rollout anchor 15; both are capped at 5."""
+    assert cispo(inputs([0.12], [0.01], [1.0]), ratio_max=INF).ratio.item() == pytest.approx(12)
+    rollout = cispo(inputs([0.12], [0.008], [1.0]), ratio_max=5)
+    assert rollout.ratio.item() == pytest.approx(15) and rollout.weight.item() == 5
+
+
+probabilities = st.floats(0.001, 0.999)
+batches = st.lists(st.tuples(probabilities, probabilities, st.floats(-3, 3)), min_size=1, max_size=20)
+
+
+def from_rows(rows: list[tuple[float, float, float]]) -> LossInputs:
+    return inputs([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows])
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches, st.floats(1, 10))
+def test_cispo_gradient_is_the_capped_weight_times_the_advantage(rows: list, cap: float):
+    x = from_rows(rows)
+    ratio = (x.logprobs - x.old_logprobs).exp().detach()
+    expected = -ratio.clamp(max=cap) * x.advantages
+    got = gradient(cispo, x, ratio_max=cap)
+    assert torch.allclose(got, expected, rtol=1e-12, atol=0)
+    assert bool(((got == 0) == (x.advantages == 0)).all()), "no token with an advantage may lose its gradient"
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches)
+def test_on_policy_all_losses_have_the_same_gradient(rows: list):
+    x = from_rows([(new, new, advantage) for new, _, advantage in rows])
+    plain = -x.advantages
+    for got in (
+        gradient(cispo, x, ratio_max=1.0),
+        gradient(cispo, x, ratio_max=5.0),
+        gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2),
+    ):
+        assert torch.allclose(got, plain, rtol=1e-12, atol=0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches)
+def test_unified_form_is_ppo(rows: list):
+    """Eq. 6-7 with the weight clip off and PPO's epsilons in the mask is PPO's gradient, token by token."""
+    x = from_rows(rows)
+    ratio = (x.logprobs - x.old_logprobs).exp()
+    if bool((((ratio - 1.2).abs() < 1e-9) | ((ratio - 0.8).abs() < 1e-9)).any()):
+        return
+    unified = gradient(cispo, x, ratio_max=INF, mask_low=0.8, mask_high=1.2)
+    ppo = gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2)
+    assert torch.allclose(unified, ppo, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches, st.floats(0.1, 10))
+def test_gradient_scales_with_the_advantages(rows: list, factor: float):
+    x = from_rows(rows)
+    scaled = replace(x, advantages=x.advantages * factor)
+    assert torch.allclose(gradient(cispo, scaled, ratio_max=5), gradient(cispo, x, ratio_max=5) * factor, rtol=1e-12)
+
+
+def test_cispo_gradient_matches_finite_differences_of_the_frozen_weight_loss():
+    x = BATCH
+    weight = cispo(x, ratio_max=5).weight
+    step = 1e-6
+    for t in range(5):
+        moved = [x.logprobs.detach().clone() for _ in range(2)]
+        moved[0][t] -= step
+        moved[1][t] += step
+        low, high = ((-weight * x.advantages * lp).sum().item() for lp in moved)
+        assert gradient(cispo, x, ratio_max=5)[t].item() == pytest.approx((high - low) / (2 * step), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [(cispo, {"ratio_max": 5.0}), (clipped_surrogate, {"clip_low": 0.2, "clip_high": 0.2}), (negative_log_likelihood, {})],
+)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_masked_values_do_not_leak(loss: LossFn, settings: dict, poison: float):
+    clean = inputs([0.12, 0.6, 0.3], [0.01, 0.5, 0.3], [1.0, -1.0, 1.0])
+    kept = gradient(loss, clean, **settings)
+    logprobs = torch.cat([clean.logprobs.detach(), torch.tensor([poison, poison])]).requires_grad_()
+    bad = torch.full((2,), poison, dtype=torch.float64)
+    poisoned = LossInputs(
+        logprobs=logprobs,
+        old_logprobs=torch.cat([clean.old_logprobs, bad]),
+        rollout_logprobs=torch.cat([clean.rollout_logprobs, bad]),
+        advantages=torch.cat([clean.advantages, bad]),
+        mask=torch.tensor([True, True, True, False, False]),
+        cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+    )
+    output = loss(poisoned, **settings)
+    assert output.loss[3:].tolist() == [0, 0] and output.weight[3:].tolist() == [0, 0]
+    assert torch.equal(gradient(loss, poisoned, **settings), torch.cat([kept, torch.zeros(2, dtype=torch.float64)]))
+
+
+def test_extreme_ratios_stay_finite_and_keep_their_gradient():
+    x = inputs([1.0, 1e-300], [1e-300, 1.0], [1.0, -1.0])
+    got = gradient(cispo, x, ratio_max=5)
+    assert got[0].item() == -5 and 0 < got[1].item() < 1e-8
+
+
+def test_each_loss_has_a_gradient_of_its_own_on_the_batch():
+    grads = [
+        gradient(cispo, BATCH, ratio_max=5),
+        gradient(cispo, BATCH, ratio_max=1.2, ratio_min=0.8),
+        gradient(clipped_surrogate, BATCH, clip_low=0.2, clip_high=0.2),
+        gradient(negative_log_likelihood, BATCH),
+    ]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(grads) for b in grads[:i])

@@ -1,0 +1,109 @@
+"""Packing: the shift, the reductions, and that nothing depends on order, budget or ranks."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cispo.algorithms import Reduction
+from cispo.packing import demonstration, pack, reduction_weights, to_samples
+from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
+
+
+def sample(group: int, index: int, prompt: int, completion: int, advantage: float = 1.0) -> Sample:
+    """A sample whose tokens say where they are from."""
+    base = 10_000 * group + 100 * index
+    ids = tuple(range(base, base + prompt + completion))
+    turn = Turn(
+        prompt_ids=ids[:prompt],
+        completion=Completion(
+            token_ids=ids[prompt:],
+            logprobs=tuple(-0.01 * (t % 100) for t in ids[prompt:]),
+            finish_reason=FinishReason.STOP,
+            versions=(0, 0),
+        ),
+    )
+    trajectory = Trajectory(group_id=group, index=index, turns=(turn,), text="", reward=0.0)
+    prompt_object = Prompt(id=group, messages=())
+    return to_samples(TrajectoryGroup(prompt=prompt_object, trajectories=(trajectory,)), torch.tensor([advantage]))[0]
+
+
+def test_the_shift():
+    (column,) = pack([sample(0, 0, 2, 2, 0.5)], reduction="token", max_tokens=8, tokens_per_micro_batch=64)
+    (mb,) = column
+    assert mb.tokens.tolist() == [0, 1, 2] and mb.targets.tolist() == [1, 2, 3]
+    assert mb.loss_mask.tolist() == [False, True, True]
+    assert mb.rollout_logprobs.tolist() == pytest.approx([0, -0.02, -0.03])
+    assert mb.advantages.tolist() == [0, 0.5, 0.5] and mb.loss_weights.tolist() == [0, 0.5, 0.5]
+    assert mb.positions.tolist() == [0, 1, 2] and mb.cu_seqlens.tolist() == [0, 3]
+
+
+def test_reductions_by_hand():
+    """Prompt 0 has 10 tokens of loss 1, prompt 1 has 30 of loss 0: the token mean is .25, the prompt mean .5."""
+    samples = [sample(0, 0, 1, 10), sample(1, 0, 1, 20), sample(1, 1, 1, 10)]
+    losses = [1.0, 0.0, 0.0]
+
+    def reduced(reduction: Reduction) -> float:
+        weights = reduction_weights(samples, reduction, max_tokens=50)
+        return sum(w * s.num_loss_tokens * loss for w, s, loss in zip(weights, samples, losses, strict=True))
+
+    assert reduced("token") == pytest.approx(0.25)
+    assert reduced("prompt") == pytest.approx(0.5)
+    assert reduced("sequence") == pytest.approx(1 / 3)
+    assert reduced("constant") == pytest.approx(10 / 150)
+
+
+REDUCTIONS: list[Reduction] = ["token", "prompt", "sequence", "constant"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=24),
+    st.sampled_from(REDUCTIONS),
+    st.integers(8, 64),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
+)
+def test_every_token_keeps_its_weight(shapes: list, reduction: Reduction, budget: int, ranks: int, rng: random.Random):
+    """Whatever the order, budget and ranks: the same tokens with the same weights, within the budget."""
+    samples = [sample(group, number, prompt, completion) for number, (group, prompt, completion) in enumerate(shapes)]
+
+    def weight_by_token(given: list[Sample], budget: int, ranks: int) -> dict[int, float]:
+        columns = pack(given, reduction=reduction, max_tokens=32, tokens_per_micro_batch=budget, ranks=ranks)
+        assert len(columns) == ranks
+        found: dict[int, float] = {}
+        for mb in (mb for column in columns for mb in column):
+            assert len(mb.tokens) <= budget or len(mb.cu_seqlens) == 2
+            assert int(mb.cu_seqlens[-1]) == len(mb.tokens)
+            kept = mb.loss_mask.nonzero()[:, 0].tolist()
+            assert bool((mb.loss_weights[~mb.loss_mask] == 0).all())
+            found |= {int(mb.targets[t]): float(mb.loss_weights[t]) for t in kept}
+        return found
+
+    whole = weight_by_token(samples, 10_000, 1)
+    assert len(whole) == sum(completion for _, _, completion in shapes)
+    shuffled = list(samples)
+    rng.shuffle(shuffled)
+    assert weight_by_token(shuffled, budget, ranks) == whole
+
+
+def test_ranks_are_balanced():
+    rng = random.Random(0)
+    samples = [sample(0, i, 4, rng.randint(1, 60)) for i in range(64)]
+    columns = pack(samples, reduction="token", max_tokens=64, tokens_per_micro_batch=512, ranks=4)
+    loads = [sum(len(mb.tokens) for mb in column) for column in columns]
+    assert max(loads) - min(loads) <= 64
+
+
+def test_a_rank_may_have_nothing():
+    columns = pack([sample(0, 0, 2, 3)], reduction="token", max_tokens=8, tokens_per_micro_batch=64, ranks=2)
+    assert [len(column) for column in columns] == [1, 0]
+
+
+def test_demonstration():
+    s = demonstration([5, 6], [7, 2], 3)
+    assert s.token_ids.tolist() == [5, 6, 7, 2] and s.loss_mask.tolist() == [False, False, True, True]

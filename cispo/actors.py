@@ -57,6 +57,9 @@ class LocalRuntime:
     """Everything in this process."""
 
     def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
         self._handles: list[_LocalHandle] = []
 
     async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
@@ -135,13 +138,12 @@ class RayRuntime:
         self._ray = ray
         self._actors: list[Any] = []
         if not ray.is_initialized():
-            size = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": max(os.cpu_count() or 1, processes)}
             ray.init(
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=False,
-                **size,
+                num_cpus=None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, processes),
             )
 
     async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.types import Completion, MicroBatch, Prompt, RepetitionStop, Sample, Sampling, UserError
+from cispo.weight_sync import make_weights_folder, remove_weights_folder
 
 # More sequences than this at once gain nothing on one engine and cost cache memory.
 _MAX_SEQUENCES = 512
@@ -76,11 +78,12 @@ def sampling_of(recipe: Recipe, renderer: Renderer) -> Sampling:
     )
 
 
-def rewards_of(recipe: Recipe) -> RewardRunner:
+def rewards_of(recipe: Recipe, prompts: Sequence[Prompt]) -> RewardRunner:
+    """The reward functions, imported and found to fit the columns of the prompts."""
     assert recipe.reward is not None
     terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in recipe.reward.functions]
     runner = RewardRunner(terms, on_error=recipe.reward.on_error, timeout=recipe.reward.timeout)
-    runner.check()
+    runner.check(columns=prompts[0].columns)
     return runner
 
 
@@ -164,7 +167,9 @@ class Workers:
         )
         return [completion for answer in answers for completion in answer]
 
-    async def update(self, columns: Sequence[Sequence[MicroBatch]], algorithm: Algorithm, lr: float) -> list[UpdateResult]:
+    async def update(
+        self, columns: Sequence[Sequence[MicroBatch]], algorithm: Algorithm, lr: float
+    ) -> list[UpdateResult]:
         """One optimizer step: rank r trains on columns[r]."""
         return await asyncio.gather(
             *(
@@ -188,17 +193,6 @@ class Workers:
 
     async def save(self, folder: Path) -> None:
         await self.learners[0].call("save", str(folder))
-
-def workers_of(
-    recipe: Recipe, runtime: Runtime, learners: list[Handle], engines: list[Handle], shared: Path
-) -> Workers:
-    return Workers(
-        runtime=runtime,
-        learners=learners,
-        engines=engines,
-        weights_folder=str(shared),
-        group_size=recipe.rollout.group_size,
-    )
 
 
 def make_runtime(recipe: Recipe, *, learners: bool = True, engines: bool = True) -> Runtime:
@@ -231,7 +225,7 @@ async def start_learners(recipe: Recipe, runtime: Runtime, folder: str) -> list[
 
 async def start_engines(recipe: Recipe, runtime: Runtime, folder: str) -> list[Handle]:
     rollout = recipe.rollout
-    device, gpus = _device(recipe)
+    _, gpus = _device(recipe)
     sequences = math.ceil(rollout.prompts_per_step / rollout.engines) * rollout.group_size
     return await asyncio.gather(
         *(
@@ -242,7 +236,6 @@ async def start_engines(recipe: Recipe, runtime: Runtime, folder: str) -> list[H
                 name=f"engine-{number}",
                 gpus=gpus * rollout.tensor_parallel,
                 dtype=recipe.policy.dtype,
-                device=device,
                 max_context=rollout.max_context,
                 max_sequences=min(sequences, _MAX_SEQUENCES),
                 tensor_parallel=rollout.tensor_parallel,
@@ -251,3 +244,36 @@ async def start_engines(recipe: Recipe, runtime: Runtime, folder: str) -> list[H
             for number in range(rollout.engines)
         )
     )
+
+
+@contextlib.asynccontextmanager
+async def running_workers(
+    recipe: Recipe, policy: str, *, engines: bool = True, learners: bool = True
+) -> AsyncIterator[tuple[Workers, asyncio.Task[list]]]:
+    """Learners, and engines that start in the background meanwhile; all of them end with the block."""
+    runtime = make_runtime(recipe, learners=learners, engines=engines)
+    starting: asyncio.Task[list] | None = None
+    shared = make_weights_folder(recipe.name)
+    try:
+        workers = Workers(
+            runtime=runtime,
+            learners=[],
+            engines=[],
+            weights_folder=str(shared),
+            group_size=recipe.rollout.group_size,
+        )
+        starting = asyncio.create_task(start_engines(recipe, runtime, policy) if engines else _none())
+        if learners:
+            workers.learners = await start_learners(recipe, runtime, policy)
+        yield workers, starting
+    finally:
+        if starting is not None:
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await starting
+        runtime.close()
+        remove_weights_folder(shared)
+
+
+async def _none() -> list:
+    return []

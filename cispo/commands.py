@@ -18,16 +18,13 @@ from cispo.assemble import (
     algorithm_of,
     check_same_shape,
     demonstrations_of,
-    make_runtime,
     policy_folder,
     prompts_of,
     renderer_of,
     rewards_of,
+    running_workers,
     sampling_of,
     seed_of,
-    start_engines,
-    start_learners,
-    workers_of,
 )
 from cispo.config import Recipe, dump_yaml, load_recipe, need
 from cispo.controller import Controller, warm_up
@@ -36,12 +33,10 @@ from cispo.policies.base import load_policy, save_policy
 from cispo.report import learning_curve, summary
 from cispo.rollout.prompts import PromptSource
 from cispo.rollout.renderer import Renderer, load_tokenizer
-from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import roll_out
 from cispo.runfolder import RunLog, check_checkpoint, create_run_folder, save_checkpoint
 from cispo.screen import Screen
 from cispo.types import Prompt, Sample, UserError
-from cispo.weight_sync import weights_folder
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
@@ -79,12 +74,12 @@ class _Run:
             _check_model(recipe.policy.model)
         self.algorithm: Algorithm = algorithm_of(recipe)
         self.renderer: Renderer = renderer_of(recipe)
-        self.rewards: RewardRunner | None = rewards_of(recipe) if recipe.reward else None
-        self.prompts = prompts_of(recipe.data, "data", self.renderer, recipe) if recipe.data else []
-        self.held_out = prompts_of(recipe.eval, "eval", self.renderer, recipe) if recipe.eval else []
         self.demonstrations: list[Sample] = (
             demonstrations_of(recipe.sft.data, self.renderer, recipe) if recipe.sft else []
         )
+        self.prompts = prompts_of(recipe.data, "data", self.renderer, recipe) if recipe.data else []
+        self.held_out = prompts_of(recipe.eval, "eval", self.renderer, recipe) if recipe.eval else []
+        self.rewards = rewards_of(recipe, self.prompts) if recipe.reward and self.prompts else None
 
     def open(self) -> None:
         """Makes the run folder and the first policy."""
@@ -101,7 +96,7 @@ class _Run:
         assert self.rewards is not None
         log = RunLog(self.folder)
         with self.screen, contextlib.closing(log), contextlib.closing(self.rewards):
-            async with _workers(recipe, self.folder, self.policy, engines=True) as (workers, engines):
+            async with running_workers(recipe, self.policy) as (workers, engines):
                 if recipe.sft:
                     await self._warm_up(workers)
                 workers.engines = await engines
@@ -127,12 +122,17 @@ class _Run:
     async def sft(self) -> None:
         recipe = self.recipe
         with self.screen:
-            async with _workers(recipe, self.folder, self.policy, engines=False) as (workers, _):
+            async with running_workers(recipe, self.policy, engines=False) as (workers, _):
                 await self._warm_up(workers)
                 draft = self.folder / ".policy"
                 await workers.save(draft)
                 checkpoint = save_checkpoint(
-                    self.folder, recipe.sft.steps if recipe.sft else 0, {"recipe": recipe.name}, draft, self.renderer.save, 1
+                    self.folder,
+                    recipe.sft.steps if recipe.sft else 0,
+                    {"recipe": recipe.name},
+                    draft,
+                    self.renderer.tokenizer.save_pretrained,
+                    1,
                 )
         self.screen.print(f"policy: {checkpoint}")
 
@@ -152,32 +152,6 @@ class _Run:
         saved = sorted((self.folder / "checkpoints").glob("step_*"))
         if saved:
             self.screen.print(f"checkpoint:     {saved[-1]}")
-
-
-@contextlib.asynccontextmanager
-async def _workers(
-    recipe: Recipe, folder: Path, policy: str, *, engines: bool, learners: bool = True
-) -> AsyncIterator[tuple[Workers, asyncio.Task[list]]]:
-    """Learners, and engines that start in the background meanwhile; all of them end with the block."""
-    runtime = make_runtime(recipe, learners=learners, engines=engines)
-    starting: asyncio.Task[list] | None = None
-    try:
-        with weights_folder(folder) as shared:
-            workers = workers_of(recipe, runtime, [], [], shared)
-            starting = asyncio.create_task(start_engines(recipe, runtime, policy) if engines else _nothing())
-            if learners:
-                workers.learners = await start_learners(recipe, runtime, policy)
-            yield workers, starting
-    finally:
-        if starting is not None:
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await starting
-        runtime.close()
-
-
-async def _nothing() -> list:
-    return []
 
 
 def _check_model(model: str) -> None:
@@ -204,9 +178,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
     need(recipe, "eval", "reward")
     policy = _chosen_policy(recipe, checkpoint)
     renderer = renderer_of(recipe)
-    rewards = rewards_of(recipe)
     assert recipe.eval is not None
     prompts = prompts_of(recipe.eval, "eval", renderer, recipe)
+    rewards = rewards_of(recipe, prompts)
 
     async def run() -> dict[str, float]:
         async with _engines_only(recipe, policy) as workers:
@@ -228,7 +202,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
 
 @contextlib.asynccontextmanager
 async def _engines_only(recipe: Recipe, policy: str) -> AsyncIterator[Workers]:
-    async with _workers(recipe, Path(policy), policy, engines=True, learners=False) as (workers, engines):
+    async with running_workers(recipe, policy, learners=False) as (workers, engines):
         workers.engines = await engines
         yield workers
 
@@ -240,7 +214,9 @@ def generate(
     if not prompt:
         raise UserError("generate needs --prompt TEXT")
     recipe = load_recipe(path, overrides)
-    recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"prompts_per_step": 1, "group_size": number})})
+    recipe = recipe.model_copy(
+        update={"rollout": recipe.rollout.model_copy(update={"prompts_per_step": 1, "group_size": number})}
+    )
     wrong = [c for c in columns if "=" not in c]
     if wrong:
         raise UserError(f"--column {wrong[0]!r} is not of the form NAME=VALUE")
@@ -248,7 +224,7 @@ def generate(
     renderer = renderer_of(recipe)
     row = dict(c.split("=", 1) for c in columns)
     asked = Prompt(id=0, messages=({"role": "user", "content": prompt},), columns=row)
-    rewards = rewards_of(recipe) if recipe.reward and row else RewardRunner([])
+    rewards = rewards_of(recipe, [asked]) if recipe.reward and row else None
 
     async def run() -> None:
         async with _engines_only(recipe, policy) as workers:
@@ -270,8 +246,11 @@ def generate(
             table.add_row(*cells, *([f"{t.reward:g}"] if row else []))
         Screen().console.print(table)
 
-    with contextlib.closing(rewards):
+    try:
         asyncio.run(run())
+    finally:
+        if rewards is not None:
+            rewards.close()
 
 
 def export(checkpoint: Path, to: Path, dtype: str) -> None:

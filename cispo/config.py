@@ -327,7 +327,10 @@ def _check(recipe: Recipe, where: str) -> None:
             policy.model is not None and policy.config is not None,
             "policy.model and policy.config exclude each other: start from weights or from a shape",
         ),
-        (policy.model is None and policy.tokenizer is None, "policy.tokenizer is needed where there is no policy.model"),
+        (
+            policy.model is None and policy.tokenizer is None,
+            "policy.tokenizer is needed where there is no policy.model",
+        ),
         (
             rollout.top_p != 1 or rollout.top_k != 0 or rollout.min_p != 0,
             "rollout.top_p, top_k and min_p must stay 1, 0 and 0: truncated sampling makes the importance ratio wrong",

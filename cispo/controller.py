@@ -195,7 +195,7 @@ class Controller:
         draft = self.log.folder / ".policy"
         await self.workers.save(draft)
         facts = {"version": self.version, "updates": self.updates, "recipe": self.recipe.name}
-        return save_checkpoint(self.log.folder, step, facts, draft, self.renderer.save, self.recipe.train.keep)
+        return save_checkpoint(self.log.folder, step, facts, draft, self.renderer.tokenizer.save_pretrained, self.recipe.train.keep)
 
     def metrics(self, rollouts: Rollouts, results: Sequence[Sequence[UpdateResult]]) -> dict[str, float]:
         metrics = rollout_metrics(rollouts.groups, version=self.version) | group_metrics(rollouts.groups)
@@ -214,12 +214,12 @@ class Controller:
             "adv/std": float(tokens["advantages"].double().std(correction=0)),
             "learner/tokens": len(tokens["advantages"]),
             "learner/lr": self._last["learner/lr"],
-            "learner/loss": sum(r.loss for r in results[-1]),
         }
         if norms:
+            metrics["learner/loss"] = sum(r.batch.loss for r in results[-1])
             metrics["learner/grad_norm"] = sum(norms) / len(norms)
         if self.recipe.learner.router_aux_coef > 0:
-            metrics["learner/router_aux_loss"] = sum(r.aux_loss for r in results[-1])
+            metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in results[-1])
         return metrics
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
@@ -248,7 +248,7 @@ async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], l
         started = time.perf_counter()
         results = await workers.update(columns, _SFT, lr)
         speed = sum(mb.tokens.numel() for column in columns for mb in column) / (time.perf_counter() - started)
-        loss = sum(r.loss for r in results)
+        loss = sum(r.batch.loss for r in results)
         if not results[0].taken:
             raise UserError(f"sft: the gradient of step {step} is not finite; sft.lr {keys.lr} is too high")
         log.metrics(step, {"sft/loss": loss, "sft/grad_norm": results[0].grad_norm, "sft/tokens_per_s": speed})
@@ -259,5 +259,5 @@ async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], l
 
 def _merged(results: Sequence[Sequence[UpdateResult]]) -> dict[str, Tensor]:
     """Per-token values of all ranks and updates in one tensor a name."""
-    parts = [result.tokens for ranks in results for result in ranks if result.tokens]
+    parts = [result.batch.tokens for ranks in results for result in ranks if result.batch.tokens]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

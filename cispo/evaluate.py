@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from cispo.metrics import pass_at_k
-from cispo.rollout.rollout import Generate, roll_out
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
+from cispo.rollout.rollout import Generate, roll_out
 from cispo.types import Prompt, Sampling, Trajectory, TrajectoryGroup
 
 

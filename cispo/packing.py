@@ -100,7 +100,9 @@ def pack(
     order by length allows. A sample longer than the budget has a micro-batch of its own. A rank may get none.
     """
     weights = reduction_weights(samples, reduction, max_tokens=max_tokens)
-    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i].token_ids), samples[i].group_id, samples[i].index))
+    order = sorted(
+        range(len(samples)), key=lambda i: (-len(samples[i].token_ids), samples[i].group_id, samples[i].index)
+    )
     columns: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for i in order:
@@ -108,7 +110,10 @@ def pack(
         columns[rank].append(i)
         load[rank] += len(samples[i].token_ids) - 1
     return [
-        [_flatten([samples[i] for i in bin], [weights[i] for i in bin]) for bin in _bins(column, samples, tokens_per_micro_batch)]
+        [
+            _flatten([samples[i] for i in bin], [weights[i] for i in bin])
+            for bin in _bins(column, samples, tokens_per_micro_batch)
+        ]
         for column in columns
     ]
 

@@ -1,7 +1,7 @@
 """The run folder: what a run leaves behind, and how it is written.
 
-    runs/<name>/recipe.yaml  metrics.jsonl  events.out.tfevents.*  samples/step_000010.parquet
-                checkpoints/step_000120/  learning_curve.png
+runs/<name>/recipe.yaml  metrics.jsonl  events.out.tfevents.*  samples/step_000010.parquet
+            checkpoints/step_000120/  learning_curve.png
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, facts: Mapping[str, Any], policy: Path, save_tokenizer: Callable[[Path], None], keep: int
+    folder: Path, step: int, facts: Mapping[str, Any], policy: Path, save_tokenizer: Callable[[Path], object], keep: int
 ) -> Path:
     """Writes checkpoints/step_NNNNNN whole or not at all, then drops the oldest beyond `keep`.
 

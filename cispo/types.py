@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class UserError(ValueError):
     """Bad input of the user: one sentence that names the key or file. The CLI prints it and exits with code 2."""
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a completion ended."""
 
     STOP = "stop"
@@ -100,7 +100,7 @@ class Sampling:
 class Completion:
     """What the engine sampled after one prompt, token by token.
 
-    Example: Completion(token_ids=(5, 9, 2), logprobs=(-0.1, -0.7, -0.01), finish_reason=FinishReason.STOP, versions=(3, 3))
+    Example: Completion(token_ids=(5, 9), logprobs=(-0.1, -0.7), finish_reason=FinishReason.LENGTH, versions=(3, 3))
     """
 
     token_ids: tuple[int, ...]
@@ -209,7 +209,7 @@ class MicroBatch:
     advantages: Tensor
     """[T] float32."""
     loss_weights: Tensor
-    """[T] float32: the reduction. The loss is (per_token_loss * loss_weights).sum() over all micro-batches and ranks."""
+    """[T] float32: the reduction. The loss is (per_token_loss * loss_weights).sum() over micro-batches and ranks."""
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,9 +127,10 @@ def register_transfer_backend() -> None:
             pass
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
+            model: Any = self.model
             with torch.no_grad():
-                loaded = self.model.load_weights(mapped_weights(update_info.path))
-            missing = {name for name, _ in self.model.named_parameters()} - loaded
+                loaded = model.load_weights(mapped_weights(update_info.path))
+            missing = {name for name, _ in model.named_parameters()} - loaded
             assert not missing, f"{update_info.path} lacks {sorted(missing)[0]} and {len(missing) - 1} more parameters"
 
     WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, SharedMemoryTransfer)

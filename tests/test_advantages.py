@@ -22,7 +22,9 @@ def test_hand_worked_groups():
     assert group_norm_sample([rewards(1, 0, 0, 0)])[0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5])
     assert group_mean([rewards(1, 0, 0, 0)])[0].tolist() == pytest.approx([0.75, -0.25, -0.25, -0.25])
     assert group_norm([rewards(1, 1, 0, 0)])[0].tolist() == pytest.approx([1, 1, -1, -1])
-    assert group_norm_sample([rewards(1, 1, 0, 0)])[0].tolist() == pytest.approx([0.8660254, 0.8660254, -0.8660254, -0.8660254])
+    assert group_norm_sample([rewards(1, 1, 0, 0)])[0].tolist() == pytest.approx(
+        [0.8660254, 0.8660254, -0.8660254, -0.8660254]
+    )
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -40,7 +42,9 @@ def test_shifting_a_group_changes_nothing(values: list[int], shift: int):
         assert torch.allclose(before, after, atol=1e-12) and bool(before.isfinite().all())
 
 
-@pytest.mark.parametrize(("length", "expected"), [(16384, 0), (16385, -1 / 4096), (18432, -0.5), (20480, -1), (20481, -1)])
+@pytest.mark.parametrize(
+    ("length", "expected"), [(16384, 0), (16385, -1 / 4096), (18432, -0.5), (20480, -1), (20481, -1)]
+)
 def test_overlong_penalty(length: int, expected: float):
     assert overlong_penalty(length, max_tokens=20480, buffer=4096) == pytest.approx(expected, abs=1e-12)
 
@@ -50,7 +54,9 @@ def test_overlong_penalty_off():
 
 
 def test_a_recipe_changes_what_the_algorithm_has():
-    changed = resolve(ALGORITHMS["cispo"], settings={"ratio_max": 4.0, "clip_low": None}, reduction="prompt", anchor="old")
+    changed = resolve(
+        ALGORITHMS["cispo"], settings={"ratio_max": 4.0, "clip_low": None}, reduction="prompt", anchor="old"
+    )
     assert changed.settings["ratio_max"] == 4.0 and changed.reduction == "prompt" and changed.anchor == "old"
     words = dict(describe(changed))
     assert "[0, 4]" in words["importance weight"] and "before this batch" in words["ratio divides by"]

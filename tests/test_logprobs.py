@@ -28,7 +28,9 @@ def case(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 # float64: summation order only. float32: the same at 2^-24 with sums of 50 terms.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_equals_the_plain_formula(rows: int, chunk_rows: int | None, temperature: float, dtype: torch.dtype, tolerance: float):
+def test_equals_the_plain_formula(
+    rows: int, chunk_rows: int | None, temperature: float, dtype: torch.dtype, tolerance: float
+):
     hidden, weight, targets, grad = case(rows, dtype)
     logprobs, entropy = token_logprobs(hidden, weight, targets, temperature=temperature, chunk_rows=chunk_rows)
     got = torch.autograd.grad((logprobs * grad.to(dtype)).sum(), (hidden, weight))

@@ -88,7 +88,9 @@ SEQUENCE_MEAN = torch.tensor([0.25, 0.25, 1 / 6, 1 / 6, 1 / 6], dtype=torch.floa
         (0, INF, 24.106353, 4.821271, 6.189072, [-2.4, -0.24, 0.1, 0.1, 0.2]),
     ],
 )
-def test_two_sequence_batch(low: float, high: float, total: float, token_mean: float, sequence_mean: float, grads: list):
+def test_two_sequence_batch(
+    low: float, high: float, total: float, token_mean: float, sequence_mean: float, grads: list
+):
     loss = cispo(BATCH, ratio_min=low, ratio_max=high).loss
     assert loss.sum().item() == pytest.approx(total, abs=5e-7)
     assert loss.mean().item() == pytest.approx(token_mean, abs=5e-7)
@@ -177,7 +179,11 @@ def test_cispo_gradient_matches_finite_differences_of_the_frozen_weight_loss():
 
 @pytest.mark.parametrize(
     ("loss", "settings"),
-    [(cispo, {"ratio_max": 5.0}), (clipped_surrogate, {"clip_low": 0.2, "clip_high": 0.2}), (negative_log_likelihood, {})],
+    [
+        (cispo, {"ratio_max": 5.0}),
+        (clipped_surrogate, {"clip_low": 0.2, "clip_high": 0.2}),
+        (negative_log_likelihood, {}),
+    ],
 )
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_masked_values_do_not_leak(loss: LossFn, settings: dict, poison: float):

@@ -120,7 +120,9 @@ def describe(algorithm: Algorithm) -> list[tuple[str, str]]:
     rows = [("name", algorithm.name), ("advantage", algorithm.advantage.__doc__ or algorithm.advantage.__name__)]
     rows.append(("loss", (algorithm.loss.__doc__ or algorithm.loss.__name__).splitlines()[0]))
     if "ratio_max" in s:
-        rows.append(("importance weight", f"clipped to [{s['ratio_min']:g}, {s['ratio_max']:g}] (absolute), stop-gradient"))
+        rows.append(
+            ("importance weight", f"clipped to [{s['ratio_min']:g}, {s['ratio_max']:g}] (absolute), stop-gradient")
+        )
         low, high = s.get("mask_low"), s.get("mask_high")
         sides = [f"A > 0 and ratio > {high:g}"] if high is not None else []
         sides += [f"A < 0 and ratio < {low:g}"] if low is not None else []

@@ -9,7 +9,7 @@ second group of the same class.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,24 +22,32 @@ from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Ranks, join, leave
 from cispo.ops.logprobs import token_logprobs
 from cispo.policies.base import PolicyOutput, RouterOutput, load_policy, save_policy
-from cispo.policies.moe import aux_loss, expert_counts
-from cispo.types import LossInputs, MicroBatch
+from cispo.policies.moe import expert_counts, router_aux_loss
+from cispo.types import LossInputs, MicroBatch, UserError
 from cispo.weight_sync import publish_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateResult:
-    """What one update did: scalars of the step, and per-token values of this rank's trained tokens for the metrics."""
+class BatchLoss:
+    """This rank's share of a batch's loss (the ranks' shares add up), and what the metrics are made of."""
 
+    loss: float
+    aux_loss: float
+    """The router's balancing loss, before its coefficient."""
+    tokens: Mapping[str, Tensor]
+    """[N] over this rank's trained tokens: logprobs, old_logprobs, rollout_logprobs, advantages, ratio, weight and
+    entropy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What one optimizer step did."""
+
+    batch: BatchLoss
     grad_norm: float
+    """Over all ranks, before clipping."""
     taken: bool
     """False where the step was skipped because a gradient was not finite."""
-    loss: float
-    """This rank's share of the loss (the ranks' shares add up)."""
-    aux_loss: float
-    """This rank's share of the router's balancing loss, before its coefficient."""
-    tokens: Mapping[str, Tensor]
-    """[N] each: logprobs, old_logprobs, rollout_logprobs, advantages, ratio, weight, entropy."""
 
 
 class Learner:
@@ -63,6 +71,8 @@ class Learner:
         self.policy = load_policy(folder, dtype=getattr(torch, dtype)).to(self.ranks.device)
         self.policy.gradient_checkpointing = config.gradient_checkpointing
         self.policy.train()
+        if config.router_aux_coef > 0 and self.policy.router_shape == (0, 0):
+            raise UserError(f"learner.router_aux_coef {config.router_aux_coef}: the policy has no experts to balance")
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
@@ -83,7 +93,20 @@ class Learner:
         lr: float,
         anchor: Literal["rollout", "old"] = "rollout",
     ) -> UpdateResult:
-        """One optimizer step on this rank's micro-batches; every rank must call it, also with none.
+        """One optimizer step on this rank's micro-batches; every rank must call it, also with none."""
+        batch = self.forward_backward(micro_batches, loss, settings, anchor=anchor)
+        norm, taken = self.optimizer.step(lr, max_grad_norm=self.config.max_grad_norm)
+        return UpdateResult(batch=batch, grad_norm=norm, taken=taken)
+
+    def forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss: LossFn,
+        settings: Mapping[str, float | None],
+        *,
+        anchor: Literal["rollout", "old"] = "rollout",
+    ) -> BatchLoss:
+        """Leaves the gradient of the whole batch, summed over micro-batches and ranks, in the optimizer.
 
         The ratio divides by the micro-batches' old_logprobs or rollout_logprobs, as `anchor` says.
         """
@@ -96,13 +119,13 @@ class Learner:
             assert old is not None, "old_logprobs are not attached"
             result = loss(_loss_inputs(mb, logprobs, old), **settings)
             value = (result.loss * mb.loss_weights).sum()
+            total += float(value.detach())
             if counts is not None:
                 aux = self._aux_loss(output.router, mb, counts)
                 total_aux += float(aux.detach())
                 value = value + self.config.router_aux_coef * aux
             value.backward()
             self.optimizer.collect()
-            total += float(value.detach())
             columns = {
                 "logprobs": logprobs.detach(),
                 "old_logprobs": old,
@@ -114,9 +137,8 @@ class Learner:
             }
             tokens.append({name: column[mb.loss_mask].cpu() for name, column in columns.items()})
         self.ranks.sum(self.optimizer.gradients())
-        norm, taken = self.optimizer.step(lr, max_grad_norm=self.config.max_grad_norm)
         merged = {name: torch.cat([t[name] for t in tokens]) for name in tokens[0]} if tokens else {}
-        return UpdateResult(grad_norm=norm, taken=taken, loss=total, aux_loss=total_aux, tokens=merged)
+        return BatchLoss(loss=total, aux_loss=total_aux, tokens=merged)
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -152,8 +174,8 @@ class Learner:
     def _here(self, mb: MicroBatch) -> MicroBatch:
         if self.ranks.device.type == "cpu":
             return mb
-        moved = {name: getattr(mb, name) for name in mb.__slots__}
-        return MicroBatch(**{k: v if v is None else v.to(self.ranks.device) for k, v in moved.items()})
+        columns = {field.name: getattr(mb, field.name) for field in fields(mb)}
+        return replace(mb, **{k: v.to(self.ranks.device) for k, v in columns.items() if v is not None})
 
     def _balanced(self, mb: MicroBatch) -> Tensor:
         """[T] bool: the tokens that the balancing loss counts."""
@@ -165,27 +187,20 @@ class Learner:
 
         The balancing loss needs the global counts before the first backward pass, hence a forward pass of its own.
         """
-        layers = [
-            [
-                torch.cat([expert_counts(r.chosen, self._balanced(mb), r.probs.shape[1]), self._balanced(mb).sum()[None]])
-                for r in self.policy(mb.tokens, mb.positions, mb.cu_seqlens).router
-            ]
-            for mb in batches
-        ]
-        counts = torch.zeros(self.policy.num_router_layers, self.policy.num_experts + 1, device=self.ranks.device)
-        for layer in layers:
-            counts += torch.stack(layer)
+        layers, experts = self.policy.router_shape
+        counts = torch.zeros(layers, experts + 1, device=self.ranks.device)
+        for mb in batches:
+            mask = self._balanced(mb)
+            router = self.policy(mb.tokens, mb.positions, mb.cu_seqlens).router
+            counts[:, :-1] += torch.stack([expert_counts(r.chosen, mask, experts) for r in router])
+            counts[:, -1] += mask.sum()
         self.ranks.sum([counts])
         return counts
 
     def _aux_loss(self, router: Sequence[RouterOutput], mb: MicroBatch, counts: Tensor) -> Tensor:
         """This micro-batch's share of the balancing loss, averaged over the layers."""
-        mask = self._balanced(mb)
-        shares = [
-            aux_loss(r.probs, mask, count[:-1], float(count[-1].clamp(min=1)))
-            for r, count in zip(router, counts, strict=True)
-        ]
-        return torch.stack(shares).mean()
+        num_tokens = max(float(counts[0, -1]), 1.0)
+        return router_aux_loss([r.probs for r in router], self._balanced(mb), counts[:, :-1], num_tokens)
 
 
 def _loss_inputs(mb: MicroBatch, logprobs: Tensor, old: Tensor) -> LossInputs:

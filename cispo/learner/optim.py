@@ -20,7 +20,7 @@ def learning_rate(
     schedule: Literal["constant", "linear", "cosine"] = "constant",
     final_ratio: float = 0.0,
 ) -> float:
-    """Learning rate of update `step` (from 0) of `steps`: linear warm-up to `peak`, then the schedule to final_ratio * peak."""
+    """Learning rate of update `step` (from 0) of `steps`: linear warm-up to peak, then to final_ratio * peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":

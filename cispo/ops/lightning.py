@@ -30,6 +30,8 @@ class _Layout(NamedTuple):
     chunk: int
     slots: Tensor
     """[T] int64: the row of each token among the N * chunk padded rows."""
+    sources: Tensor
+    """[N * chunk] int64: the token of each row, T where it has none."""
     lengths: Tensor
     """[N] int64: tokens in each chunk."""
     widths: list[int]
@@ -89,7 +91,10 @@ def _lay_out(cu_seqlens: Tensor, tokens: int, dim: int, chunk_size: int) -> _Lay
     within = torch.arange(tokens, device=lengths.device) - cu_seqlens[:-1].long()[document]
     index = offsets[within // chunk] + rank[document]
     filled = torch.bincount(index, minlength=int(chunks.sum()))
-    return _Layout(chunk, index * chunk + within % chunk, filled, widths.tolist(), order, rank)
+    slots = index * chunk + within % chunk
+    sources = torch.full((len(filled) * chunk,), tokens, device=slots.device)
+    sources[slots] = torch.arange(tokens, device=slots.device)
+    return _Layout(chunk, slots, sources, filled, widths.tolist(), order, rank)
 
 
 def _choose_chunk(lengths: Tensor, dim: int, chunk_size: int) -> int:
@@ -110,8 +115,7 @@ def _choose_chunk(lengths: Tensor, dim: int, chunk_size: int) -> int:
 
 def _to_chunks(x: Tensor, layout: _Layout) -> Tensor:
     """[T, H, D] to [H, N, chunk, D], zero where a chunk has no token."""
-    rows = len(layout.lengths) * layout.chunk
-    padded = x.new_zeros(rows, *x.shape[1:]).index_copy(0, layout.slots, x)
+    padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, layout.sources)
     return padded.view(-1, layout.chunk, *x.shape[1:]).permute(2, 0, 1, 3).contiguous()
 
 

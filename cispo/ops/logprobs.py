@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 1 << 23
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk_rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and the entropy of its distribution, softmax(hidden @ weight.T / temperature).
+    """Log-probability of each target token and entropy of its distribution, softmax(hidden @ weight.T / temperature).
 
     hidden [N, d] and weight [V, d] of any float dtype, targets [N] int64. Returns logprobs [N], differentiable with
     respect to hidden and weight, and entropy [N] in nats, without gradient; both float32 (float64 for float64 inputs).

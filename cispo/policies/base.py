@@ -64,6 +64,11 @@ class Policy(Protocol):
         """Longest sequence the policy is made for."""
         ...
 
+    @property
+    def router_shape(self) -> tuple[int, int]:
+        """(MoE layers, experts of each); (0, 0) for a dense policy."""
+        ...
+
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
         """tokens and positions [T] int64; cu_seqlens [S + 1] int32: where each document starts, then T."""
         ...
@@ -92,6 +97,8 @@ class Policy(Protocol):
 
     def eval(self) -> Any: ...
 
+    def to(self, target: Any, /) -> Any: ...
+
 
 def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
     """Loads a folder with config.json and safetensors weights (one file or several), or a Hugging Face hub id.
@@ -99,6 +106,8 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     Raises UserError naming the folder where it is not a policy: no or broken config.json, no weights, or weights that
     are not those of the config.
     """
+    from safetensors import SafetensorError
+
     folder = _local_folder(source)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no policy: config.json is missing")
@@ -109,6 +118,8 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
         policy.load_hf(_read_weights(files))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    except SafetensorError as error:
+        raise UserError(f"{folder}: a weight file is broken or cut short: {error}") from None
     return policy
 
 
@@ -130,6 +141,15 @@ def init_policy(config: Mapping[str, Any], seed: int, dtype: torch.dtype = torch
     return policy
 
 
+def count_parameters(source: str | None, config: Mapping[str, Any] | None) -> int:
+    """Parameters of the policy that a folder's or hub id's config.json, or `config`, describes; allocates nothing."""
+    if config is None:
+        assert source is not None
+        config = _read_json(_local_folder(source) / "config.json")
+    with torch.device("meta"):
+        return sum(p.numel() for p in _undefined(config, None, torch.float32).parameters())
+
+
 def save_policy(policy: Policy, folder: str | Path) -> None:
     """Writes config.json and model.safetensors, each under a temporary name first."""
     from safetensors.torch import save_file
@@ -146,7 +166,17 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
 
 
 def _build(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Policy:
-    """A policy with undefined weights."""
+    """A policy in memory whose weights are yet to be set."""
+    if not is_lightning_config(config):
+        return _undefined(config, folder, dtype)
+    with torch.device("meta"):
+        policy = _undefined(config, folder, dtype)
+    assert isinstance(policy, nn.Module)
+    return policy.to_empty(device="cpu")
+
+
+def _undefined(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Policy:
+    """A policy with undefined weights on the device of the context."""
     if not is_lightning_config(config):
         from cispo.policies import hf
 
@@ -154,9 +184,7 @@ def _build(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -
     from cispo.policies.lightning import LightningPolicy
 
     parsed = parse_config(config) if folder is None else read_config(folder)
-    with torch.device("meta"):
-        policy = LightningPolicy(parsed, config)
-    return policy.to(dtype).to_empty(device="cpu")
+    return LightningPolicy(parsed, config).to(dtype)
 
 
 def _local_folder(source: str | Path) -> Path:
@@ -206,12 +234,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():
-                    yield name, weights.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{file.name} is not a whole safetensors file: {error}") from None
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():
+                yield name, weights.get_tensor(name)

@@ -7,13 +7,22 @@ arguments of the forward pass, so no [T, T] mask exists and nothing crosses from
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
 
@@ -62,19 +71,15 @@ class HFPolicy(nn.Module):
         """Builds the model with undefined weights. Raises UserError where packing would change what it computes."""
         super().__init__()
         _refuse_unsupported(config)
+        self.source_config = config.to_dict()
         with no_init_weights():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION
+                _without_dropout(config), dtype=dtype, attn_implementation=ATTENTION
             )
         self.model.tie_weights()
         head = self.model.get_output_embeddings()
-        if not self.model._supports_attention_backend or self.model._is_stateful:
-            raise UserError(_refusal(config, "its attention cannot be replaced or it keeps a recurrent state"))
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise UserError(_refusal(config, "its output head is not a plain matrix"))
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):  # the policy that trains must be the policy that sampled
-                module.p = 0.0
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -101,6 +106,10 @@ class HFPolicy(nn.Module):
     def max_positions(self) -> int:
         return self.model.config.max_position_embeddings
 
+    @property
+    def router_shape(self) -> tuple[int, int]:
+        return 0, 0
+
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
         """tokens and positions [T] int64; cu_seqlens [S + 1] int32."""
         output = self.model.base_model(
@@ -109,10 +118,8 @@ class HFPolicy(nn.Module):
         return PolicyOutput(output.last_hidden_state[0])
 
     def hf_config(self) -> dict[str, Any]:
-        config = self.model.config.to_dict()
-        config["architectures"] = [type(self.model).__name__]
-        config["dtype"] = str(self.lm_head_weight.dtype).removeprefix("torch.")
-        return config
+        dtype = str(self.lm_head_weight.dtype).removeprefix("torch.")
+        return {**self.source_config, "architectures": [type(self.model).__name__], "dtype": dtype}
 
     def to_hf(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
@@ -126,43 +133,54 @@ class HFPolicy(nn.Module):
         for name, tensor in weights:
             if _BUFFER.fullmatch(name):
                 continue
-            if name not in places:
-                name = f"{self.model.base_model_prefix}.{name}"
-            if name not in places:
+            place = name if name in places else f"{self.model.base_model_prefix}.{name}"
+            if place not in places:
                 raise UserError(f"weight {name!r} has no place in this policy: is it a checkpoint of another model?")
-            if places[name].shape != tensor.shape:
-                shapes = f"{list(tensor.shape)}, this policy needs {list(places[name].shape)}"
+            if places[place].shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, this policy needs {list(places[place].shape)}"
                 raise UserError(f"weight {name!r} has shape {shapes}: is it a checkpoint of another model?")
-            if name in missing:
-                places[name].copy_(tensor)
-                missing.remove(name)
+            if place in missing:
+                places[place].copy_(tensor)
+                missing.remove(place)
         if missing:
             raise UserError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> HFPolicy:
     """An HFPolicy with undefined weights from a config.json's content; UserError where transformers refuses it."""
-    if "model_type" not in config:
-        raise UserError("the policy's config lacks 'model_type'")
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"transformers knows no model_type {kind!r}")
     try:
-        parsed = AutoConfig.for_model(**config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"transformers does not accept the policy's config: {str(error).splitlines()[0]}") from None
-    try:
-        return HFPolicy(parsed, dtype)
+        return HFPolicy(AutoConfig.for_model(**config), dtype)
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no causal language model can be built from the policy's config: {reason}") from None
+    # What transformers raises for a value of the wrong type or for sizes that do not go together.
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"transformers builds no causal language model from the {kind!r} config: {reason}") from None
 
 
 def _refusal(config: PretrainedConfig, reason: str) -> str:
     return f"model_type {config.model_type!r} cannot be trained on packed tokens: {reason}"
 
 
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The policy that trains must be the one that sampled. Models apply dropout in many ways, all from the config."""
+    config = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if ("dropout" in key or "pdrop" in key or key == "layerdrop") and isinstance(value, float | int):
+            setattr(config, key, type(value)(0))
+    return config
+
+
 def _refuse_unsupported(config: PretrainedConfig) -> None:
     """Raises UserError for models that the packed path would change: other attention kinds, experts, scaled logits."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(_refusal(config, "transformers has no causal language model of this kind"))
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not model._supports_attention_backend or model._is_stateful:
+        raise UserError(_refusal(config, "its attention cannot be replaced or it keeps a recurrent state"))
     values = config.to_dict()
     kinds = [kind for kind in values.get("layer_types") or [] if kind != "full_attention"]
     if kinds:

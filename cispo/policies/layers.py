@@ -56,19 +56,22 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
     q [T, H, D]; k, v [T, K, D] with H a multiple of K (arXiv 2305.13245); cu_seqlens [S + 1], documents may be
     empty; scale is 1 / sqrt(D) where None. Documents are padded on the right: the causal mask alone keeps padding out.
     """
-    lengths = cu_seqlens.diff().long()
-    outputs, rows = [], []
+    lengths, starts, tokens = cu_seqlens.diff().long(), cu_seqlens[:-1].long(), len(q)
+    if not tokens:
+        return q.new_zeros(*q.shape[:2], v.shape[-1])
+    q, k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (q, k, v))
+    outputs, owners = [], []
     for documents in _similar_lengths(lengths):
-        width = int(lengths[documents].max())
-        steps = torch.arange(width, device=q.device)
-        inside = (steps < lengths[documents, None]).flatten()
-        slots = inside.nonzero().squeeze(1)
-        tokens = (cu_seqlens[documents, None].long() + steps).flatten()[slots]
-        padded = [_pad(x, tokens, slots, (len(documents), width)) for x in (q, k, v)]
-        outputs.append(_attend(padded[0], padded[1], padded[2], scale).flatten(0, 1).index_select(0, slots))
-        rows.append(tokens)
-    output = q.new_zeros(*q.shape[:2], v.shape[-1])
-    return output.index_copy(0, torch.cat(rows), torch.cat(outputs)) if outputs else output
+        steps = torch.arange(int(lengths[documents].max()), device=q.device)
+        # The token of each padded position; the row of zeros that was just appended where a document has ended.
+        token = torch.where(steps < lengths[documents, None], starts[documents, None] + steps, tokens)
+        padded = [x.index_select(0, token.flatten()).unflatten(0, token.shape) for x in (q, k, v)]
+        outputs.append(_attend(padded[0], padded[1], padded[2], scale).flatten(0, 1))
+        owners.append(token.flatten())
+    owner = torch.cat(owners)
+    place = torch.empty(tokens + 1, dtype=torch.long, device=q.device)
+    place[owner] = torch.arange(len(owner), device=q.device)
+    return torch.cat(outputs).index_select(0, place[:tokens])
 
 
 def _similar_lengths(lengths: Tensor) -> list[Tensor]:
@@ -81,12 +84,6 @@ def _similar_lengths(lengths: Tensor) -> list[Tensor]:
             groups.append(group)
         upper //= 2
     return groups
-
-
-def _pad(x: Tensor, tokens: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
-    """[T, heads, D] to [documents, width, heads, D], zero where a document has ended."""
-    padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
-    return padded.index_copy(0, slots, x.index_select(0, tokens)).unflatten(0, shape)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

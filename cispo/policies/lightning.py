@@ -105,7 +105,7 @@ class Layer(nn.Module):
 
     def _residual(self, x: Tensor, normed: Tensor, branch: Tensor, factors: tuple[float, float]) -> Tensor:
         alpha, beta = factors
-        return alpha * (normed if self.postnorm else x) + beta * branch
+        return torch.add(beta * branch, normed if self.postnorm else x, alpha=alpha)
 
 
 class LightningPolicy(nn.Module):
@@ -133,6 +133,10 @@ class LightningPolicy(nn.Module):
     @property
     def max_positions(self) -> int:
         return self.config.max_position_embeddings
+
+    @property
+    def router_shape(self) -> tuple[int, int]:
+        return len(self.layers), self.config.num_experts
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
         """tokens and positions [T] int64; cu_seqlens [S + 1] int32."""

@@ -164,7 +164,9 @@ def parse_config(config: Mapping[str, Any], *, shared_size: int | None = None) -
     except KeyError as error:
         raise UserError(f"the policy's config lacks {error.args[0]!r}") from None
     if config.get("sliding_window"):
-        raise UserError(f"sliding_window {config['sliding_window']} is not supported by the lightning policy: set it to null")
+        raise UserError(
+            f"sliding_window {config['sliding_window']} is not supported by the lightning policy: set it to null"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {config['hidden_act']!r} is not supported by the lightning policy, only 'silu'")
     head_dim = config.get("head_dim") or hidden // heads
@@ -227,11 +229,15 @@ def _shared_size(config: Mapping[str, Any], convention: Convention, intermediate
 
 def _check(config: LightningConfig) -> None:
     if config.num_heads % config.num_kv_heads:
-        raise UserError(f"num_attention_heads {config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}")
+        raise UserError(
+            f"num_attention_heads {config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}"
+        )
     if config.rotary_dim > config.head_dim or config.rotary_dim % 2:
         raise UserError(f"rotary_dim {config.rotary_dim} must be even and at most head_dim {config.head_dim}")
     if not 1 <= config.experts_per_token <= config.num_experts:
-        raise UserError(f"num_experts_per_tok {config.experts_per_token} must be from 1 to num_local_experts {config.num_experts}")
+        raise UserError(
+            f"num_experts_per_tok {config.experts_per_token} must be from 1 to num_local_experts {config.num_experts}"
+        )
 
 
 def dump_config(config: LightningConfig) -> dict[str, Any]:

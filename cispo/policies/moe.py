@@ -51,12 +51,14 @@ class Experts(nn.Module):
         counts = torch.bincount(expert_of_row, minlength=len(self.gate_up_proj))
         gate, up = grouped_linear(x.index_select(0, order // k), self.gate_up_proj, counts).chunk(2, dim=-1)
         rows = grouped_linear(F.silu(gate) * up, self.down_proj, counts)
-        return (rows.index_select(0, place).view(tokens, k, -1) * weights[..., None]).sum(1).to(x.dtype)
+        return (rows.index_select(0, place).view(tokens, k, x.shape[-1]) * weights[..., None]).sum(1).to(x.dtype)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows x [R, d] times their experts' weights [E, n, d], [R, n]: the first counts[0] rows use expert 0, and so on."""
-    if x.dtype == torch.float64:  # grouped_mm has no double
+    """Rows x [R, d] times their experts' weights [E, n, d], to [R, n]: the first counts[0] rows use expert 0, ..."""
+    # grouped_mm has no double and wants rows, of the output's gradient too, that are a multiple of 16 bytes.
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if x.dtype == torch.float64 or not aligned:
         groups = x.split(counts.tolist())
         return torch.cat([F.linear(rows, w) for rows, w in zip(groups, weight.unbind(), strict=True)])
     return F.grouped_mm(x, weight.to(x.dtype).transpose(-1, -2), offs=counts.cumsum(0).int())

@@ -36,6 +36,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
@@ -111,13 +112,17 @@ class LightningAttention(nn.Module, MambaBase):
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, dict):  # None in vLLM's dummy runs, which have no sequences
-            self._attend(q, k, v, metadata[self.prefix], out)
+            batch = metadata[self.prefix]
+            assert isinstance(batch, LinearAttentionMetadata)
+            self._attend(q, k, v, batch, out)
         out = self.norm(out.view(len(x), -1).to(x.dtype))
         return self.out_proj(torch.sigmoid(self.output_gate(x)[0]) * out)[0]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, out: Tensor) -> None:
         """Attends over every sequence of the step and leaves the new states in the cache."""
-        (cache,) = self.kv_cache
+        (states,) = self.kv_cache
+        # One row a state: torch copies rows several times faster than [H, D, D] blocks.
+        cache = states.view(len(states), -1)
         decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
         starts, slots = batch.query_start_loc[: sequences + 1], batch.state_indices_tensor[:sequences].long()
         # A fresh sequence finds its slot as the last owner left it. That includes a prompt of one token, which vLLM
@@ -126,29 +131,24 @@ class LightningAttention(nn.Module, MambaBase):
         cache.index_fill_(0, slots[fresh], 0)
         if decodes:
             assert batch.num_decode_tokens == decodes, "speculative decoding is not supported"
-            states = cache.index_select(0, slots[:decodes]).float()
-            out[:decodes], states = _decode(q[:decodes], k[:decodes], v[:decodes], self.decay, states)
-            cache.index_copy_(0, slots[:decodes], states.to(cache.dtype))
+            state = cache.index_select(0, slots[:decodes]).float().view(-1, *states.shape[1:])
+            out[:decodes] = _decode(q[:decodes], k[:decodes], v[:decodes], self.decay, state)
+            cache.index_copy_(0, slots[:decodes], state.to(cache.dtype).flatten(1))
         if batch.num_prefills:
             tokens = slice(decodes, decodes + batch.num_prefill_tokens)
-            out[tokens], states = lightning_attention(
-                q[tokens],
-                k[tokens],
-                v[tokens],
-                self.slopes,
-                starts[decodes:] - starts[decodes],
-                initial_state=cache.index_select(0, slots[decodes:]).float(),
-                output_final_state=True,
+            state = cache.index_select(0, slots[decodes:]).float().view(-1, *states.shape[1:])
+            bounds = starts[decodes:] - starts[decodes]
+            out[tokens], state = lightning_attention(
+                q[tokens], k[tokens], v[tokens], self.slopes, bounds, initial_state=state, output_final_state=True
             )
-            cache.index_copy_(0, slots[decodes:], states.to(cache.dtype))
+            assert state is not None
+            cache.index_copy_(0, slots[decodes:], state.to(cache.dtype).flatten(1))
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of each sequence: S = decay * S + k^T v, o = q S; q, k, v [S, H, D], states [S, H, D, D], in place."""
-    states.mul_(decay)
-    flat = states.flatten(0, 1)
-    flat.baddbmm_(k.flatten(0, 1).unsqueeze(2), v.flatten(0, 1).unsqueeze(1))
-    return torch.bmm(q.flatten(0, 1).unsqueeze(1), flat).view(q.shape), states
+def _decode(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    """One token of each sequence: S = decay * S + k^T v in place, o = q S; q, k, v [S, H, D], state [S, H, D, D]."""
+    state.mul_(decay).addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
+    return torch.bmm(q.flatten(0, 1).unsqueeze(1), state.flatten(0, 1)).view(q.shape)
 
 
 class SoftmaxAttention(nn.Module):
@@ -206,7 +206,7 @@ class LightningLayer(nn.Module):
         self.self_attn = attention(config, vllm_config, layer, f"{prefix}.self_attn")
         self.mlp = MoE(hidden, config.intermediate_size, config.num_experts, config.experts_per_token)
         for parameter in self.mlp.experts.parameters():
-            parameter.weight_loader = _load_expert
+            set_weight_attrs(parameter, {"weight_loader": _load_expert})
         self.shared_mlp = self.coefficient = None
         if config.shared_size:
             self.shared_mlp = SwiGLU(hidden, config.shared_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 ARCHITECTURES = ("MiniMaxForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM")
 MODEL = "cispo.policies.vllm_lightning:LightningForCausalLM"
@@ -36,14 +37,14 @@ def _keep_linear_weights() -> None:
     but goes on serving the packed copy of the old one. It ends with the version that packs anew after an update, or
     that lets a layer opt out for both (0.32's `_cpu_skip_gemm_dispatch` covers linear layers only).
     """
-    import torch
     import vllm.model_executor.layers.utils as layers
+    from torch.nn.functional import linear
 
     pack = layers.dispatch_cpu_unquantized_gemm
 
-    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def keep(layer: Any, remove_weight: bool) -> None:
         if layer.weight.ndim == 2:
-            layer.cpu_linear = torch.nn.functional.linear
+            layer.cpu_linear = linear
         else:
             pack(layer, remove_weight)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ _ENVIRONMENT = {
 
 # What the engine is told because of the device it runs on.
 _DEVICE_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "cpu": {"enforce_eager": True, "block_size": 128},
+    "cpu": {"enforce_eager": True},
     "cuda": {"enforce_eager": True},
 }
 
@@ -81,9 +81,9 @@ class RunCounter:
     run: int = 0
 
     def fires(self, logprob: float) -> bool:
-        """Takes the next token's log-probability; True at the `run_length`-th in a row strictly above `probability`."""
+        """Takes the next log-probability; True from the `run_length`-th in a row strictly above `probability`."""
         self.run = self.run + 1 if logprob > math.log(self.rule.probability) else 0
-        return self.run == self.rule.run_length
+        return 0 < self.rule.run_length <= self.run
 
 
 def repeats_pattern(tokens: Sequence[int], rule: RepetitionStop) -> bool:
@@ -212,8 +212,6 @@ class VLLMEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         with warnings.catch_warnings(), _seeded(seed):
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's, while it scans torch
             self._engine = _start(arguments | dict(engine_args or {}))
@@ -223,7 +221,9 @@ class VLLMEngine:
         return self._version
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        from vllm import RequestOutput
         from vllm.inputs import tokens_input
+        from vllm.logprobs import FlatLogprobs
 
         limits = _limits(prompts, sampling, self._max_context)
         streaming = _watches_runs(sampling, limits)
@@ -236,7 +236,9 @@ class VLLMEngine:
         with _seeded(seed):
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
+                    assert isinstance(output, RequestOutput)
                     draft, piece = drafts[int(output.request_id)], output.outputs[0]
+                    assert isinstance(piece.logprobs, FlatLogprobs)
                     draft.extend(piece.token_ids, piece.logprobs.logprobs, piece.finish_reason)
                     if draft.reason is FinishReason.REPETITION and not output.finished:
                         self._engine.abort_request([output.request_id])
@@ -257,6 +259,12 @@ class VLLMEngine:
 
 def _start(arguments: Mapping[str, Any]) -> LLMEngine:
     """Builds the engine; imports vLLM, which reads the environment, and takes about 9 s in a new process."""
+    import torch._dynamo
+
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    torch._dynamo.config.disable = True  # the environment is read once, perhaps before now
+
     from vllm import EngineArgs, LLMEngine, ModelRegistry
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
@@ -296,11 +304,9 @@ def _cache_bytes(config: VllmConfig) -> int:
     block = config.cache_config.block_size
     token_bytes = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * get_dtype_size(model.dtype)
     if linear:
-        policy, _ = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)
-        shapes, dtypes = (
-            policy.get_mamba_state_shape_from_config(config),
-            policy.get_mamba_state_dtype_from_config(config),
-        )
+        policy: Any = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)[0]
+        shapes = policy.get_mamba_state_shape_from_config(config)
+        dtypes = policy.get_mamba_state_dtype_from_config(config)
         state = sum(math.prod(s) * get_dtype_size(d) for s, d in zip(shapes, dtypes, strict=True))
         block *= math.ceil(state / (block * token_bytes))
     # vLLM puts layers of a kind into groups of one size and pads the last group; with prefix caching a sequence keeps
@@ -413,3 +419,27 @@ def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
         beyond[:, -1] = False
         logits = logits.masked_fill(beyond.scatter(-1, places, beyond), -math.inf)
     return logits
+
+
+def make_engine(
+    kind: Literal["vllm", "torch"],
+    model: str,
+    *,
+    dtype: str,
+    max_context: int,
+    max_sequences: int,
+    tensor_parallel: int,
+    engine_args: Mapping[str, Any],
+) -> Engine:
+    """The engine that a recipe's rollout.engine names."""
+    if kind == "torch":
+        return TorchEngine(model, dtype=dtype, max_context=max_context)
+    return VLLMEngine(
+        model,
+        dtype=dtype,
+        max_context=max_context,
+        max_sequences=max_sequences,
+        tensor_parallel=tensor_parallel,
+        seed=0,  # every call of generate seeds for itself
+        engine_args=engine_args,
+    )

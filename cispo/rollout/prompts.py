@@ -97,6 +97,7 @@ def _json_rows(path: Path, key: str) -> Iterator[Row]:
 def _local_rows(path: Path, split: str, args: Mapping[str, Any], key: str) -> list[Row]:
     """A parquet file or a folder, through `datasets` with a cache of its own: nothing is left behind or goes stale."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     with tempfile.TemporaryDirectory(prefix="cispo-datasets-") as cache:
         try:
@@ -104,26 +105,28 @@ def _local_rows(path: Path, split: str, args: Mapping[str, Any], key: str) -> li
                 found = datasets.load_dataset(str(path), split=split, cache_dir=cache, **args)
             else:
                 found = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache)
-            return list(found)
-        except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+            return [dict(row) for row in found]
+        except (OSError, ValueError, TypeError, DatasetsError) as error:
             reason = error.__cause__ or error
             raise UserError(f"{key}: cannot read '{path}', split '{split}': {reason}") from error
 
 
 def _hub_rows(source: str, split: str, args: Mapping[str, Any], key: str) -> Iterable[Row]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset(source, split=split, **args)
-    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, TypeError, DatasetsError) as error:
         raise UserError(f"{key}: cannot load '{source}', split '{split}', from the hub: {error}") from error
 
 
 def _function_rows(source: str, split: str, args: Mapping[str, Any], key: str) -> Iterator[Row]:
     function = load_object(source, key)
-    if not callable(function):
-        raise UserError(f"{key}: '{source}' is not a function")
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: '{source}' is not a function: {error}") from error
     given = {"split": split, **args} if "split" in parameters else dict(args)
     try:
         inspect.signature(function).bind(**given)

@@ -4,9 +4,9 @@
     driver   <-   Ready, Reply, Reply, ...          a frame is 8 bytes of length and a pickle, over a socket
 
 A call that outlives its limit ends the process, whatever it is stuck in: faulthandler's watchdog is a C thread that
-needs no GIL. The *black box*, a file that the driver holds too, survives the process: its first bytes name the last call,
-and the traceback that the watchdog or a crash wrote follows them. A worker also ends when the driver's end of the socket
-is closed. Nothing heavy is imported here: a worker has to start quickly.
+needs no GIL. The *black box*, a file that the driver holds too, survives the process: its first bytes name the last
+call, and the traceback that the watchdog or a crash wrote follows them. A worker also ends when the driver's end of the
+socket is closed. Nothing heavy is imported here: a worker has to start quickly.
 """
 
 from __future__ import annotations
@@ -345,9 +345,13 @@ def main(connection_fd: int, black_box: int) -> None:
         worker.run()
 
 
-def send(connection: socket.socket, message: Any) -> None:
+def frame(message: Any) -> bytes:
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    connection.sendall(HEADER.pack(len(body)) + body)
+    return HEADER.pack(len(body)) + body
+
+
+def send(connection: socket.socket, message: Any) -> None:
+    connection.sendall(frame(message))
 
 
 def receive(connection: socket.socket) -> Any:

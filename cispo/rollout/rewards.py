@@ -10,34 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import pickle
-import re
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from cispo.rollout.reward_worker import (
-    HEADER,
-    LAST_CALL,
-    START_SECONDS,
-    Failure,
-    Job,
-    Ready,
-    Reply,
-    Setup,
-    Signature,
-    Value,
-    receive,
-    send,
-)
+from cispo.rollout.reward_process import WorkerDied, WorkerProcess
+from cispo.rollout.reward_worker import Failure, Job, Reply, Setup, Signature, Value
 from cispo.types import Prompt, UserError
 
 KEPT_PROBLEMS = 100
@@ -87,7 +66,7 @@ class RewardRunner:
     """Scores groups with the recipe's reward functions.
 
     `errors` and `timeouts` count failed groups, `seconds` adds up the time spent in `score`, and `problems` holds the
-    sentences of the last failures. Use one runner within one event loop, and close it.
+    sentences of the last failures. Close it when it is no longer needed.
     """
 
     def __init__(
@@ -102,30 +81,24 @@ class RewardRunner:
         """`timeout` is in seconds for one call; `key` is the recipe key of the functions, for error sentences."""
         assert functions and workers > 0 and timeout > 0
         self.functions = tuple(functions)
+        self.names = _names([function.fn for function in functions])
         self.on_error = on_error
-        self.key = key
         self.errors = 0
         self.timeouts = 0
         self.seconds = 0.0
         self.problems: list[str] = []
         self._timeout = timeout
+        self._workers = workers
+        self._key = key
         self._signatures: tuple[Signature, ...] = ()
-        self._slots = asyncio.Semaphore(workers)
-        self._idle: list[_Worker] = []
-        self._busy: set[_Worker] = set()
-        self._shared: _Worker | None = None
-        self._start_shared = asyncio.Lock()
-        self._one_suspect = asyncio.Lock()
         self._job_ids = itertools.count()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What each function's value is called: its own name, with its module where two have the same."""
-        short = [function.fn.rpartition(":")[2] for function in self.functions]
-        full = [name if short.count(name) == 1 else f.fn for name, f in zip(short, self.functions, strict=True)]
-        return tuple(
-            name if full.count(name) == 1 else f"{name}#{full[:i].count(name) + 1}" for i, name in enumerate(full)
-        )
+        self._processes: set[WorkerProcess] = set()
+        self._idle: list[WorkerProcess] = []
+        self._shared: WorkerProcess | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._slots: asyncio.Semaphore
+        self._starting: asyncio.Lock
+        self._one_suspect: asyncio.Lock
 
     def check(self, columns: Collection[str] | None = None) -> None:
         """Starts a worker, which imports every function, and so finds out what is wrong with them before a run does.
@@ -133,7 +106,7 @@ class RewardRunner:
         UserError when one does not import, is no reward function, or needs a column that is not among `columns`.
         """
         if not self._signatures:
-            self._idle.append(self._started(asynchronous=False))
+            self._idle.append(self._start_now(asynchronous=False))
         if columns is not None:
             self._check_columns(columns, "the dataset")
 
@@ -143,8 +116,12 @@ class RewardRunner:
         UserError naming function, prompt and error on the first failure instead, if that is what `on_error` says.
         """
         started = time.perf_counter()
-        if not self._signatures:
-            await asyncio.to_thread(self.check)
+        self._bind()
+        async with self._starting:
+            if not self._signatures:
+                await asyncio.to_thread(self.check)
+        for group in groups:
+            self._check_columns(group.prompt.columns, f"prompt {group.prompt.id}")
         outcomes = await asyncio.gather(*map(self._score_group, groups))
         self.seconds += time.perf_counter() - started
         for group, outcome in zip(groups, outcomes, strict=True):
@@ -153,12 +130,23 @@ class RewardRunner:
         return [None if isinstance(outcome, Failure) else outcome for outcome in outcomes]
 
     def close(self) -> None:
-        """Ends all workers; the runner can be used again, with new ones."""
-        for worker in [*self._idle, *self._busy, *([self._shared] if self._shared else [])]:
+        """Ends all workers; if the runner is used again, it starts new ones."""
+        for worker in self._processes:
             worker.kill()
+        self._processes.clear()
         self._idle.clear()
-        self._busy.clear()
-        self._shared = None
+
+    def _bind(self) -> None:
+        """Locks and jobs belong to one event loop; in a new one, only the idle workers are still of use."""
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        for worker in self._processes.difference(self._idle):
+            worker.kill()
+        self._loop = loop
+        self._slots = asyncio.Semaphore(self._workers)
+        self._starting = asyncio.Lock()
+        self._one_suspect = asyncio.Lock()
 
     def _account(self, failure: Failure, prompt: Prompt) -> None:
         self.timeouts += failure.timed_out
@@ -177,7 +165,6 @@ class RewardRunner:
                 raise UserError(f"reward {function.fn} needs a column '{name}', but {what} has {has}")
 
     async def _score_group(self, group: Attempts) -> Scores | Failure:
-        self._check_columns(group.prompt.columns, f"prompt {group.prompt.id}")
         plain = [i for i, signature in enumerate(self._signatures) if not signature.asynchronous]
         others = [i for i, signature in enumerate(self._signatures) if signature.asynchronous]
         replies = await asyncio.gather(
@@ -208,21 +195,55 @@ class RewardRunner:
 
     async def _run_plain(self, job: Job) -> Reply:
         async with self._slots:
-            worker = self._idle.pop() if self._idle else await asyncio.to_thread(self._started, asynchronous=False)
-            return await self._run_alone(worker, job)
+            worker = self._idle.pop() if self._idle else await self._start(asynchronous=False)
+            try:
+                return await self._run_alone(worker, job)
+            finally:
+                if worker.alive:
+                    self._idle.append(worker)
 
-    async def _run_alone(self, worker: _Worker, job: Job) -> Reply:
-        """The job in a worker that runs nothing else: if the worker dies, it was this job."""
-        self._busy.add(worker)
+    async def _run_async(self, job: Job) -> Reply:
+        async with self._starting:
+            if self._shared is None or not self._shared.alive:
+                self._shared = await self._start(asynchronous=True)
+            worker = self._shared
         try:
-            reply = await worker.run(job)
-            self._idle.append(worker)
-            return reply
+            return await worker.run(job)
+        except WorkerDied as death:
+            if death.suspects == 1:
+                return Reply(job.id, [], death.failure(job))
+        # Other jobs were in that process: one after the other in a process of its own, only the guilty one fails.
+        async with self._one_suspect:
+            worker = await self._start(asynchronous=True)
+            try:
+                return await self._run_alone(worker, job)
+            finally:
+                worker.kill()
+
+    async def _run_alone(self, worker: WorkerProcess, job: Job) -> Reply:
+        """The job in a worker that runs nothing else, so that it is this job that the worker dies of."""
+        try:
+            return await worker.run(job)
         except WorkerDied as death:
             return Reply(job.id, [], death.failure(job))
         except asyncio.CancelledError:
             # It is still at work on a job that nobody waits for.
             worker.kill()
             raise
-        finally:
-            self._busy.discard(worker)
+
+    async def _start(self, *, asynchronous: bool) -> WorkerProcess:
+        return await asyncio.to_thread(self._start_now, asynchronous=asynchronous)
+
+    def _start_now(self, *, asynchronous: bool) -> WorkerProcess:
+        functions = tuple((f.fn, f.args, f"{self._key}.{i}.fn") for i, f in enumerate(self.functions))
+        worker = WorkerProcess(Setup(functions, self._timeout, asynchronous), self._key)
+        self._signatures = worker.signatures
+        self._processes = {worker, *(process for process in self._processes if process.alive)}
+        return worker
+
+
+def _names(paths: Sequence[str]) -> tuple[str, ...]:
+    """What each function's value is called: its name; module:name where names repeat; numbered where that repeats."""
+    short = [path.rpartition(":")[2] for path in paths]
+    names = [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
+    return tuple(f"{n}#{names[:i].count(n) + 1}" if names.count(n) > 1 else n for i, n in enumerate(names))

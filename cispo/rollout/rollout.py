@@ -1,6 +1,6 @@
 """From prompts to scored groups: render, sample, score, shape.
 
-    P prompts -> P * G token sequences -> Completion -> reward functions -> TrajectoryGroup
+P prompts -> P * G token sequences -> Completion -> reward functions -> TrajectoryGroup
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cispo.algorithms.filters import overlong_penalty
 from cispo.rollout.renderer import Renderer
-from cispo.rollout.rewards import Attempts, RewardRunner, Scores
+from cispo.rollout.rewards import Attempts, RewardRunner, Score, Scores
 from cispo.types import Completion, Prompt, Sampling, Trajectory, TrajectoryGroup, Turn
 
 Generate = Callable[[list[list[int]], Sampling, int], Awaitable[list[Completion]]]
@@ -37,20 +37,22 @@ async def roll_out(
     group_size: int,
     generate: Generate,
     renderer: Renderer,
-    rewards: RewardRunner,
+    rewards: RewardRunner | None,
     sampling: Sampling,
     seed: int,
     overlong_buffer: int = 0,
     overlong_factor: float = 1.0,
 ) -> Rollouts:
-    """Samples `group_size` completions of every prompt and scores them."""
+    """Samples `group_size` completions of every prompt and scores them; without `rewards` every reward is 0."""
     started = time.perf_counter()
     prompt_ids = [renderer.render(p.messages) for p in prompts]
     completions = await generate([ids for ids in prompt_ids for _ in range(group_size)], sampling, seed)
     sampled = time.perf_counter()
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
     texts = [[renderer.decode(c.token_ids) for c in group] for group in groups]
-    scores = await rewards.score([Attempts(prompt=p, completions=t) for p, t in zip(prompts, texts, strict=True)])
+    scores: list[Scores | None] = [[Score(total=0.0)] * group_size for _ in prompts]
+    if rewards is not None:
+        scores = await rewards.score([Attempts(prompt=p, completions=t) for p, t in zip(prompts, texts, strict=True)])
     scored = time.perf_counter()
 
     def shaping(completion: Completion) -> float:

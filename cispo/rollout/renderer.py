@@ -1,0 +1,117 @@
+"""Between messages and token ids: the one place where text is tokenised.
+
+Prompts and demonstrations are rendered here; what the policy samples stays token ids, and is decoded only to be scored
+and read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cispo.loading import is_hub_id
+from cispo.types import Message, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Classes that are nothing but tokenizer.json: loading them by name spares the import of AutoTokenizer (and of torch).
+_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+class Renderer:
+    """Renders with a tokenizer's chat template, or, where it has none, with the messages' plain contents in a row.
+
+    Example: Renderer(load_tokenizer("recipes/tokenizers/chars")).render([{"role": "user", "content": "2,1>"}])
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """UserError when the tokenizer has no end-of-sequence token: nothing would end a completion."""
+        self.tokenizer = tokenizer
+        self.eos_ids = _eos_ids(tokenizer)
+        bos: Any = tokenizer.bos_token_id
+        # Whether a tokenizer adds its bos is a flag here and a post-processor there: asking it is the only sure way.
+        self._prefix = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    def render(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt as token ids, up to where the policy's turn begins."""
+        if self.tokenizer.chat_template is not None:
+            from jinja2 import TemplateError
+
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                )
+            except TemplateError as error:
+                name = self.tokenizer.name_or_path
+                raise UserError(f"the chat template of '{name}' refuses a prompt: {error}") from error
+            # The template has written the special tokens already.
+            return self._encode(str(text))
+        return self._prefix + self._encode("".join(_content(message) for message in messages))
+
+    def render_demonstration(self, messages: Sequence[Message], completion: str) -> tuple[list[int], list[int]]:
+        """(prompt, completion) as token ids; the completion ends with the end-of-sequence token."""
+        return self.render(messages), [*self._encode(completion), self.eos_ids[0]]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a completion, without special tokens."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, or of a model on the hub; UserError when there is none."""
+    folder = Path(path)
+    if not folder.is_dir() and not is_hub_id(str(path)):
+        raise UserError(f"the tokenizer folder '{path}' does not exist")
+    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise UserError(f"the tokenizer folder '{path}' holds no tokenizer.json")
+    try:
+        if folder.is_dir() and (folder / "tokenizer.json").exists() and _class_name(folder) in _PLAIN_CLASSES:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(path))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(path))
+    # `tokenizers` itself raises a bare Exception for a tokenizer.json that it cannot read.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot load the tokenizer of '{path}': {reason:.300}") from error
+
+
+def _class_name(folder: Path) -> str:
+    config = folder / "tokenizer_config.json"
+    return _read_object(config).get("tokenizer_class", "") if config.exists() else ""
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence token first, then the others that its folder's generation_config.json names."""
+    folder, eos = tokenizer.name_or_path, tokenizer.eos_token_id
+    if not isinstance(eos, int):
+        raise UserError(f"the tokenizer of '{folder}' has no eos token, so no completion would end")
+    generation = Path(folder) / "generation_config.json"
+    listed = _read_object(generation).get("eos_token_id") if generation.exists() else None
+    others: list[int] = listed if isinstance(listed, list) else [listed] if isinstance(listed, int) else []
+    return tuple(dict.fromkeys([eos, *others]))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _content(message: Message) -> str:
+    content = message["content"]
+    if not isinstance(content, str):
+        raise UserError(f"a message holds {type(content).__name__} where a tokenizer without chat template needs text")
+    return content

@@ -1,0 +1,187 @@
+"""The driver's end of one reward worker: starting it, giving it jobs, and finding out what it died of."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cispo.rollout.reward_worker import (
+    HEADER,
+    LAST_CALL,
+    START_SECONDS,
+    Failure,
+    Job,
+    Ready,
+    Reply,
+    Setup,
+    frame,
+    receive,
+    send,
+)
+from cispo.types import UserError
+
+_BOOT = "import sys; sys.path[:] = {path!r}; from cispo.rollout.reward_worker import main; main({socket}, {black_box})"
+
+
+class WorkerDied(Exception):
+    """The process ended with jobs in it; `suspects` is how many."""
+
+    def __init__(self, process: WorkerProcess, suspects: int) -> None:
+        super().__init__(f"reward worker ended with {suspects} jobs")
+        self.suspects = suspects
+        self._setup = process.setup
+        self._exit_code = process.process.returncode
+        self._last_call, self._report = process.read_black_box()
+        self._timed_out = self._report.startswith("Timeout")
+
+    def failure(self, job: Job) -> Failure:
+        """What happened, if it was this job."""
+        job_id, function, completion = self._last_call
+        if job_id != job.id:
+            function, completion = job.functions[0], -1
+        what = self.how(self._setup.timeout)
+        if self._timed_out and self._setup.asynchronous:
+            what = f"blocked the event loop of the async rewards for more than {self._setup.timeout:g} s"
+        return Failure(function, completion, what, _line_of_user_code(self._report), self._timed_out)
+
+    def how(self, limit: float) -> str:
+        """The end of the process as the end of a sentence; `limit` is the time it had, in seconds."""
+        if self._timed_out:
+            return f"did not finish within {limit:g} s"
+        if self._exit_code < 0:
+            return f"crashed its process ({signal.Signals(-self._exit_code).name})"
+        return f"ended its process with exit code {self._exit_code}"
+
+
+class WorkerProcess:
+    """A running worker that has imported its functions. Starting one blocks until it has."""
+
+    def __init__(self, setup: Setup, key: str) -> None:
+        """UserError naming `key` when it cannot import them."""
+        self.setup = setup
+        self.alive = True
+        self._jobs: dict[int, asyncio.Future[Reply]] = {}
+        self._sending = asyncio.Lock()
+        self._reader: asyncio.Task[None] | None = None
+        self._black_box = tempfile.TemporaryFile(buffering=0)
+        self._black_box.write(LAST_CALL.pack(-1, -1, -1))
+        self._socket, theirs = socket.socketpair()
+        fds = (theirs.fileno(), self._black_box.fileno())
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT.format(path=sys.path, socket=fds[0], black_box=fds[1])],
+                pass_fds=fds,
+                stdin=subprocess.DEVNULL,
+                # Out of the reach of Ctrl-C, which the driver handles; and a group that can be killed as a whole.
+                start_new_session=True,
+                # The same order of sets and dicts of strings in every worker; one thread, since there are many workers.
+                env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ},
+            )
+        self.signatures = self._first_answer(key).signatures
+        self._socket.setblocking(False)
+
+    def _first_answer(self, key: str) -> Ready:
+        self._socket.settimeout(START_SECONDS)
+        try:
+            send(self._socket, self.setup)
+            ready: Ready = receive(self._socket)
+        except (EOFError, OSError) as error:
+            names = ", ".join(path for path, _, _ in self.setup.functions)
+            raise UserError(f"{key}: importing {names} {self._autopsy().how(START_SECONDS)}") from error
+        if ready.error is not None:
+            self.kill()
+            raise UserError(ready.error)
+        return ready
+
+    async def run(self, job: Job) -> Reply:
+        """The worker's answer to a job; WorkerDied when it ended instead. Several jobs may be under way at once."""
+        try:
+            message = frame(job)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise UserError(f"prompt {job.prompt_id} has a column that cannot be sent to a process: {error}") from error
+        loop = asyncio.get_running_loop()
+        self._jobs[job.id] = answer = loop.create_future()
+        try:
+            async with self._sending:
+                await loop.sock_sendall(self._socket, message)
+        except OSError:
+            # It died; reading finds that out as well, and what of.
+            pass
+        if self._reader is None or self._reader.done():
+            self._reader = loop.create_task(self._read())
+        try:
+            return await answer
+        finally:
+            self._jobs.pop(job.id, None)
+
+    async def _read(self) -> None:
+        while self._jobs:
+            try:
+                reply: Reply = pickle.loads(await self._receive(HEADER.unpack(await self._receive(HEADER.size))[0]))
+            except (EOFError, OSError):
+                return self._bury()
+            answer = self._jobs.pop(reply.id, None)
+            if answer is not None and not answer.done():
+                answer.set_result(reply)
+
+    async def _receive(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            received = await asyncio.get_running_loop().sock_recv_into(self._socket, view)
+            if received == 0:
+                raise EOFError
+            view = view[received:]
+        return data
+
+    def _bury(self) -> None:
+        death = self._autopsy()
+        for answer in self._jobs.values():
+            if not answer.done():
+                answer.set_exception(death)
+
+    def read_black_box(self) -> tuple[tuple[int, int, int], str]:
+        """(job, function, completion) of the last call, and the traceback that was written when it ended, if any."""
+        content = os.pread(self._black_box.fileno(), 1 << 16, 0)
+        return LAST_CALL.unpack_from(content), content[LAST_CALL.size :].decode(errors="replace")
+
+    def kill(self) -> None:
+        """Ends the worker, whatever it is at, with the processes that its functions started."""
+        if self.alive:
+            self._autopsy()
+
+    def _autopsy(self) -> WorkerDied:
+        self.alive = False
+        try:
+            # A process that is ending by itself keeps its own exit code.
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self.process.wait()
+        death = WorkerDied(self, len(self._jobs))
+        self._socket.close()
+        self._black_box.close()
+        return death
+
+
+def _line_of_user_code(report: str) -> str:
+    """Where faulthandler's traceback shows a reward function: "file, line N", or "" if there is no traceback.
+
+    Of the frames above ours in the main thread, the last one is the function's; the first one in the same file counts.
+    """
+    for section in report.split("(most recent call first):"):
+        lines: list[tuple[str, str]] = re.findall(r'^  File "([^"]*)", line (\d+)', section, re.MULTILINE)
+        files = [file for file, _ in lines]
+        ours = next((i for i, file in enumerate(files) if Path(file).name == "reward_worker.py"), 0)
+        if ours and files[-1] == "<string>":
+            file, line = lines[files.index(files[ours - 1])]
+            return f"{Path(file).name}, line {line}"
+    return ""

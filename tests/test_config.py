@@ -1,0 +1,121 @@
+"""Recipes: merging, refusals with the key's name, and that the shipped ones and the schema are right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cispo.config import Recipe, dump_yaml, json_schema, known_keys, load_recipe
+from cispo.types import UserError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+MINIMAL = "policy: {config: {model_type: minimax}, tokenizer: t}\n"
+
+
+def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
+    file = folder / name
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_shipped_recipes(file: Path):
+    recipe = load_recipe(file)
+    assert recipe.name == file.stem and recipe.data and recipe.reward
+    assert len(file.read_text().splitlines()) <= 70
+
+
+def test_schema_is_fresh():
+    """`python scripts/make_schema.py` writes it."""
+    assert (ROOT / "recipes" / "schema.json").read_text() == json_schema()
+
+
+def test_every_key_has_a_sentence():
+    for key, info in known_keys():
+        assert info.description and info.description.strip().endswith((".", "PPO and GRPO.")), key
+
+
+def test_the_schema_stays_small():
+    own = {key for key, _ in known_keys() if not key.startswith(("eval.", "sft.data."))}
+    assert len(own) <= 90  # about 75 keys and their sections
+
+
+def test_base_recipe_overrides_and_dump(tmp_path: Path):
+    write(tmp_path, MINIMAL + "seed: 3\nlearner: {lr: 0.1, warmup_steps: 2}\n", "base.yaml")
+    file = write(tmp_path, "base: base.yaml\nlearner: {lr: 0.2}\n")
+    recipe = load_recipe(file, ["rollout.group_size=4", "learner.betas=[0.8, 0.9]"])
+    assert recipe.seed == 3 and recipe.learner.lr == 0.2 and recipe.learner.warmup_steps == 2
+    assert recipe.rollout.group_size == 4 and recipe.learner.betas == (0.8, 0.9)
+    again = Recipe.model_validate(yaml.safe_load(dump_yaml(recipe)))
+    assert again == recipe
+
+
+def test_paths_beside_the_recipe(tmp_path: Path):
+    (tmp_path / "tok").mkdir()
+    recipe = load_recipe(write(tmp_path, "policy: {config: {}, tokenizer: tok}\n"))
+    assert recipe.policy.tokenizer == str(tmp_path / "tok")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learner: {lrr: 1}", r"unknown key learner.lrr \(did you mean learner.lr\?\)"),
+        ("trian: {steps: 1}", r"unknown key trian"),
+        (
+            "reward: {functions: [{fn: a, wieght: 2}]}",
+            r"unknown key reward.functions.0.wieght .*reward.functions.weight",
+        ),
+        ("learner: {lr: fast}", r"learner.lr = 'fast'"),
+        ("learner: {lr: -1}", r"learner.lr = -1"),
+        ("learner: {lr: .nan}", r"learner.lr = nan"),
+        ("rollout: {engine: sglang}", r"rollout.engine = 'sglang'"),
+        ("rollout: {top_p: 0.9}", r"top_p"),
+        ("rollout: {temperature: 0}", r"temperature must be above 0"),
+        ("rollout: {max_tokens: 64, max_context: 64}", r"leaves no room"),
+        ("rollout: {temperature: 0.7, max_tokens: 4000, max_context: 5000}", r"run_length"),
+        ("rollout: {prompts_per_step: 5}\nalgorithm: {updates_per_batch: 2}", r"multiple"),
+        ("data: {split: a}", r"key data.source is missing"),
+        ("name: a/b", r"name = 'a/b'"),
+        ("seed: [1", r"not valid YAML"),
+        ("base: nowhere.yaml", r"nowhere.yaml does not exist"),
+    ],
+)
+def test_refusals_name_the_key(tmp_path: Path, text: str, message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(write(tmp_path, MINIMAL + text + "\n"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("policy: {}", "needs a model"),
+        ("policy: {model: a, config: {}}", "exclude each other"),
+        ("policy: {config: {}}", "policy.tokenizer is needed"),
+    ],
+)
+def test_policy_needs_one_origin(tmp_path: Path, policy: str, message: str):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path, policy + "\n"))
+
+
+@pytest.mark.parametrize(("override", "message"), [("x", "key=value"), ("learner.lrr=2", "did you mean learner.lr")])
+def test_bad_overrides(tmp_path: Path, override: str, message: str):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path, MINIMAL), [override])
+
+
+def test_missing_recipe_and_folder(tmp_path: Path):
+    with pytest.raises(UserError, match=r"nothere.yaml does not exist"):
+        load_recipe(tmp_path / "nothere.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+def test_schema_is_valid_json():
+    schema = json.loads(json_schema())
+    assert schema["properties"]["learner"] and "additionalProperties" in schema

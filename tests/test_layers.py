@@ -1,0 +1,126 @@
+"""Who may import whom: arrows point down only. The table is the architecture; docs/design.md draws it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "cispo"
+
+LAYERS: dict[str, int] = {
+    "cli": 8,
+    "commands": 7,
+    "inspection": 7,
+    "controller": 6,
+    "evaluate": 6,
+    "assemble": 5,
+    "actors": 5,
+    "learner.learner": 4,
+    "learner.sft": 4,
+    "weight_sync": 4,
+    "rollout.rollout": 4,
+    "rollout.engine": 4,
+    "packing": 3,
+    "rollout.prompts": 3,
+    "rollout.renderer": 3,
+    "rollout.rewards": 3,
+    "rollout.reward_worker": 3,
+    "learner.parallel": 3,
+    "learner.optim": 3,
+    "policies": 2,
+    "algorithms": 2,
+    "ops": 1,
+    "report": 1,
+    "runfolder": 1,
+    "screen": 1,
+    "types": 0,
+    "config": 0,
+    "metrics": 0,
+    "loading": 0,
+}
+"""Layer of each module, or of each package whose modules may import one another."""
+
+# Where a heavy library may be imported at all, and the rest of the project does without.
+ONLY_IN = {
+    "ray": {"actors"},
+    "vllm": {"policies.vllm_lightning", "policies.vllm_plugin", "rollout.engine", "weight_sync"},
+    "torch.distributed": {"learner.parallel"},
+}
+
+
+def modules() -> dict[str, Path]:
+    files = sorted(PACKAGE.rglob("*.py"))
+    names = {".".join(f.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+    return {name: f for name, f in names.items() if name != "__init__"}
+
+
+def layer(name: str) -> tuple[str, int] | None:
+    for known in (name, name.rpartition(".")[0]):
+        if known in LAYERS:
+            return known, LAYERS[known]
+    return None
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_down(name: str):
+    if name in ("rollout", "learner"):
+        assert not imports(modules()[name]), "these packages have no content of their own"
+        return
+    own = layer(name)
+    assert own, f"{name} has no layer: give it one in LAYERS"
+    for target in imports(modules()[name]):
+        inner = target.removeprefix("cispo.")
+        if target == inner or inner not in modules():
+            continue
+        other = layer(inner)
+        assert other, f"{name} imports {inner}, which has no layer"
+        assert other[1] < own[1] or other[0] == own[0] or _beside(name, inner), f"{name} must not import {inner}"
+
+
+def _beside(name: str, inner: str) -> bool:
+    """Modules of one layer may use each other inside a package, but the sampling and training sides never meet."""
+    packages = {name.partition(".")[0], inner.partition(".")[0]}
+    return layer(name)[1] == layer(inner)[1] and packages != {"rollout", "learner"}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_sampling_and_training_never_meet(name: str):
+    side = name.partition(".")[0]
+    other = {"rollout": "learner", "learner": "rollout"}.get(side)
+    if other:
+        assert not any(target.startswith(f"cispo.{other}") for target in imports(modules()[name]))
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_heavy_libraries_stay_in_their_place(library: str):
+    users = {
+        name
+        for name, file in modules().items()
+        if any(target == library or target.startswith(library + ".") for target in imports(file))
+    }
+    assert users and users <= ONLY_IN[library]
+
+
+def test_the_command_line_imports_nothing_heavy():
+    """`cispo --help` answers in under half a second because of this."""
+    code = (
+        "import sys, cispo.cli; "
+        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'datasets', 'pydantic'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

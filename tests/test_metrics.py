@@ -1,0 +1,71 @@
+"""Metrics against values worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cispo.metrics import group_metrics, importance_metrics, mismatch_metrics, pass_at_k, rollout_metrics
+from cispo.types import Completion, FinishReason, Prompt, Trajectory, TrajectoryGroup, Turn
+
+
+def tokens(**columns: list[float]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+
+
+def test_importance_metrics():
+    m = importance_metrics(
+        tokens(
+            ratio=[12, 1.2, 0.5, 0.5, 1], weight=[5, 1.2, 0.8, 0.5, 0], advantages=[1, 1, -1, -1, -1], entropy=[1] * 5
+        )
+    )
+    assert m["is/ratio_max"] == 12 and m["is/ratio_min"] == 0.5 and m["is/ratio_mean"] == pytest.approx(15.2 / 5)
+    assert m["is/clip_frac"] == pytest.approx(2 / 5)  # one capped, one dropped
+    assert m["is/clip_frac_posadv"] == 0.5 and m["is/clip_frac_negadv"] == pytest.approx(1 / 3)
+    assert m["is/low_frac"] == pytest.approx(1 / 5) and m["is/dropped_frac"] == pytest.approx(1 / 5)
+    assert m["is/ppo_dropped_posadv"] == 0.5 and m["is/ppo_dropped_negadv"] == pytest.approx(2 / 3)
+    assert m["is/ratio_p99"] == 12 and m["entropy"] == 1
+
+
+def test_mismatch_metrics():
+    same = mismatch_metrics(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.0]))
+    assert (
+        same["mismatch/kl_k1"] == 0
+        and same["mismatch/kl_k3"] == 0
+        and same["mismatch/prob_pearson"] == pytest.approx(1)
+    )
+    off = mismatch_metrics(torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.5]).log())
+    assert off["mismatch/kl_k1"] == pytest.approx(0, abs=1e-6)
+    assert off["mismatch/kl_k3"] == pytest.approx(0.25, abs=1e-6)  # mean of 2 - 1 - ln 2 and .5 - 1 + ln 2
+    assert off["mismatch/token_mult_prob_error"] == pytest.approx(2, abs=1e-5)
+    assert off["mismatch/prob_pearson"] == pytest.approx(-1, abs=1e-6)
+
+
+def group(rewards: list[float], lengths: list[int], reason: FinishReason = FinishReason.STOP) -> TrajectoryGroup:
+    trajectories = []
+    for index, (reward, length) in enumerate(zip(rewards, lengths, strict=True)):
+        completion = Completion(
+            token_ids=(1,) * length, logprobs=(-1.0,) * length, finish_reason=reason, versions=(3, 3)
+        )
+        turn = Turn(prompt_ids=(0,), completion=completion)
+        trajectories.append(
+            Trajectory(group_id=0, index=index, turns=(turn,), text="", reward=reward, rewards={"exact_match": reward})
+        )
+    return TrajectoryGroup(prompt=Prompt(id=0, messages=()), trajectories=tuple(trajectories))
+
+
+def test_rollout_and_group_metrics():
+    groups = [group([1, 0], [4, 2]), group([1, 1], [3, 3]), group([0, 0], [8, 8], FinishReason.LENGTH)]
+    m = rollout_metrics(groups, version=5)
+    assert m["reward/mean"] == 0.5 and m["reward/exact_match"] == 0.5
+    assert m["rollout/length_mean"] == pytest.approx(28 / 6) and m["rollout/length_p99"] == 8
+    assert m["rollout/truncation_frac"] == pytest.approx(1 / 3) and m["rollout/repetition_stop_frac"] == 0
+    assert m["rollout/length_good"] == pytest.approx(10 / 3) and m["rollout/length_bad"] == pytest.approx(6)
+    assert m["staleness/mean"] == 2 and m["staleness/max"] == 2
+    g = group_metrics(groups)
+    assert g["adv/zero_variance_frac"] == pytest.approx(2 / 3)
+    assert g["adv/all_right_frac"] == pytest.approx(1 / 3) and g["adv/all_wrong_frac"] == pytest.approx(1 / 3)
+
+
+def test_pass_at_k():
+    assert pass_at_k(0, 4, 2) == 0 and pass_at_k(3, 4, 2) == 1 and pass_at_k(1, 4, 2) == pytest.approx(0.5)

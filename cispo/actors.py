@@ -133,6 +133,8 @@ class RayRuntime:
         os.environ.setdefault("RAY_DISABLE_MEMORY_MONITOR", "1")
         # Ray would hide the GPUs from actors that ask for none, in a way that it will itself abandon.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray says at every start that its own token authentication is on.
+        logging.getLogger("ray").setLevel(logging.ERROR)
         import ray
 
         self._ray = ray

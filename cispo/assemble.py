@@ -117,13 +117,17 @@ def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe) -> list[Sa
     return samples
 
 
+def new_config(recipe: Recipe, renderer: Renderer) -> dict[str, Any]:
+    """The config of a policy that starts from random weights; the vocabulary is the tokenizer's unless it says otherwise."""
+    assert recipe.policy.config is not None
+    return {"vocab_size": len(renderer.tokenizer), **recipe.policy.config}
+
+
 def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
     """Where learner and engines load the first weights from: the recipe's model, or new weights in `folder`."""
     if recipe.policy.model is not None:
         return recipe.policy.model
-    assert recipe.policy.config is not None
-    config = {"vocab_size": len(renderer.tokenizer), **recipe.policy.config}
-    policy = init_policy(config, seed=seed_of(recipe.seed, "policy"))
+    policy = init_policy(new_config(recipe, renderer), seed=seed_of(recipe.seed, "policy"))
     if policy.vocab_size < len(renderer.tokenizer):
         raise UserError(
             f"policy.config.vocab_size {policy.vocab_size} is smaller than the tokenizer's {len(renderer.tokenizer)}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +31,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run a recipe: supervised warm-up if it has one, then reinforcement learning."""
     from cispo import commands
 
-    commands.train(recipe, overrides or [])
+    _run(commands.train, recipe, overrides or [])
 
 
 @app.command()
@@ -38,7 +39,7 @@ def sft(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run only the supervised warm-up of a recipe and save the policy."""
     from cispo import commands
 
-    commands.sft(recipe, overrides or [])
+    _run(commands.sft, recipe, overrides or [])
 
 
 @app.command()
@@ -46,7 +47,7 @@ def evaluate(recipe: RecipeArgument, overrides: Overrides = None, checkpoint: Ch
     """Measure sampling accuracy on the held-out prompts."""
     from cispo import commands
 
-    commands.evaluate_checkpoint(recipe, overrides or [], checkpoint)
+    _run(commands.evaluate_checkpoint, recipe, overrides or [], checkpoint)
 
 
 @app.command()
@@ -63,7 +64,7 @@ def generate(
     """Sample completions of one prompt, with log-probabilities and rewards."""
     from cispo import commands
 
-    commands.generate(recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or [])
+    _run(commands.generate, recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or [])
 
 
 @app.command()
@@ -71,7 +72,7 @@ def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print the resolved recipe, the algorithm in words, and the process and memory plan."""
     from cispo import inspection
 
-    inspection.show(recipe, overrides or [])
+    _run(inspection.show, recipe, overrides or [])
 
 
 @app.command()
@@ -83,7 +84,7 @@ def export(
     """Write a checkpoint as a Hugging Face model folder."""
     from cispo import commands
 
-    commands.export(checkpoint, to, dtype)
+    _run(commands.export, checkpoint, to, dtype)
 
 
 @app.command()
@@ -95,21 +96,26 @@ def doctor(
     """Check versions, devices, the lightning op against its reference, and sampler/learner parity of a recipe."""
     from cispo import inspection
 
-    inspection.doctor(recipe, overrides or [], checkpoint)
+    _run(inspection.doctor, recipe, overrides or [], checkpoint)
 
 
-def main() -> None:
-    """Entry point: bad input is one sentence and exit code 2, an interrupt is 130."""
+def _run(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Bad input is one sentence and exit code 2; an interrupt is exit code 130."""
     from cispo.types import UserError
 
     try:
-        app()
+        command(*args, **kwargs)
     except UserError as error:
         print(f"cispo: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("cispo: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of the `cispo` command."""
+    app()
 
 
 if __name__ == "__main__":

@@ -114,10 +114,12 @@ class _Run:
                 )
                 try:
                     await controller.train()
-                except (KeyboardInterrupt, asyncio.CancelledError):
-                    self._finish(log)
+                except asyncio.CancelledError:
+                    self.screen.print("interrupted: saving the policy (once more Ctrl-C to skip that)")
+                    await controller.save(controller.finished)
                     raise
-        self._finish(log)
+                finally:
+                    self._finish(log)
 
     async def sft(self) -> None:
         recipe = self.recipe

@@ -62,6 +62,8 @@ class Controller:
     """How many times the engines have received weights."""
     updates: int = 0
     skipped_in_a_row: int = 0
+    finished: int = 0
+    """Steps that are done."""
     accuracy: float | None = None
     _last: dict[str, float] = field(default_factory=dict)
 
@@ -78,6 +80,7 @@ class Controller:
             if last or (keys.eval_every and step % keys.eval_every == 0):
                 metrics |= await self.evaluate(step)
             self.log.metrics(step, metrics)
+            self.finished = step
             self._show(step, metrics)
             if last or (keys.save_every and step % keys.save_every == 0):
                 await self.save(step)

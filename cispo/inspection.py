@@ -22,6 +22,7 @@ from cispo.algorithms import describe, warnings
 from cispo.assemble import (
     Workers,
     algorithm_of,
+    new_config,
     policy_folder,
     prompts_of,
     renderer_of,
@@ -80,7 +81,8 @@ def _table(rows: Sequence[tuple[str, str]]) -> Table:
 
 def _plan(recipe: Recipe) -> list[tuple[str, str]]:
     rollout, learner = recipe.rollout, recipe.learner
-    parameters = count_parameters(recipe.policy.model, recipe.policy.config)
+    model = recipe.policy.model
+    parameters = count_parameters(model, new_config(recipe, renderer_of(recipe)) if model is None else None)
     half = recipe.policy.dtype == "bfloat16"
     # Weights, gradient and two moments in float32; bfloat16 policies keep a float32 master beside the weights.
     learner_bytes = parameters * (16 + 4 if half else 16)

@@ -1,7 +1,7 @@
 """reasoning-gym's own verifiers as a reward, and an imperfect teacher for a warm-up on any of its tasks.
 
-The rows come from the source "reasoning_gym:TASK". Beware of the raw scores: a wrong answer scores 0.01 in countdown,
-and anything below 1 where a task gives partial credit, so that averages of them are not shares of solved problems.
+The rows come from the source "reasoning_gym:TASK". Beware of the raw scores: in countdown a wrong answer scores 0.05
+and none at all 0.01, and many tasks give partial credit, so that averages of them are not shares of solved problems.
 """
 
 from __future__ import annotations

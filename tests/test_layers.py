@@ -29,6 +29,7 @@ LAYERS: dict[str, int] = {
     "rollout.renderer": 3,
     "rollout.rewards": 3,
     "rollout.reward_worker": 3,
+    "rollout.reward_process": 3,
     "learner.parallel": 3,
     "learner.optim": 3,
     "policies": 2,

@@ -188,6 +188,18 @@ def test_gradient_checkpointing_changes_nothing(config: dict[str, Any]) -> None:
         assert torch.equal(plain, recomputed)
 
 
+@EVERY_KIND
+def test_no_token_at_all(config: dict[str, Any]) -> None:
+    """A rank whose share of a batch is empty: empty outputs, and gradients that are zero."""
+    policy = init_policy(config, seed=0)
+    empty = torch.zeros(0, dtype=torch.long)
+    output = policy(empty, empty, bounds([0]))
+    assert output.hidden.shape == (0, config["hidden_size"])
+    output.hidden.sum().backward()
+    for parameter in policy.parameters():
+        assert parameter.grad is None or torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
 def test_router_outputs_follow_the_tokens() -> None:
     policy = init_policy(MINIMAX, seed=0)
     router = policy(tokens_of(12), torch.arange(12), bounds([12])).router
@@ -391,13 +403,13 @@ def plain_original(config: dict[str, Any], weights: dict[str, Tensor], ids: Tens
     ids=lambda changes: ", ".join(changes) or "as it is",
 )
 def test_original_conventions_against_a_plain_float64_reference(changes: dict[str, Any], tmp_path: Path) -> None:
-    """1e-5 in float32 and 2e-6 in float64, where the float32 slopes and angles are what is left."""
+    """1e-5 in float32 and 1e-6 in float64, where the float32 slopes and angles are what is left."""
     config = {**ORIGINAL, **changes}
     weights = random_original(config, tmp_path)
     ids = tokens_of(45)
     expected = plain_original(config, weights, ids)
     with torch.no_grad():
-        assert_close(logprobs(load_policy(tmp_path, torch.float64), ids), expected, 2e-6)
+        assert_close(logprobs(load_policy(tmp_path, torch.float64), ids), expected, 1e-6)
         assert_close(logprobs(load_policy(tmp_path), ids).double(), expected)
 
 

@@ -112,6 +112,8 @@ class HFPolicy(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
         """tokens and positions [T] int64; cu_seqlens [S + 1] int32."""
+        if not len(tokens):  # transformers' reshapes refuse an empty row
+            return PolicyOutput(tokens[:, None] * self.lm_head_weight[:1])
         output = self.model.base_model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, cu_seq_lens_q=cu_seqlens
         )
@@ -179,6 +181,7 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(_refusal(config, "transformers has no causal language model of this kind"))
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    assert isinstance(model, type) and issubclass(model, PreTrainedModel)
     if not model._supports_attention_backend or model._is_stateful:
         raise UserError(_refusal(config, "its attention cannot be replaced or it keeps a recurrent state"))
     values = config.to_dict()

@@ -49,7 +49,7 @@ class LightningAttention(nn.Module):
         if self.slopes.device != x.device:
             self.slopes = self.slopes.to(x.device)
         # Interleaved per head: q, k and v of head 0, then of head 1, ...
-        heads = F.silu(self.qkv_proj(x)).view(len(x), self.num_heads, 3 * self.head_dim)
+        heads = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, 3 * self.head_dim))
         q, k, v = heads.split(self.head_dim, dim=-1)
         attended, _ = lightning_attention(q, k, v, self.slopes, cu_seqlens)
         return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(attended.flatten(1)))
@@ -68,7 +68,7 @@ class SoftmaxAttention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (proj(x).view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         attended = causal_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, cu_seqlens)
         return self.o_proj(attended.flatten(1))
 

@@ -4,28 +4,26 @@
     Engine.update_weights(path, version)                            what `publish_weights` wrote
 
 `VLLMEngine` runs vLLM inside this process; `TorchEngine` recomputes everything with the learner's policy, for tests.
-A completion ends at the first of: an end-of-sequence token, the length limit, a repeated pattern, a run of near-certain
-tokens. The token that ended it is always its last one.
+When a completion ends: `drafts`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import os
-import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cispo.policies.base import load_policy
-from cispo.types import Completion, FinishReason, RepetitionStop, Sampling, UserError
+from cispo.rollout.drafts import repeats_pattern, seeded, start_drafts
+from cispo.types import Completion, FinishReason, Sampling, UserError
 from cispo.weight_sync import TRANSFER_BACKEND, mapped_weights, register_transfer_backend
 
 if TYPE_CHECKING:
@@ -73,105 +71,6 @@ class Engine(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class RunCounter:
-    """MiniMax-M1's repetition stop (arXiv 2506.13585, section 5): a run of tokens that were all near certain."""
-
-    rule: RepetitionStop
-    run: int = 0
-
-    def fires(self, logprob: float) -> bool:
-        """Takes the next log-probability; True from the `run_length`-th in a row strictly above `probability`."""
-        self.run = self.run + 1 if logprob > math.log(self.rule.probability) else 0
-        return 0 < self.rule.run_length <= self.run
-
-
-def repeats_pattern(tokens: Sequence[int], rule: RepetitionStop) -> bool:
-    """Whether `tokens` end in `pattern_count` copies of a pattern of at most `pattern_size` tokens."""
-    for size in range(1, rule.pattern_size + 1):
-        span = size * rule.pattern_count
-        if span > len(tokens):
-            return False
-        tail = tokens[-span:]
-        if tail[size:] == tail[:-size]:
-            return True
-    return False
-
-
-def _limits(prompts: Sequence[Sequence[int]], sampling: Sampling, max_context: int) -> list[int]:
-    """How many tokens each completion may have; checks the prompts and that the sampling makes sense for them."""
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {index} is empty")
-        if len(prompt) >= max_context:
-            raise UserError(
-                f"prompt {index} has {len(prompt)} tokens: no room for a completion in {max_context} of context"
-            )
-    limits = [min(sampling.max_tokens, max_context - len(prompt)) for prompt in prompts]
-    if _watches_runs(sampling, limits) and not _draws_from_the_model(sampling):
-        raise UserError(
-            "repetition.run_length counts the policy's own probabilities, which sampling with a temperature other than "
-            "1, top_p, top_k or min_p does not give: set repetition.run_length to 0 or sample at temperature 1"
-        )
-    return limits
-
-
-def _watches_runs(sampling: Sampling, limits: Sequence[int]) -> bool:
-    return 0 < sampling.repetition.run_length <= max(limits, default=0)
-
-
-def _draws_from_the_model(sampling: Sampling) -> bool:
-    """Whether the reported log-probabilities are the policy's own: plain sampling, or greedy."""
-    plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
-    return plain or sampling.temperature == 0
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds torch inside the block and gives the process its own random streams back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A completion in the making."""
-
-    counter: RunCounter | None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    reason: FinishReason | None = None
-
-    def extend(self, tokens: Sequence[int], logprobs: Sequence[float], reason: str | None) -> None:
-        """Adds what was sampled; `reason` says why the last token ended the completion, None while it goes on."""
-        assert len(tokens) == len(logprobs), f"{len(logprobs)} logprobs for {len(tokens)} tokens"
-        kept = len(tokens)
-        if self.counter is not None:
-            kept = next((i for i, x in enumerate(logprobs, 1) if self.counter.fires(x)), kept + 1)
-            if kept < len(tokens) or (kept == len(tokens) and reason is None):
-                reason = FinishReason.REPETITION
-        self.tokens.extend(tokens[:kept])
-        self.logprobs.extend(logprobs[:kept])
-        self.reason = None if reason is None else FinishReason(reason)
-
-    def completion(self, version: int) -> Completion:
-        assert self.reason is not None, "the engine stopped before this completion did"
-        assert all(map(math.isfinite, self.logprobs)), "a sampled token has a log-probability that is not finite"
-        return Completion(
-            token_ids=tuple(self.tokens),
-            logprobs=tuple(self.logprobs),
-            finish_reason=self.reason,
-            versions=(version, version),
-        )
-
-
 class VLLMEngine:
     """vLLM in this process, driven step by step.
 
@@ -191,8 +90,7 @@ class VLLMEngine:
         seed: int,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        if not (Path(model) / "config.json").is_file():
-            raise UserError(f"{model} holds no policy: config.json is missing")
+        _check_context(model, max_context)
         self._max_context = max_context
         self._version = 0
         arguments = {
@@ -212,7 +110,7 @@ class VLLMEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
-        with warnings.catch_warnings(), _seeded(seed):
+        with warnings.catch_warnings(), seeded(seed):
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's, while it scans torch
             self._engine = _start(arguments | dict(engine_args or {}))
 
@@ -225,15 +123,13 @@ class VLLMEngine:
         from vllm.inputs import tokens_input
         from vllm.logprobs import FlatLogprobs
 
-        limits = _limits(prompts, sampling, self._max_context)
-        streaming = _watches_runs(sampling, limits)
-        params = _sampling_params(sampling, streaming)
-        drafts = [_Draft(RunCounter(sampling.repetition) if streaming else None) for _ in prompts]
-        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-            params.max_tokens = limit
+        drafts = start_drafts(prompts, sampling, self._max_context)
+        params = _sampling_params(sampling, streaming=any(draft.counter for draft in drafts))
+        for index, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
+            params.max_tokens = draft.limit
             self._engine.add_request(str(index), tokens_input(list(prompt)), params)
         # Seed the process: on a CPU a per-request seed ends vLLM's engine when a prompt is prefilled in parts.
-        with _seeded(seed):
+        with seeded(seed):
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     assert isinstance(output, RequestOutput)
@@ -255,6 +151,15 @@ class VLLMEngine:
     def close(self) -> None:
         self._engine.engine_core.shutdown()
         del self._engine
+
+
+def _check_context(model: str, max_context: int) -> None:
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        raise UserError(f"{model} holds no policy: config.json is missing")
+    positions = json.loads(config.read_text()).get("max_position_embeddings")
+    if positions and max_context > positions:
+        raise UserError(f"max_context {max_context} is above the {positions} positions that the policy in {model} has")
 
 
 def _start(arguments: Mapping[str, Any]) -> LLMEngine:
@@ -281,24 +186,52 @@ def _start(arguments: Mapping[str, Any]) -> LLMEngine:
         ModelRegistry.register_model(architecture, LightningForCausalLM)
     register_transfer_backend()
     transfer = WeightTransferConfig(backend=TRANSFER_BACKEND)
+    unknown = arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)}
+    if unknown:
+        raise UserError(f"rollout.engine_args: vLLM's engine has no argument {min(unknown)!r}")
     settings = EngineArgs(**{"weight_transfer_config": transfer, **_DEVICE_ARGUMENTS[device], **arguments})
-    config = settings.create_engine_config()
-    if device == "cpu" and config.cache_config.kv_cache_memory_bytes is None:
-        config.cache_config.kv_cache_memory_bytes = _cache_bytes(config)
+    try:
+        config = settings.create_engine_config()
+    except ValueError as error:
+        raise UserError(f"vLLM refuses {arguments['model']}: {_reason(error)}") from error
+    if device == "cpu":
+        _fit_cpu(config)
     return LLMEngine.from_vllm_config(config, disable_log_stats=settings.disable_log_stats)
+
+
+def _reason(error: ValueError) -> str:
+    """The first complaint, on one line, with the argument that it is about."""
+    from pydantic import ValidationError
+
+    text = str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        text = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
+    return " ".join(text.split())
+
+
+def _fit_cpu(config: VllmConfig) -> None:
+    """Sizes the cache for this model; UserError where vLLM's attention on a CPU cannot run it."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    model, sizes = config.model_config, CPUAttentionBackend.get_supported_head_sizes()
+    if not model.use_mla and model.get_head_size() not in sizes:
+        raise UserError(f"head_dim {model.get_head_size()} cannot be sampled on a CPU, which takes one of {sizes}")
+    if config.cache_config.kv_cache_memory_bytes is None:
+        config.cache_config.kv_cache_memory_bytes = _cache_bytes(config)
 
 
 def _cache_bytes(config: VllmConfig) -> int:
     """Memory for `max_num_seqs` sequences of full length, at most a quarter of what the machine has free.
 
     A page holds one block of keys and values of a softmax layer, or the state of one sequence in a linear layer, which
-    vLLM pads to a whole number of blocks. Short of pages, vLLM preempts sequences and recomputes them.
+    vLLM pads to whole blocks. Short of pages, vLLM preempts sequences and recomputes them.
     """
     import psutil
     from vllm.model_executor.models import ModelRegistry
     from vllm.utils.torch_utils import get_dtype_size
 
-    model, parallel, sequences = config.model_config, config.parallel_config, config.scheduler_config.max_num_seqs
+    model, parallel = config.model_config, config.parallel_config
     softmax = model.get_num_layers_by_block_type(parallel, "attention")
     linear = model.get_num_layers(parallel) - softmax
     block = config.cache_config.block_size
@@ -309,12 +242,14 @@ def _cache_bytes(config: VllmConfig) -> int:
         dtypes = policy.get_mamba_state_dtype_from_config(config)
         state = sum(math.prod(s) * get_dtype_size(d) for s, d in zip(shapes, dtypes, strict=True))
         block *= math.ceil(state / (block * token_bytes))
-    # vLLM puts layers of a kind into groups of one size and pads the last group; with prefix caching a sequence keeps
-    # the states of up to three blocks.
-    group = max(1, min(softmax, linear))
-    states = math.ceil(linear / group) * group * (3 if config.cache_config.enable_prefix_caching else 1)
+        # vLLM puts layers of a kind into groups of one size and pads the last group.
+        group = min(softmax, linear) or linear
+        softmax, linear = (math.ceil(layers / group) * group for layers in (softmax, linear))
+    # With prefix caching a sequence keeps the states of up to three blocks.
+    states = linear * (3 if config.cache_config.enable_prefix_caching else 1)
     pages = softmax * math.ceil(model.max_model_len / block) + states
-    return min((sequences + 1) * pages * block * token_bytes, psutil.virtual_memory().available // 4)
+    needed = (config.scheduler_config.max_num_seqs + 1) * pages * block * token_bytes
+    return min(needed, psutil.virtual_memory().available // 4)
 
 
 def _sampling_params(sampling: Sampling, streaming: bool) -> SamplingParams:
@@ -345,6 +280,7 @@ class TorchEngine:
     """The learner's policy, recomputed from the first token at every step: small, slow, for tests."""
 
     def __init__(self, model: str, *, dtype: str, max_context: int) -> None:
+        _check_context(model, max_context)
         self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
         self._max_context = max_context
         self._version = 0
@@ -354,15 +290,13 @@ class TorchEngine:
         return self._version
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        limits = _limits(prompts, sampling, self._max_context)
-        watching = _watches_runs(sampling, limits)
-        drafts = [_Draft(RunCounter(sampling.repetition) if watching else None) for _ in prompts]
-        with torch.no_grad(), _seeded(seed):
+        drafts = start_drafts(prompts, sampling, self._max_context)
+        with torch.no_grad(), seeded(seed):
             while active := [i for i, draft in enumerate(drafts) if draft.reason is None]:
                 logits = self._logits([[*prompts[i], *drafts[i].tokens] for i in active])
                 for i, token, logprob in zip(active, *_sample(logits, sampling), strict=True):
                     tokens = [*drafts[i].tokens, token]
-                    drafts[i].extend([token], [logprob], _finish_reason(tokens, limits[i], sampling))
+                    drafts[i].extend([token], [logprob], _finish_reason(tokens, drafts[i].limit, sampling))
         return [draft.completion(self._version) for draft in drafts]
 
     def _logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:

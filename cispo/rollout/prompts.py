@@ -168,12 +168,13 @@ def _reasoning_gym_rows(task: str, split: str, args: Mapping[str, Any], key: str
     """
     params = {name: value for name, value in args.items() if name not in ("size", "seed")}
     size, seed = int(args.get("size", 500)), int(args.get("seed", 0))
-    if not 0 < size <= SEED_STRIDE // 4 or seed < 0:
-        raise UserError(f"{key}: {REASONING_GYM}{task} needs a size of 1 to {SEED_STRIDE // 4} and a seed of 0 or more")
-    # A split holds half of the problems, so four times as many items are enough unless the problems are very few.
-    dataset = reasoning_gym_dataset(task, {**params, "size": 4 * size, "seed": seed * SEED_STRIDE}, key)
+    # A split holds half of the problems, so that this many items are enough unless the task has very few problems.
+    items = 4 * size + 100
+    if size < 1 or items > SEED_STRIDE or seed < 0:
+        raise UserError(f"{key}: {REASONING_GYM}{task} needs a size of 1 to {SEED_STRIDE // 5} and a seed of 0 or more")
+    dataset = reasoning_gym_dataset(task, {**params, "size": items, "seed": seed * SEED_STRIDE}, key)
     found = 0
-    for index in range(4 * size):
+    for index in range(items):
         item = dataset[index]
         if not in_split(item["question"], split):
             continue
@@ -182,7 +183,7 @@ def _reasoning_gym_rows(task: str, split: str, args: Mapping[str, Any], key: str
         found += 1
         if found == size:
             return
-    raise UserError(f"{key}: {REASONING_GYM}{task} has only {found} problems in split '{split}' among {4 * size} items")
+    raise UserError(f"{key}: {REASONING_GYM}{task} has only {found} problems in split '{split}' among {items} items")
 
 
 def reasoning_gym_dataset(task: str, args: Mapping[str, Any], key: str) -> Any:

@@ -127,6 +127,7 @@ class WorkerProcess:
             try:
                 reply: Reply = pickle.loads(await self._receive(HEADER.unpack(await self._receive(HEADER.size))[0]))
             except (EOFError, OSError):
+                self._reader = None
                 return self._bury()
             answer = self._jobs.pop(reply.id, None)
             if answer is not None and not answer.done():
@@ -167,6 +168,10 @@ class WorkerProcess:
             pass
         self.process.wait()
         death = WorkerDied(self, len(self._jobs))
+        if self._reader is not None and not self._reader.done():
+            # Before the socket is closed: the loop knows it by a number that the next worker's socket may get.
+            self._reader.get_loop().remove_reader(self._socket)
+            self._reader.cancel()
         self._socket.close()
         self._black_box.close()
         return death

@@ -63,7 +63,6 @@ class Setup:
 class Signature:
     """What a function takes."""
 
-    name: str
     group: bool
     """`completions`, the whole group, instead of one `completion`."""
     asynchronous: bool
@@ -168,7 +167,6 @@ def load_function(path: str, args: Mapping[str, Any], key: str) -> Function:
             raise UserError(f"{key}: '{path}' has no parameter '{name}'; it takes {', '.join(parameters)}")
     columns = names - {"completion", "completions", *args}
     signature = Signature(
-        name=path.rpartition(":")[2],
         group="completions" in names,
         asynchronous=inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__),
         columns=None if takes_all else frozenset(columns),

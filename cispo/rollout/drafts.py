@@ -1,0 +1,116 @@
+"""What engines share: how long a completion may be, when it repeats itself, and the draft that grows into one.
+
+A completion ends at the first of: an end-of-sequence token, the length limit, a repeated pattern, a run of near-certain
+tokens. Where two fall on one token the earlier of this list is the reason; that token is always the last.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from cispo.types import Completion, FinishReason, RepetitionStop, Sampling, UserError
+
+
+@dataclass(slots=True)
+class RunCounter:
+    """MiniMax-M1's repetition stop (arXiv 2506.13585, section 5): a run of tokens that were all near certain."""
+
+    rule: RepetitionStop
+    run: int = 0
+
+    def fires(self, logprob: float) -> bool:
+        """Takes the next log-probability; True from the `run_length`-th in a row strictly above `probability`."""
+        self.run = self.run + 1 if logprob > math.log(self.rule.probability) else 0
+        return 0 < self.rule.run_length <= self.run
+
+
+def repeats_pattern(tokens: Sequence[int], rule: RepetitionStop) -> bool:
+    """Whether `tokens` end in `pattern_count` copies of a pattern of at most `pattern_size` tokens."""
+    for size in range(1, rule.pattern_size + 1):
+        span = size * rule.pattern_count
+        if span > len(tokens):
+            return False
+        tail = tokens[-span:]
+        if tail[size:] == tail[:-size]:
+            return True
+    return False
+
+
+@dataclass(slots=True)
+class Draft:
+    """A completion in the making."""
+
+    limit: int
+    """The most tokens it may have."""
+    counter: RunCounter | None
+    """None where no run can get long enough."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+    def extend(self, tokens: Sequence[int], logprobs: Sequence[float], reason: str | None) -> None:
+        """Adds what was sampled; `reason` says why the last token ended the completion, None while it goes on."""
+        assert len(tokens) == len(logprobs), f"{len(logprobs)} logprobs for {len(tokens)} tokens"
+        kept = len(tokens)
+        if self.counter is not None:
+            kept = next((i for i, x in enumerate(logprobs, 1) if self.counter.fires(x)), kept + 1)
+            if kept < len(tokens) or (kept == len(tokens) and reason is None):
+                reason = FinishReason.REPETITION
+        self.tokens.extend(tokens[:kept])
+        self.logprobs.extend(logprobs[:kept])
+        self.reason = None if reason is None else FinishReason(reason)
+
+    def completion(self, version: int) -> Completion:
+        """The finished completion, all of it sampled from one version of the policy."""
+        assert self.reason is not None, "the engine stopped before this completion did"
+        assert all(map(math.isfinite, self.logprobs)), "a sampled token has a log-probability that is not finite"
+        return Completion(
+            token_ids=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.reason,
+            versions=(version, version),
+        )
+
+
+def start_drafts(prompts: Sequence[Sequence[int]], sampling: Sampling, max_context: int) -> list[Draft]:
+    """An empty draft a prompt. Raises UserError on a prompt that leaves no room, or a rule that cannot be applied."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} is empty")
+        if len(prompt) >= max_context:
+            raise UserError(f"prompt {index} has {len(prompt)} tokens: no room to answer in max_context {max_context}")
+    limits = [min(sampling.max_tokens, max_context - len(prompt)) for prompt in prompts]
+    run_length = sampling.repetition.run_length
+    if 0 < run_length <= max(limits, default=0) and not _draws_from_the_policy(sampling):
+        raise UserError(
+            "repetition.run_length counts the policy's own probabilities, which sampling with a temperature other than "
+            "1, top_p, top_k or min_p does not give: set repetition.run_length to 0 or sample at temperature 1"
+        )
+    return [Draft(n, RunCounter(sampling.repetition) if 0 < run_length <= n else None) for n in limits]
+
+
+def _draws_from_the_policy(sampling: Sampling) -> bool:
+    """Whether the reported log-probabilities are the policy's own: plain sampling, or greedy."""
+    plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
+    return plain or sampling.temperature == 0
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch inside the block and gives the process its own random streams back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,136 @@
+"""Tokenizing and rendering: the shipped character tokenizer, chat templates, end-of-sequence tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cispo.rollout.renderer import Renderer, load_tokenizer
+from cispo.types import UserError
+
+ROOT = Path(__file__).parents[1]
+CHARS = ROOT / "recipes" / "tokenizers" / "chars"
+TEMPLATE = "{% for m in messages %}<bos>{{ m['role'] }}:{{ m['content'] }}<eos>{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<bos>me:{% endif %}"
+printable = st.text(st.sampled_from("\t\n" + "".join(map(chr, range(32, 127)))))
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(load_tokenizer(CHARS))
+
+
+def variant(folder: Path, config: dict[str, object], post_processor: object = None, **files: object) -> Renderer:
+    """The character tokenizer with changes to its config, a post-processor, and more JSON files beside it."""
+    shutil.copytree(CHARS, folder)
+    settings = {**json.loads((CHARS / "tokenizer_config.json").read_text()), **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    if post_processor is not None:
+        tokenizer = json.loads((CHARS / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": post_processor}))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return Renderer(load_tokenizer(folder))
+
+
+@given(text=printable)
+def test_every_printable_text_survives(renderer: Renderer, text: str) -> None:
+    text = text.replace("<", "")  # the name of a special token in a text is that token
+    ids = renderer.render([{"role": "user", "content": text}])
+    assert len(ids) == len(text)
+    assert renderer.decode(ids) == text
+
+
+def test_ids_are_what_the_script_says(renderer: Renderer, tmp_path: Path) -> None:
+    assert renderer.render([{"role": "user", "content": "\t\n 2,1>~"}]) == [4, 5, 6, 24, 18, 23, 36, 100]
+    assert len(renderer.tokenizer) == 101
+    assert renderer.eos_ids == (2,)
+    assert renderer.decode([24, 2, 0, 1, 23]) == "21"
+    assert renderer.render([{"role": "user", "content": "\u00e9"}]) == [3]
+    script = ROOT / "scripts" / "make_char_tokenizer.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=60)
+    for file in CHARS.iterdir():
+        assert file.read_text() == (tmp_path / file.name).read_text(), f"{file.name} is not what the script makes"
+
+
+def test_auto_tokenizer_reads_the_same(renderer: Renderer) -> None:
+    from transformers import AutoTokenizer
+
+    auto = AutoTokenizer.from_pretrained(str(CHARS))
+    text = "47,03> is  not, don't ."
+    assert auto.encode(text) == renderer.render([{"role": "user", "content": text}])
+    assert auto.decode(auto.encode(text)) == text
+
+
+def test_contents_are_joined_where_there_is_no_template(renderer: Renderer) -> None:
+    messages = [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}]
+    assert renderer.decode(renderer.render(messages)) == "abc"
+    with pytest.raises(UserError, match="holds list where a tokenizer without chat template needs text"):
+        renderer.render([{"role": "user", "content": [{"type": "text", "text": "a"}]}])
+
+
+def test_demonstrations_end_with_eos(renderer: Renderer) -> None:
+    prompt, completion = renderer.render_demonstration([{"role": "user", "content": "2,1>"}], "1,2")
+    assert prompt == renderer.render([{"role": "user", "content": "2,1>"}])
+    assert completion == [23, 18, 24, 2]
+
+
+def test_chat_template(tmp_path: Path) -> None:
+    renderer = variant(tmp_path / "t", {"chat_template": TEMPLATE})
+    messages = [{"role": "s", "content": "a"}, {"role": "u", "content": "b"}]
+    ids = renderer.render(messages)
+    assert renderer.tokenizer.decode(ids) == "<bos>s:a<eos><bos>u:b<eos><bos>me:"
+    assert ids.count(1) == 3 and ids.count(2) == 2, "special tokens are single ids"
+    assert renderer.render_demonstration(messages, "c") == (ids, [73, 2])
+    refusing = variant(tmp_path / "r", {"chat_template": "{{ raise_exception('roles must alternate') }}"})
+    with pytest.raises(UserError, match="refuses a prompt: roles must alternate"):
+        refusing.render(messages)
+
+
+def test_bos_only_where_the_tokenizer_adds_it(tmp_path: Path, renderer: Renderer) -> None:
+    content = [{"role": "user", "content": "a"}]
+    assert renderer.render(content) == [71]
+    adds_bos = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [1], "tokens": ["<bos>"]}},
+    }
+    with_bos = variant(tmp_path / "b", {}, adds_bos)
+    assert with_bos.render(content) == [1, 71]
+    assert with_bos.render_demonstration(content, "a") == ([1, 71], [71, 2])
+    templated = variant(tmp_path / "t", {"chat_template": TEMPLATE}, adds_bos)
+    assert templated.render(content)[:2] == [1, templated.tokenizer.encode("u", add_special_tokens=False)[0]]
+
+
+def test_all_eos_ids_are_found(tmp_path: Path) -> None:
+    assert variant(tmp_path / "a", {}, generation_config={"eos_token_id": [1, 2]}).eos_ids == (2, 1)
+    assert variant(tmp_path / "b", {}, generation_config={"eos_token_id": 3}).eos_ids == (2, 3)
+    assert variant(tmp_path / "c", {}, generation_config={"temperature": 1.0}).eos_ids == (2,)
+
+
+def test_bad_tokenizers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=f"the tokenizer of '{tmp_path / 'e'}' has no eos token"):
+        variant(tmp_path / "e", {"eos_token": None})
+    with pytest.raises(UserError, match="the tokenizer folder '.*missing' does not exist"):
+        load_tokenizer(tmp_path / "missing")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match="the tokenizer folder 'models/missing' does not exist"):
+        load_tokenizer("models/missing")
+    with pytest.raises(UserError, match="the tokenizer folder 'models' holds no tokenizer.json"):
+        load_tokenizer("models")
+    shutil.copytree(CHARS, tmp_path / "broken")
+    (tmp_path / "broken" / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(UserError, match="cannot load the tokenizer of '.*broken'"):
+        load_tokenizer(tmp_path / "broken")
+    (tmp_path / "broken" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config.json' is not JSON"):
+        load_tokenizer(tmp_path / "broken")

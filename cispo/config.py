@@ -42,7 +42,7 @@ class Data(Section):
     source: str
     """A .jsonl or .parquet file, a hub id, module:function, or reasoning_gym:TASK."""
     split: str = "train"
-    """Which split of a hub dataset."""
+    """Which split; of a procedural source, train is one half of all problems and any other name the other half."""
     args: dict[str, Any] = {}
     """Arguments of the function or parameters of the reasoning-gym task (with size and seed)."""
     limit: Positive | None = None

@@ -203,6 +203,8 @@ class Controller:
     def metrics(self, rollouts: Rollouts, results: Sequence[Sequence[UpdateResult]]) -> dict[str, float]:
         metrics = rollout_metrics(rollouts.groups, version=self.version) | group_metrics(rollouts.groups)
         metrics["reward/dropped_groups"] = rollouts.dropped
+        metrics["reward/errors"] = self.rewards.errors
+        metrics["reward/timeouts"] = self.rewards.timeouts
         metrics["learner/updates"] = len(results)
         metrics["learner/skipped"] = sum(not r[0].taken for r in results)
         if not results:

@@ -30,6 +30,7 @@ LAYERS: dict[str, int] = {
     "rollout.rewards": 3,
     "rollout.reward_worker": 3,
     "rollout.reward_process": 3,
+    "rollout.drafts": 3,
     "learner.parallel": 3,
     "learner.optim": 3,
     "policies": 2,

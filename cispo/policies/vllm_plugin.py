@@ -5,26 +5,44 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
 ARCHITECTURES = ("MiniMaxForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM")
 MODEL = "cispo.policies.vllm_lightning:LightningForCausalLM"
 
-# Spellings of the original dialect's model_type; transformers knows "minimax" alone.
-MODEL_TYPES = ("minimax_m1", "MiniMaxM1", "minimax_text_01", "minimax_text01", "MiniMaxText01")
+
+class MiniMaxM1Config(PreTrainedConfig):
+    """Every key of config.json as it is: `LightningConfig` gives them their meaning."""
+
+    model_type = "minimax_m1"
+
+
+class MiniMaxText01Config(PreTrainedConfig):
+    """The same for MiniMax-Text-01."""
+
+    model_type = "minimax_text_01"
+
+
+# The original dialect's model types, as they are spelled; transformers knows "minimax" alone.
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "minimax_m1": MiniMaxM1Config,
+    "MiniMaxM1": MiniMaxM1Config,
+    "minimax_text_01": MiniMaxText01Config,
+    "minimax_text01": MiniMaxText01Config,
+    "MiniMaxText01": MiniMaxText01Config,
+}
 
 
 @cache
 def register() -> None:
     """Registers the architectures, lazily, and the configs of the original model types; a second call does nothing."""
-    from transformers import AutoConfig, PreTrainedConfig
     from vllm import ModelRegistry
     from vllm.platforms import current_platform
 
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, MODEL)
-    for model_type in MODEL_TYPES:
-        # The class keeps every key of config.json as it is; `LightningConfig` gives them their meaning.
-        config_class = type("OriginalMiniMaxConfig", (PreTrainedConfig,), {"model_type": model_type})
-        AutoConfig.register(model_type, config_class, exist_ok=True)
+    for model_type, config in CONFIGS.items():
+        CONFIG_MAPPING.register(model_type, config, exist_ok=True)
     if current_platform.is_cpu():
         _keep_linear_weights()
 

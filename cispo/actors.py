@@ -17,8 +17,15 @@ from typing import Any, Protocol
 
 from cispo.types import UserError
 
-# Two cores are shared by everybody here: more threads than cores wait for each other (docs/design.md, threads).
-_CPU_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# One thread each: on a shared machine more wait for each other (docs/design.md, Threads). The allocator keeps what it
+# has, which spares an engine most of its page faults. The last hides torch's warning about NUMA.
+_CPU_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 
 class Handle(Protocol):

@@ -118,7 +118,7 @@ def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe) -> list[Sa
 
 
 def new_config(recipe: Recipe, renderer: Renderer) -> dict[str, Any]:
-    """The config of a policy that starts from random weights; the vocabulary is the tokenizer's unless it says otherwise."""
+    """The config of a policy that starts from random weights; its vocabulary is the tokenizer's unless given."""
     assert recipe.policy.config is not None
     return {"vocab_size": len(renderer.tokenizer), **recipe.policy.config}
 

@@ -64,7 +64,9 @@ def generate(
     """Sample completions of one prompt, with log-probabilities and rewards."""
     from cispo import commands
 
-    _run(commands.generate, recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or [])
+    _run(
+        commands.generate, recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or []
+    )
 
 
 @app.command()

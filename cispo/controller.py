@@ -198,7 +198,9 @@ class Controller:
         draft = self.log.folder / ".policy"
         await self.workers.save(draft)
         facts = {"version": self.version, "updates": self.updates, "recipe": self.recipe.name}
-        return save_checkpoint(self.log.folder, step, facts, draft, self.renderer.tokenizer.save_pretrained, self.recipe.train.keep)
+        return save_checkpoint(
+            self.log.folder, step, facts, draft, self.renderer.tokenizer.save_pretrained, self.recipe.train.keep
+        )
 
     def metrics(self, rollouts: Rollouts, results: Sequence[Sequence[UpdateResult]]) -> dict[str, float]:
         metrics = rollout_metrics(rollouts.groups, version=self.version) | group_metrics(rollouts.groups)

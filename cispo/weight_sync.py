@@ -85,7 +85,7 @@ def mapped_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     if not Path(path).is_file():
         raise UserError(f"the published weights {path} do not exist (a newer version replaces an older one)")
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - the file object is not a mapping
+        for name in file.keys():
             yield name, file.get_tensor(name)
 
 

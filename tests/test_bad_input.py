@@ -93,7 +93,9 @@ def module(folder: Path, text: str) -> None:
     sys.modules.pop("my_rewards", None)
 
 
-def test_the_recipe_works_without_the_mistakes(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_recipe_works_without_the_mistakes(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setattr(sys, "argv", ["cispo", "train", str(recipe())])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -254,7 +256,9 @@ def test_a_failing_reward_in_a_real_run_with_ray(recipe: Callable[..., Path], tm
     module(tmp_path, "def reward(completion, **_):\n    raise RuntimeError('the judge is down')\n")
     file = recipe(reward={"functions": [{"fn": "my_rewards:reward"}]}, runtime="ray")
     command = [sys.executable, "-m", "cispo.cli", "train", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path, env=os.environ)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path, env=os.environ
+    )
     assert done.returncode == 2, done.stderr
     assert "the judge is down" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert (tmp_path / "runs" / "bad" / "recipe.yaml").exists()

@@ -61,7 +61,7 @@ def test_ray_vllm_two_ranks_and_an_off_policy_algorithm(tmp_path: Path):
 
 
 def test_the_same_run_twice_is_the_same_run(tmp_path: Path):
-    """Seeds come from identities: every metric but time repeats exactly, and a second run loses nothing of the first."""
+    """Seeds come from identities: every metric but time repeats, and a second run loses nothing of the first."""
     arguments = [str(QUICKSTART), f"output_dir={tmp_path}", "runtime=local", "rollout.engine=torch", "sft.steps=5",
                  "train.steps=2", "eval.limit=8", "rollout.prompts_per_step=2", "rollout.group_size=4",
                  "algorithm.zero_variance=keep"]  # fmt: skip

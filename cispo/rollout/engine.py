@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import warnings
@@ -37,7 +38,6 @@ _ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 # What the engine is told because of the device it runs on.
@@ -169,6 +169,7 @@ def _start(arguments: Mapping[str, Any]) -> LLMEngine:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     torch._dynamo.config.disable = True  # the environment is read once, perhaps before now
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that a CPU has no Triton
 
     from vllm import EngineArgs, LLMEngine, ModelRegistry
     from vllm.config import WeightTransferConfig

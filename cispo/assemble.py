@@ -19,7 +19,7 @@ from cispo.learner.learner import Learner, UpdateResult
 from cispo.learner.parallel import pick_device
 from cispo.loading import load_object
 from cispo.packing import demonstration
-from cispo.policies.base import init_policy, save_policy
+from cispo.policies.base import init_policy, local_folder, save_policy
 from cispo.rollout.engine import make_engine
 from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.rollout.renderer import Renderer, load_tokenizer
@@ -126,7 +126,7 @@ def new_config(recipe: Recipe, renderer: Renderer) -> dict[str, Any]:
 def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
     """Where learner and engines load the first weights from: the recipe's model, or new weights in `folder`."""
     if recipe.policy.model is not None:
-        return recipe.policy.model
+        return str(local_folder(recipe.policy.model))
     policy = init_policy(new_config(recipe, renderer), seed=seed_of(recipe.seed, "policy"))
     if policy.vocab_size < len(renderer.tokenizer):
         raise UserError(

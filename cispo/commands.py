@@ -29,7 +29,7 @@ from cispo.assemble import (
 from cispo.config import Recipe, dump_yaml, load_recipe, need
 from cispo.controller import Controller, warm_up
 from cispo.evaluate import evaluate
-from cispo.policies.base import load_policy, save_policy
+from cispo.policies.base import load_policy, local_folder, save_policy
 from cispo.report import learning_curve, summary
 from cispo.rollout.prompts import PromptSource
 from cispo.rollout.renderer import Renderer, load_tokenizer
@@ -168,7 +168,7 @@ def _chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
         if recipe.policy.model is None:
             raise UserError("the recipe starts from random weights: name a policy with --checkpoint DIR")
         _check_model(recipe.policy.model)
-        return recipe.policy.model
+        return str(local_folder(recipe.policy.model))
     folder = check_checkpoint(checkpoint)
     check_same_shape(recipe, folder)
     return str(folder)

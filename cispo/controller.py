@@ -38,6 +38,9 @@ from cispo.types import MicroBatch, Prompt, Sample, Sampling, TrajectoryGroup, U
 # A run whose gradients stay non-finite this many updates in a row will not recover.
 _MAX_SKIPPED = 10
 
+# Truncation above this precedes instability (ScaleRL, arXiv 2510.13786).
+_TRUNCATION_ALARM = 0.10
+
 Columns = list[list[MicroBatch]]
 """[ranks][micro-batches] of one update."""
 
@@ -65,6 +68,8 @@ class Controller:
     finished: int = 0
     """Steps that are done."""
     accuracy: float | None = None
+    alarmed: bool = False
+    """Whether the truncation warning was given."""
     _last: dict[str, float] = field(default_factory=dict)
 
     async def train(self) -> None:
@@ -219,17 +224,24 @@ class Controller:
         norms = [r[0].grad_norm for r in results if r[0].taken]
         metrics |= {
             "adv/std": float(tokens["advantages"].double().std(correction=0)),
-            "learner/tokens": len(tokens["advantages"]),
+            "tokens_in_loss": len(tokens["advantages"]),
             "learner/lr": self._last["learner/lr"],
         }
         if norms:
             metrics["learner/loss"] = sum(r.batch.loss for r in results[-1])
-            metrics["learner/grad_norm"] = sum(norms) / len(norms)
+            metrics["grad_norm"] = sum(norms) / len(norms)
         if self.recipe.learner.router_aux_coef > 0:
             metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in results[-1])
         return metrics
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
+        truncated = metrics.get("truncation_frac", 0.0)
+        if truncated > _TRUNCATION_ALARM and not self.alarmed:
+            self.alarmed = True
+            self.screen.print(
+                f"[yellow]warning:[/] {truncated:.0%} of the completions of step {step} were cut at max_tokens: "
+                "runs that truncate more than 10 % tend to become unstable"
+            )
         numbers = {"reward": f"{metrics.get('reward/mean', 0):.3f}"}
         if self.accuracy is not None:
             numbers["accuracy"] = f"{self.accuracy:.3f}"

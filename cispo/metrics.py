@@ -1,8 +1,9 @@
 """What a step reports: pure functions from tokens and trajectories to named numbers.
 
-Names are grouped by a prefix: reward/ adv/ is/ (importance weights) mismatch/ (engine against learner) rollout/
-staleness/ learner/ time/ eval/. Fractions are shares of the batch's trained tokens (is/, mismatch/) or of its
-completions (rollout/).
+Names are grouped by a prefix: reward/ adv/ is/ (importance weights) mismatch/ (engine against learner) length/
+staleness/ learner/ time/ eval/; those that every run is judged by have none. Fractions are shares of the batch's trained
+tokens (is/, mismatch/), of its completions (truncation_frac, repetition_stop_frac) or of its groups
+(zero_variance_*).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cispo.types import FinishReason, TrajectoryGroup
+from cispo.types import FinishReason, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,30 +65,33 @@ def mismatch_metrics(learner: Tensor, engine: Tensor) -> dict[str, float]:
 
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[str, float]:
-    """Rewards, lengths, finish reasons and staleness of a batch of groups that the policy `version` is trained on."""
+    """Rewards, lengths, finish reasons and staleness of a batch of groups that the policy `version` is trained on.
+
+    Lengths are split into completions above their group's mean reward (_better) and the others (_worse).
+    """
     everyone = [t for group in groups for t in group.trajectories]
     if not everyone:
         return {}
-    lengths = sorted(t.length for t in everyone)
     metrics = {
         "reward/mean": _mean([t.reward for t in everyone]),
-        "rollout/length_mean": _mean(lengths),
-        "rollout/length_p99": float(lengths[math.ceil(0.99 * len(lengths)) - 1]),
-        "rollout/truncation_frac": _mean([t.finish_reason is FinishReason.LENGTH for t in everyone]),
-        "rollout/repetition_stop_frac": _mean([t.finish_reason is FinishReason.REPETITION for t in everyone]),
+        "truncation_frac": _mean([t.finish_reason is FinishReason.LENGTH for t in everyone]),
+        "repetition_stop_frac": _mean([t.finish_reason is FinishReason.REPETITION for t in everyone]),
     }
+    sides: dict[str, list[Trajectory]] = {"": everyone, "_better": [], "_worse": []}
+    for group in groups:
+        mean = _mean([t.reward for t in group.trajectories])
+        for t in group.trajectories:
+            sides["_better" if t.reward > mean else "_worse"].append(t)
+    for side, some in sides.items():
+        if some:
+            lengths = sorted(t.length for t in some)
+            metrics[f"length/mean{side}"] = _mean(lengths)
+            metrics[f"length/p99{side}"] = float(lengths[math.ceil(0.99 * len(lengths)) - 1])
     stale = [version - turn.completion.versions[0] for t in everyone for turn in t.turns]
     metrics |= {"staleness/mean": _mean(stale), "staleness/max": float(max(stale))}
     names = dict.fromkeys(name for t in everyone for name in t.rewards)
     for name in names:
         metrics[f"reward/{name}"] = _mean([t.rewards[name] for t in everyone if name in t.rewards])
-    middle = metrics["reward/mean"]
-    for side, some in (
-        ("good", [t for t in everyone if t.reward > middle]),
-        ("bad", [t for t in everyone if t.reward <= middle]),
-    ):
-        if some:
-            metrics[f"rollout/length_{side}"] = _mean([t.length for t in some])
     return metrics
 
 
@@ -98,9 +102,9 @@ def group_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     constant = [g.trajectories[0].reward for g in groups if len({t.reward for t in g.trajectories}) == 1]
     highest = max(t.reward for g in groups for t in g.trajectories)
     return {
-        "adv/zero_variance_frac": len(constant) / len(groups),
-        "adv/all_right_frac": sum(r == highest and r > 0 for r in constant) / len(groups),
-        "adv/all_wrong_frac": sum(r != highest or r <= 0 for r in constant) / len(groups),
+        "zero_variance_frac": len(constant) / len(groups),
+        "zero_variance_right_frac": sum(r == highest and r > 0 for r in constant) / len(groups),
+        "zero_variance_wrong_frac": sum(r != highest or r <= 0 for r in constant) / len(groups),
     }
 
 

@@ -35,7 +35,7 @@ def learning_curve(history: Sequence[Mapping[str, float]], file: Path, *, title:
     top.legend(frameon=False, loc="lower right")
     small = (
         ("entropy", "entropy (nats a token)"),
-        ("rollout/length_mean", "completion length (tokens)"),
+        ("length/mean", "completion length (tokens)"),
         ("mismatch/logprob_max", "largest |learner - engine| logprob"),
     )
     for column, (name, label) in enumerate(small):
@@ -72,7 +72,7 @@ def summary(history: Sequence[Mapping[str, float]], *, seconds: float) -> Table:
         ("eval/accuracy", "held-out accuracy", "{:.3f}"),
         ("reward/mean", "training reward", "{:.3f}"),
         ("entropy", "entropy", "{:.3f}"),
-        ("rollout/length_mean", "completion length", "{:.1f}"),
+        ("length/mean", "completion length", "{:.1f}"),
         ("mismatch/logprob_max", "largest sampler/learner mismatch", "{:.1e}"),
     )
     for name, label, form in wanted:

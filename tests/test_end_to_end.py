@@ -52,7 +52,7 @@ def test_ray_vllm_two_ranks_and_an_off_policy_algorithm(tmp_path: Path):
         assert row["learner/updates"] == 2 and row["learner/skipped"] == 0
         # The engines sampled with the weights that the learner then trains: only float32 rounding is between them.
         assert row["mismatch/logprob_max"] < 1e-4 and row["mismatch/prob_pearson"] > 0.999999
-        assert row["staleness/max"] == 0 and row["learner/tokens"] > 0
+        assert row["staleness/max"] == 0 and row["tokens_in_loss"] > 0
     assert rows[0]["eval/accuracy"] >= 0 and "held-out accuracy" in out
     assert (run / "learning_curve.png").exists() and list(run.glob("events.out.tfevents.*"))
     sampled = pq.read_table(run / "samples" / "train_000002.parquet").to_pylist()

@@ -58,13 +58,13 @@ def test_rollout_and_group_metrics():
     groups = [group([1, 0], [4, 2]), group([1, 1], [3, 3]), group([0, 0], [8, 8], FinishReason.LENGTH)]
     m = rollout_metrics(groups, version=5)
     assert m["reward/mean"] == 0.5 and m["reward/exact_match"] == 0.5
-    assert m["rollout/length_mean"] == pytest.approx(28 / 6) and m["rollout/length_p99"] == 8
-    assert m["rollout/truncation_frac"] == pytest.approx(1 / 3) and m["rollout/repetition_stop_frac"] == 0
-    assert m["rollout/length_good"] == pytest.approx(10 / 3) and m["rollout/length_bad"] == pytest.approx(6)
+    assert m["length/mean"] == pytest.approx(28 / 6) and m["length/p99"] == 8
+    assert m["truncation_frac"] == pytest.approx(1 / 3) and m["repetition_stop_frac"] == 0
+    assert m["length/mean_better"] == 4 and m["length/mean_worse"] == pytest.approx(24 / 5)
     assert m["staleness/mean"] == 2 and m["staleness/max"] == 2
     g = group_metrics(groups)
-    assert g["adv/zero_variance_frac"] == pytest.approx(2 / 3)
-    assert g["adv/all_right_frac"] == pytest.approx(1 / 3) and g["adv/all_wrong_frac"] == pytest.approx(1 / 3)
+    assert g["zero_variance_frac"] == pytest.approx(2 / 3)
+    assert g["zero_variance_right_frac"] == pytest.approx(1 / 3) and g["zero_variance_wrong_frac"] == pytest.approx(1 / 3)
 
 
 def test_pass_at_k():

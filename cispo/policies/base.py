@@ -108,7 +108,7 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     """
     from safetensors import SafetensorError
 
-    folder = _local_folder(source)
+    folder = local_folder(source)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no policy: config.json is missing")
     config = _read_json(folder / "config.json")
@@ -145,7 +145,7 @@ def count_parameters(source: str | None, config: Mapping[str, Any] | None) -> in
     """Parameters of the policy that a folder's or hub id's config.json, or `config`, describes; allocates nothing."""
     if config is None:
         assert source is not None
-        config = _read_json(_local_folder(source) / "config.json")
+        config = _read_json(local_folder(source) / "config.json")
     with torch.device("meta"):
         return sum(p.numel() for p in _undefined(config, None, torch.float32).parameters())
 
@@ -187,7 +187,8 @@ def _undefined(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtyp
     return LightningPolicy(parsed, config).to(dtype)
 
 
-def _local_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path) -> Path:
+    """The folder itself, or a copy of the hub's model of that name. Raises UserError where there is neither."""
     folder = Path(source)
     if folder.is_dir():
         return folder

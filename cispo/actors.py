@@ -76,8 +76,7 @@ class LocalRuntime:
     async def start_ranks(
         self, build: Callable[..., Any], *args: Any, name: str, ranks: int, gpus: int = 0, **kwargs: Any
     ) -> list[Handle]:
-        if ranks > 1:
-            raise UserError(f"runtime: local is one process, so learner.ranks must be 1, not {ranks}")
+        assert ranks == 1, "one process holds one rank"
         return [await self.start(build, *args, name=name, gpus=gpus, **kwargs)]
 
     def close(self) -> None:
@@ -140,10 +139,10 @@ class RayRuntime:
         os.environ.setdefault("RAY_DISABLE_MEMORY_MONITOR", "1")
         # Ray would hide the GPUs from actors that ask for none, in a way that it will itself abandon.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # Ray says at every start that its own token authentication is on.
-        logging.getLogger("ray").setLevel(logging.ERROR)
         import ray
 
+        # Ray would say at every start that its own token authentication is on.
+        logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray = ray
         self._actors: list[Any] = []
         if not ray.is_initialized():

@@ -354,6 +354,10 @@ def _check(recipe: Recipe, where: str) -> None:
             rollout.temperature != 1 and 0 < rollout.repetition.run_length <= rollout.max_tokens,
             "rollout.repetition.run_length needs temperature 1 (it looks at the raw probabilities): set it to 0",
         ),
+        (
+            recipe.runtime == "local" and recipe.learner.ranks > 1,
+            f"runtime: local is one process, so learner.ranks must be 1, not {recipe.learner.ranks}",
+        ),
         (recipe.device == "cpu" and rollout.tensor_parallel > 1, "rollout.tensor_parallel above 1 needs GPUs"),
     ]
     for wrong, sentence in problems:

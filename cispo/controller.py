@@ -68,8 +68,8 @@ class Controller:
     finished: int = 0
     """Steps that are done."""
     accuracy: float | None = None
-    alarmed: bool = False
-    """Whether the truncation warning was given."""
+    warned: set[str] = field(default_factory=set)
+    """Kinds of warnings that were given."""
     _last: dict[str, float] = field(default_factory=dict)
 
     async def train(self) -> None:
@@ -234,14 +234,22 @@ class Controller:
             metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in results[-1])
         return metrics
 
+    def _warn(self, kind: str, sentence: str) -> None:
+        """Says one sentence of each kind a run."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            self.screen.print(f"[yellow]warning:[/] {sentence}")
+
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         truncated = metrics.get("truncation_frac", 0.0)
-        if truncated > _TRUNCATION_ALARM and not self.alarmed:
-            self.alarmed = True
-            self.screen.print(
-                f"[yellow]warning:[/] {truncated:.0%} of the completions of step {step} were cut at max_tokens: "
-                "runs that truncate more than 10 % tend to become unstable"
+        if truncated > _TRUNCATION_ALARM:
+            self._warn(
+                "truncation",
+                f"{truncated:.0%} of the completions of step {step} were cut at rollout.max_tokens; "
+                "runs that truncate more than 10 % tend to become unstable",
             )
+        if metrics["learner/updates"] == 0:
+            self._warn("constant", f"every group of step {step} had equal rewards: there was nothing to learn from")
         numbers = {"reward": f"{metrics.get('reward/mean', 0):.3f}"}
         if self.accuracy is not None:
             numbers["accuracy"] = f"{self.accuracy:.3f}"

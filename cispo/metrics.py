@@ -1,9 +1,8 @@
 """What a step reports: pure functions from tokens and trajectories to named numbers.
 
 Names are grouped by a prefix: reward/ adv/ is/ (importance weights) mismatch/ (engine against learner) length/
-staleness/ learner/ time/ eval/; those that every run is judged by have none. Fractions are shares of the batch's trained
-tokens (is/, mismatch/), of its completions (truncation_frac, repetition_stop_frac) or of its groups
-(zero_variance_*).
+staleness/ learner/ time/ eval/; those that every run is judged by have none. Fractions are shares of the trained tokens
+(is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac) or of the groups (zero_variance_*).
 """
 
 from __future__ import annotations

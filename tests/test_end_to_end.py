@@ -13,6 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+SMALL = [
+    "runtime=local",
+    "rollout.engine=torch",
+    "rollout.prompts_per_step=2",
+    "rollout.group_size=4",
+    "learner.ranks=1",
+    "eval.limit=8",
+]
 
 
 def cispo(*arguments: str, timeout: float = 240) -> str:
@@ -62,9 +70,8 @@ def test_ray_vllm_two_ranks_and_an_off_policy_algorithm(tmp_path: Path):
 
 def test_the_same_run_twice_is_the_same_run(tmp_path: Path):
     """Seeds come from identities: every metric but time repeats, and a second run loses nothing of the first."""
-    arguments = [str(QUICKSTART), f"output_dir={tmp_path}", "runtime=local", "rollout.engine=torch", "sft.steps=5",
-                 "train.steps=2", "eval.limit=8", "rollout.prompts_per_step=2", "rollout.group_size=4",
-                 "algorithm.zero_variance=keep"]  # fmt: skip
+    arguments = [str(QUICKSTART), f"output_dir={tmp_path}", *SMALL, "sft.steps=5", "train.steps=2"]
+    arguments.append("algorithm.zero_variance=keep")
     for _ in range(2):
         cispo("train", *arguments)
     first, again = (
@@ -78,8 +85,7 @@ def test_the_same_run_twice_is_the_same_run(tmp_path: Path):
 
 
 def test_warm_up_then_train_from_its_checkpoint_then_export(tmp_path: Path):
-    small = [f"output_dir={tmp_path}", "runtime=local", "rollout.engine=torch", "rollout.prompts_per_step=2",
-             "rollout.group_size=4", "eval.limit=8", "train.steps=1"]  # fmt: skip
+    small = [f"output_dir={tmp_path}", *SMALL, "train.steps=1"]
     cispo("sft", str(QUICKSTART), *small, "sft.steps=3")
     checkpoint = tmp_path / "quickstart" / "checkpoints" / "step_000003"
     policy = [f"policy.model={checkpoint}", "policy.config=null", "policy.tokenizer=null", "sft=null"]

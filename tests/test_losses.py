@@ -113,7 +113,9 @@ def test_mismatch_anchors():
 
 
 probabilities = st.floats(0.001, 0.999)
-batches = st.lists(st.tuples(probabilities, probabilities, st.floats(-3, 3)), min_size=1, max_size=20)
+# In thousandths: the product of a subnormal advantage and a weight would be 0, which says nothing about the loss.
+advantages = st.integers(-3000, 3000).map(lambda thousandths: thousandths / 1000)
+batches = st.lists(st.tuples(probabilities, probabilities, advantages), min_size=1, max_size=20)
 
 
 def from_rows(rows: list[tuple[float, float, float]]) -> LossInputs:

@@ -64,7 +64,9 @@ def test_rollout_and_group_metrics():
     assert m["staleness/mean"] == 2 and m["staleness/max"] == 2
     g = group_metrics(groups)
     assert g["zero_variance_frac"] == pytest.approx(2 / 3)
-    assert g["zero_variance_right_frac"] == pytest.approx(1 / 3) and g["zero_variance_wrong_frac"] == pytest.approx(1 / 3)
+    assert g["zero_variance_right_frac"] == pytest.approx(1 / 3) and g["zero_variance_wrong_frac"] == pytest.approx(
+        1 / 3
+    )
 
 
 def test_pass_at_k():

@@ -2,7 +2,7 @@
 # Sets up .venv, then lints, type-checks and tests: scripts/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/setup.sh
+scripts/setup.sh dev
 export OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

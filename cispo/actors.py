@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from cispo.types import UserError
+from cispo.types import RunError, UserError
 
 # One thread each: on a shared machine more wait for each other (docs/design.md, Threads). The allocator keeps what it
 # has, which spares an engine most of its page faults. The last hides torch's warning about NUMA.
@@ -127,7 +127,8 @@ class _RayHandle:
                 raise UserError(str(error.cause)) from None
             raise
         except RayActorError as error:
-            raise RuntimeError(f"the process of {self.name} ended unexpectedly: {error}") from None
+            reason = " ".join(str(error).split())
+            raise RunError(f"the process of {self.name} ended unexpectedly: {reason:.300}") from None
 
 
 class RayRuntime:

@@ -102,14 +102,17 @@ def doctor(
 
 
 def _run(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Bad input is one sentence and exit code 2; an interrupt is exit code 130."""
-    from cispo.types import UserError
+    """Bad input is one sentence and exit code 2, a run that broke is one and code 1, an interrupt is code 130."""
+    from cispo.types import RunError, UserError
 
     try:
         command(*args, **kwargs)
     except UserError as error:
         print(f"cispo: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"cispo: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("cispo: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -97,9 +97,8 @@ class _Run:
         log = RunLog(self.folder)
         with self.screen, contextlib.closing(log), contextlib.closing(self.rewards):
             async with running_workers(recipe, self.policy) as (workers, engines):
-                if recipe.sft:
-                    await self._warm_up(workers)
-                workers.engines = await engines
+                # Together: an engine that cannot start ends the warm-up at once.
+                workers.engines, _ = await asyncio.gather(engines, self._warm_up(workers))
                 controller = Controller(
                     recipe=recipe,
                     algorithm=self.algorithm,
@@ -139,6 +138,8 @@ class _Run:
         self.screen.print(f"policy: {checkpoint}")
 
     async def _warm_up(self, workers: Workers) -> None:
+        if self.recipe.sft is None:
+            return
         with contextlib.closing(RunLog(self.folder, name="sft")) as log:
             await warm_up(self.recipe, workers, self.demonstrations, log, self.screen)
 

@@ -31,6 +31,10 @@ class UserError(ValueError):
     """Bad input of the user: one sentence that names the key or file. The CLI prints it and exits with code 2."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on through no fault of its input: one sentence. The CLI prints it and exits with code 1."""
+
+
 class FinishReason(StrEnum):
     """Why a completion ended."""
 

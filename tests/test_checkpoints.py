@@ -16,7 +16,16 @@ from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning import LightningAttention, LightningPolicy, Place, disk_names, place_of
 from cispo.policies.lightning_config import parse_config
 from cispo.types import UserError
-from tests.tiny_policies import DENSE, EVERY_KIND, MINIMAX, ORIGINAL, bounds, logprobs, tokens_of
+from tests.tiny_policies import (
+    DENSE,
+    EVERY_KIND,
+    MINIMAX,
+    ORIGINAL,
+    QWEN3,
+    bounds,
+    logprobs,
+    tokens_of,
+)
 
 
 def assert_same_weights(first: Policy, second: Policy) -> None:

@@ -1,4 +1,4 @@
-"""Both policy kinds: exactness against stock transformers, the original code's outputs and a plain reference; packing."""
+"""Both policy kinds: packing, and exactness against transformers, the original code's outputs, a plain reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ from torch import Tensor
 
 from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.policies.lightning import place_of
-from tests.tiny_policies import DENSE, EVERY_KIND, LLAMA, MINIMAX, ORIGINAL, assert_close, bounds, logprobs, tokens_of
+from tests.tiny_policies import (
+    DENSE,
+    EVERY_KIND,
+    LLAMA,
+    MINIMAX,
+    ORIGINAL,
+    QWEN3,
+    assert_close,
+    bounds,
+    logprobs,
+    tokens_of,
+)
 
 ORACLE = Path(__file__).parents[2] / "shared/oracle/m1_like"
 

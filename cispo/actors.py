@@ -154,6 +154,9 @@ class RayRuntime:
                 configure_logging=False,
                 num_cpus=None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, processes),
             )
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if cpus < processes:
+            raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
 
     async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
         handle = self._actor(name, gpus)

@@ -152,14 +152,13 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
 class Workers:
     """The learner ranks and the engines, with the verbs of the training loop."""
 
-    runtime: Runtime
     learners: list[Handle]
     engines: list[Handle]
     weights_folder: str
     group_size: int
 
     async def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        """Shares the prompts over the engines; a group stays together, so that its prompt is computed once."""
+        """Shares the prompts over the engines; a group stays together, where prefix caching can share its prompt."""
         groups = math.ceil(len(prompts) / self.group_size)
         share = math.ceil(groups / len(self.engines)) * self.group_size
         parts = [prompts[i : i + share] for i in range(0, len(prompts), share)]
@@ -259,13 +258,8 @@ async def running_workers(
     starting: asyncio.Task[list] | None = None
     shared = make_weights_folder(recipe.name)
     try:
-        workers = Workers(
-            runtime=runtime,
-            learners=[],
-            engines=[],
-            weights_folder=str(shared),
-            group_size=recipe.rollout.group_size,
-        )
+        group_size = recipe.rollout.group_size
+        workers = Workers(learners=[], engines=[], weights_folder=str(shared), group_size=group_size)
         starting = asyncio.create_task(start_engines(recipe, runtime, policy) if engines else _none())
         if learners:
             workers.learners = await start_learners(recipe, runtime, policy)

@@ -71,7 +71,7 @@ class _Run:
         """Loads what the recipe names; raises UserError before anything is written or started."""
         recipe = self.recipe
         if recipe.policy.model is not None:
-            _check_model(recipe.policy.model)
+            _chosen_policy(recipe, None)
         self.algorithm: Algorithm = algorithm_of(recipe)
         self.renderer: Renderer = renderer_of(recipe)
         self.demonstrations: list[Sample] = (

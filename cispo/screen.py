@@ -37,6 +37,7 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.done()
         self._progress.stop()
 
     def print(self, text: str) -> None:

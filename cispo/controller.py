@@ -70,7 +70,8 @@ class Controller:
     accuracy: float | None = None
     warned: set[str] = field(default_factory=set)
     """Kinds of warnings that were given."""
-    _last: dict[str, float] = field(default_factory=dict)
+    lr: float = 0.0
+    """Learning rate of the last update."""
 
     async def train(self) -> None:
         """Evaluates, then trains `train.steps` steps with evaluations and checkpoints in between."""
@@ -169,7 +170,7 @@ class Controller:
         )
         results = await self.workers.update(columns, self.algorithm, lr)
         self.updates += 1
-        self._last["learner/lr"] = lr
+        self.lr = lr
         self._watch(results)
         return results
 
@@ -216,24 +217,24 @@ class Controller:
         metrics["reward/timeouts"] = self.rewards.timeouts
         metrics["learner/updates"] = len(results)
         metrics["learner/skipped"] = sum(not r[0].taken for r in results)
-        if not results:
+        # A skipped update says nothing but that it was skipped: its values need not be finite.
+        taken = [r for r in results if r[0].taken]
+        if not taken:
             return metrics
-        tokens = _merged(results)
+        tokens = _merged(taken)
         # Before the first update the learner is the policy that sampled, so what differs there is the mismatch.
-        mismatch = tokens if self.algorithm.anchor == "old" else _merged(results[:1])
+        mismatch = tokens if self.algorithm.anchor == "old" else _merged(taken[:1])
         learner = mismatch["old_logprobs" if self.algorithm.anchor == "old" else "logprobs"]
         metrics |= importance_metrics(tokens) | mismatch_metrics(learner, mismatch["rollout_logprobs"])
-        norms = [r[0].grad_norm for r in results if r[0].taken]
         metrics |= {
             "adv/std": float(tokens["advantages"].double().std(correction=0)),
+            "grad_norm": sum(r[0].grad_norm for r in taken) / len(taken),
             "tokens_in_loss": len(tokens["advantages"]),
-            "learner/lr": self._last["learner/lr"],
+            "learner/lr": self.lr,
+            "learner/loss": sum(r.batch.loss for r in taken[-1]),
         }
-        if norms:
-            metrics["learner/loss"] = sum(r.batch.loss for r in results[-1])
-            metrics["grad_norm"] = sum(norms) / len(norms)
         if self.recipe.learner.router_aux_coef > 0:
-            metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in results[-1])
+            metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in taken[-1])
         return metrics
 
     def _warn(self, kind: str, sentence: str) -> None:

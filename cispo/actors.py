@@ -146,14 +146,19 @@ class RayRuntime:
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray = ray
         self._actors: list[Any] = []
-        if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        try:
             ray.init(
+                # Without "local", Ray would join whatever cluster somebody left running on this machine.
+                address=address or "local",
+                num_cpus=None if address else max(os.cpu_count() or 1, processes),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=False,
-                num_cpus=None if "RAY_ADDRESS" in os.environ else max(os.cpu_count() or 1, processes),
             )
+        except ConnectionError:
+            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there") from None
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus < processes:
             raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
@@ -177,7 +182,8 @@ class RayRuntime:
     def _actor(self, name: str, gpus: int) -> _RayHandle:
         environment = {"env_vars": {} if gpus else _CPU_ENV}
         options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": environment}
-        actor = self._ray.remote(_Host).options(**options).remote()
+        # A class of that name, so that `ps` and Ray's tools say which process is which.
+        actor = self._ray.remote(type(name, (_Host,), {})).options(**options).remote()
         self._actors.append(actor)
         return _RayHandle(actor, name)
 

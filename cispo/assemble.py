@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cispo.actors import Handle, LocalRuntime, RayRuntime, Runtime
-from cispo.algorithms import ALGORITHMS, LOSS_KEYS, Algorithm, resolve
+from cispo.algorithms import ALGORITHMS, LOSS_KEYS, Algorithm, Reduction, resolve
 from cispo.config import Data, Recipe
 from cispo.learner.learner import Learner, UpdateResult
 from cispo.learner.parallel import pick_device
 from cispo.loading import load_object
-from cispo.packing import demonstration
+from cispo.packing import demonstration, pack
 from cispo.policies.base import init_policy, local_folder, save_policy
 from cispo.rollout.engine import make_engine
 from cispo.rollout.prompts import build_prompts, load_rows
@@ -146,6 +146,17 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
             raise UserError(
                 f"checkpoint {checkpoint} is of another model: its {key} is {stored[key]!r}, the recipe's is {wanted!r}"
             )
+
+
+def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
+    """Packs a batch for the recipe's learner ranks: [ranks][micro-batches]."""
+    return pack(
+        samples,
+        reduction=reduction,
+        max_tokens=recipe.rollout.max_tokens,
+        tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
+        ranks=recipe.learner.ranks,
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -19,14 +19,14 @@ from torch import Tensor
 from cispo.algorithms import Algorithm
 from cispo.algorithms.advantages import is_constant
 from cispo.algorithms.losses import negative_log_likelihood
-from cispo.assemble import Workers, seed_of
+from cispo.assemble import Workers, pack_for, seed_of
 from cispo.config import Recipe
 from cispo.evaluate import evaluate
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
 from cispo.learner.sft import demonstration_batches
 from cispo.metrics import group_metrics, importance_metrics, mismatch_metrics, rollout_metrics
-from cispo.packing import pack, to_samples, with_old_logprobs
+from cispo.packing import to_samples, with_old_logprobs
 from cispo.rollout.prompts import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
@@ -99,7 +99,7 @@ class Controller:
         rollouts = await self.roll_out(prompts, step)
         sampled = time.perf_counter()
         batches = self.minibatches(rollouts.groups)
-        columns = [self.pack(batch) for batch in batches if batch]
+        columns = [pack_for(self.recipe, batch, self.algorithm.reduction) for batch in batches if batch]
         if self.algorithm.anchor == "old":
             columns = [await self.attach_logprobs(c) for c in columns]
         results = [await self.update(c) for c in columns]
@@ -143,15 +143,6 @@ class Controller:
         ]
         k = self.recipe.algorithm.updates_per_batch
         return [[sample for group in kept[i::k] for sample in group] for i in range(k)]
-
-    def pack(self, samples: Sequence[Sample]) -> Columns:
-        return pack(
-            samples,
-            reduction=self.algorithm.reduction,
-            max_tokens=self.recipe.rollout.max_tokens,
-            tokens_per_micro_batch=self.recipe.learner.tokens_per_micro_batch,
-            ranks=self.recipe.learner.ranks,
-        )
 
     async def attach_logprobs(self, columns: Columns) -> Columns:
         """Adds the learner's logprobs from before the first update on this batch."""
@@ -267,13 +258,7 @@ async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], l
     batches = demonstration_batches(samples, batch_size=keys.batch_size, seed=seed_of(recipe.seed, "sft"))
     screen.phase("warm-up", keys.steps)
     for step in range(1, keys.steps + 1):
-        columns = pack(
-            next(batches),
-            reduction="token",
-            max_tokens=recipe.rollout.max_tokens,
-            tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
-            ranks=recipe.learner.ranks,
-        )
+        columns = pack_for(recipe, next(batches), _SFT.reduction)
         lr = learning_rate(step - 1, steps=keys.steps, peak=keys.lr, warmup=keys.warmup_steps)
         started = time.perf_counter()
         results = await workers.update(columns, _SFT, lr)

@@ -23,6 +23,7 @@ from cispo.assemble import (
     Workers,
     algorithm_of,
     new_config,
+    pack_for,
     policy_folder,
     prompts_of,
     renderer_of,
@@ -34,7 +35,7 @@ from cispo.config import Recipe, dump_yaml, load_recipe
 from cispo.learner.parallel import pick_device
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
-from cispo.packing import pack, to_samples
+from cispo.packing import to_samples
 from cispo.policies.base import count_parameters
 from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn, UserError
 
@@ -210,13 +211,7 @@ async def _logprob_gap(
         trajectory = Trajectory(group_id=number, index=0, turns=(turn,), text="", reward=0.0)
         group = TrajectoryGroup(prompt=prompts[number // 4], trajectories=(trajectory,))
         samples += to_samples(group, torch.zeros(1))
-    columns = pack(
-        samples,
-        reduction="token",
-        max_tokens=recipe.rollout.max_tokens,
-        tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
-        ranks=recipe.learner.ranks,
-    )
+    columns = pack_for(recipe, samples, "token")
     values = await workers.logprobs(columns)
     pairs = [(mb, v) for column, vs in zip(columns, values, strict=True) for mb, v in zip(column, vs, strict=True)]
     return torch.cat([(v - mb.rollout_logprobs)[mb.loss_mask] for mb, v in pairs])

@@ -85,14 +85,6 @@ class RunLog:
         self._board.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
-    file = folder / "metrics.jsonl"
-    if not file.exists():
-        raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def save_checkpoint(
     folder: Path, step: int, facts: Mapping[str, Any], policy: Path, save_tokenizer: Callable[[Path], object], keep: int
 ) -> Path:

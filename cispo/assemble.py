@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -12,9 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from cispo.actors import Handle, LocalRuntime, RayRuntime, Runtime
-from cispo.algorithms import ALGORITHMS, LOSS_KEYS, Algorithm, Reduction, resolve
+from cispo.algorithms import ADVANTAGE_KEYS, ALGORITHMS, LOSS_KEYS, Algorithm, Changes, Reduction, resolve
+from cispo.algorithms.advantages import GROUP_RELATIVE
+from cispo.algorithms.objective import Objective
+from cispo.algorithms.presets import PRESETS
 from cispo.config import Data, Recipe
+from cispo.learner.critic import Critic, CriticResult
 from cispo.learner.learner import Learner, UpdateResult
 from cispo.learner.parallel import pick_device
 from cispo.loading import load_object
@@ -40,26 +47,42 @@ def seed_of(*identity: int | str) -> int:
 def algorithm_of(recipe: Recipe) -> Algorithm:
     """The recipe's algorithm with its changes, checked against the group size."""
     keys = recipe.algorithm
-    if ":" in keys.name:
-        algorithm = load_object(keys.name, "algorithm.name")
-        if not isinstance(algorithm, Algorithm):
-            raise UserError(f"algorithm.name: {keys.name} is not an Algorithm record but a {type(algorithm).__name__}")
-    elif keys.name in ALGORITHMS:
-        algorithm = ALGORITHMS[keys.name]
-    else:
-        raise UserError(f"algorithm.name {keys.name!r} is unknown; there are {', '.join(ALGORITHMS)}, or module:NAME")
-    resolved = resolve(
-        algorithm,
-        settings={key: getattr(keys, key) for key in LOSS_KEYS},
-        advantage=keys.advantage,
-        reduction=keys.reduction,
-        anchor=keys.ratio_anchor,
-    )
-    if recipe.rollout.group_size == 1 and resolved.advantage.__name__.startswith("group_"):
+    settings = {key: getattr(keys, key) for key in (*LOSS_KEYS, *ADVANTAGE_KEYS)}
+    same = ("advantage", "reduction", "kl", "kl_coef", "kl_in", "correction", "correction_low", "correction_high")
+    same += ("zero_variance", "dynamic_sampling")
+    changes = {key: getattr(keys, key) for key in same}
+    resolved = resolve(named_algorithm(keys.name), Changes(settings=settings, anchor=keys.ratio_anchor, **changes))
+    if recipe.rollout.group_size == 1 and resolved.advantage in GROUP_RELATIVE:
         raise UserError(
             f"rollout.group_size 1 gives {resolved.advantage.__name__} nothing to compare: every advantage would be 0"
         )
     return resolved
+
+
+def named_algorithm(name: str) -> Algorithm:
+    """The record of a name, a preset or module:NAME. Raises UserError where there is none."""
+    if ":" in name:
+        algorithm = load_object(name, "algorithm.name")
+        if not isinstance(algorithm, Algorithm):
+            raise UserError(f"algorithm.name: {name} is not an Algorithm record but a {type(algorithm).__name__}")
+        return algorithm
+    known = ALGORITHMS | PRESETS
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"algorithm.name {name!r} is unknown{hint}; there are {', '.join(known)}, or module:NAME")
+    return known[name]
+
+
+def updates_per_batch(recipe: Recipe) -> int:
+    """Optimizer steps on one batch of rollouts, all epochs together."""
+    return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs
+
+
+def overlong_buffer_of(recipe: Recipe, algorithm: Algorithm) -> int:
+    """Tokens before max_tokens over which the length penalty rises: the recipe's, else the algorithm's share."""
+    given = recipe.algorithm.overlong_buffer
+    return round(algorithm.overlong_share * recipe.rollout.max_tokens) if given is None else given
 
 
 def renderer_of(recipe: Recipe) -> Renderer:
@@ -148,6 +171,10 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
             )
 
 
+Columns = Sequence[Sequence[MicroBatch]]
+"""[ranks][micro-batches] of one pass or update."""
+
+
 def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
     """Packs a batch for the recipe's learner ranks: [ranks][micro-batches]."""
     return pack(
@@ -161,9 +188,11 @@ def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) ->
 
 @dataclass(slots=True, kw_only=True)
 class Workers:
-    """The learner ranks and the engines, with the verbs of the training loop."""
+    """The learner ranks, the critic's and the engines, with the verbs of the training loop."""
 
     learners: list[Handle]
+    critics: list[Handle]
+    """As many ranks as the learner, or none."""
     engines: list[Handle]
     weights_folder: str
     group_size: int
@@ -181,39 +210,57 @@ class Workers:
         )
         return [completion for answer in answers for completion in answer]
 
-    async def update(
-        self, columns: Sequence[Sequence[MicroBatch]], algorithm: Algorithm, lr: float
-    ) -> list[UpdateResult]:
+    async def update(self, columns: Columns, objective: Objective, lr: float) -> list[UpdateResult]:
         """One optimizer step: rank r trains on columns[r]."""
-        return await asyncio.gather(
-            *(
-                learner.call("update", column, algorithm.loss, dict(algorithm.settings), lr=lr, anchor=algorithm.anchor)
-                for learner, column in zip(self.learners, columns, strict=True)
-            )
-        )
+        return await _each(self.learners, columns, "update", objective, lr=lr)
 
-    async def logprobs(self, columns: Sequence[Sequence[MicroBatch]]) -> list[list[Any]]:
-        return await asyncio.gather(
-            *(learner.call("logprobs", c) for learner, c in zip(self.learners, columns, strict=True))
-        )
+    async def logprobs(self, columns: Columns, *, reference: bool = False) -> list[list[Tensor]]:
+        return await _each(self.learners, columns, "logprobs", reference=reference)
+
+    async def update_critic(self, columns: Columns, lr: float) -> list[CriticResult]:
+        return await _each(self.critics, columns, "update", lr=lr)
+
+    async def values(self, columns: Columns) -> list[list[Tensor]]:
+        return await _each(self.critics, columns, "values")
+
+    async def freeze_reference(self) -> None:
+        await asyncio.gather(*(learner.call("freeze_reference") for learner in self.learners))
 
     async def reset_optimizer(self) -> None:
         await asyncio.gather(*(learner.call("reset_optimizer") for learner in self.learners))
 
     async def sync_weights(self, version: int) -> None:
         """Puts the learner's weights into every engine; returns when they sample with them."""
-        path = await self.learners[0].call("publish", self.weights_folder, version)
+        path = await self.publish(version)
         await asyncio.gather(*(engine.call("update_weights", path, version) for engine in self.engines))
+
+    async def publish(self, version: int) -> str:
+        return await self.learners[0].call("publish", self.weights_folder, version)
+
+    async def start_critic(self, version: int) -> None:
+        """Gives the critic the policy's weights to start from."""
+        path = await self.publish(version)
+        await asyncio.gather(*(critic.call("load_backbone", path) for critic in self.critics))
 
     async def save(self, folder: Path) -> None:
         await self.learners[0].call("save", str(folder))
 
 
-def make_runtime(recipe: Recipe, *, learners: bool = True, engines: bool = True) -> Runtime:
-    if recipe.runtime == "local":
-        return LocalRuntime()
-    processes = (recipe.learner.ranks if learners else 0) + (recipe.rollout.engines if engines else 0)
-    return RayRuntime(processes=processes)
+async def _each(ranks: Sequence[Handle], columns: Columns, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    """One call a rank, each with its own column of the batch."""
+    return await asyncio.gather(
+        *(rank.call(method, column, *args, **kwargs) for rank, column in zip(ranks, columns, strict=True))
+    )
+
+
+def num_processes(recipe: Recipe, *, learners: bool = True, critic: bool = False, engines: bool = True) -> int:
+    """Actors that a run starts."""
+    ranks = recipe.learner.ranks * (int(learners) + int(critic))
+    return ranks + (recipe.rollout.engines if engines else 0)
+
+
+def make_runtime(recipe: Recipe, processes: int) -> Runtime:
+    return LocalRuntime() if recipe.runtime == "local" else RayRuntime(processes=processes)
 
 
 def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], int]:
@@ -234,6 +281,21 @@ async def start_learners(recipe: Recipe, runtime: Runtime, folder: str) -> list[
         dtype=recipe.policy.dtype,
         device=device,
         temperature=recipe.rollout.temperature,
+    )
+
+
+async def start_critics(recipe: Recipe, runtime: Runtime, folder: str) -> list[Handle]:
+    device, gpus = _device(recipe)
+    return await runtime.start_ranks(
+        Critic,
+        folder,
+        recipe.critic,
+        recipe.learner,
+        name="critic",
+        ranks=recipe.learner.ranks,
+        gpus=gpus,
+        dtype=recipe.policy.dtype,
+        device=device,
     )
 
 
@@ -262,18 +324,20 @@ async def start_engines(recipe: Recipe, runtime: Runtime, folder: str) -> list[H
 
 @contextlib.asynccontextmanager
 async def running_workers(
-    recipe: Recipe, policy: str, *, engines: bool = True, learners: bool = True
+    recipe: Recipe, policy: str, *, engines: bool = True, learners: bool = True, critic: bool = False
 ) -> AsyncIterator[tuple[Workers, asyncio.Task[list]]]:
     """Learners, and engines that start in the background meanwhile; all of them end with the block."""
-    runtime = make_runtime(recipe, learners=learners, engines=engines)
+    runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines))
     starting: asyncio.Task[list] | None = None
     shared = make_weights_folder(recipe.name)
     try:
         group_size = recipe.rollout.group_size
-        workers = Workers(learners=[], engines=[], weights_folder=str(shared), group_size=group_size)
+        workers = Workers(learners=[], critics=[], engines=[], weights_folder=str(shared), group_size=group_size)
         starting = asyncio.create_task(start_engines(recipe, runtime, policy) if engines else _none())
         if learners:
             workers.learners = await start_learners(recipe, runtime, policy)
+        if critic:
+            workers.critics = await start_critics(recipe, runtime, policy)
         yield workers, starting
     finally:
         if starting is not None:

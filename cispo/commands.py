@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from cispo.algorithms import Algorithm, warnings
+from cispo.algorithms import Algorithm
+from cispo.algorithms.words import warnings
 from cispo.assemble import (
     Workers,
     algorithm_of,
@@ -25,6 +26,7 @@ from cispo.assemble import (
     running_workers,
     sampling_of,
     seed_of,
+    updates_per_batch,
 )
 from cispo.config import Recipe, dump_yaml, load_recipe, need
 from cispo.controller import Controller, warm_up
@@ -88,7 +90,7 @@ class _Run:
         (self.folder / "recipe.yaml").write_text(dump_yaml(recipe))
         self.policy = policy_folder(recipe, self.renderer, self.folder / "checkpoints" / "initial")
         self.screen.print(f"[bold]{recipe.name}[/]: {self.algorithm.name}, run folder {self.folder}")
-        for sentence in warnings(self.algorithm, updates_per_batch=recipe.algorithm.updates_per_batch):
+        for sentence in warnings(self.algorithm, updates_per_batch=updates_per_batch(recipe)):
             self.screen.print(f"[yellow]warning:[/] {sentence}")
 
     async def train(self) -> None:
@@ -96,7 +98,7 @@ class _Run:
         assert self.rewards is not None
         log = RunLog(self.folder)
         with self.screen, contextlib.closing(log), contextlib.closing(self.rewards):
-            async with running_workers(recipe, self.policy) as (workers, engines):
+            async with running_workers(recipe, self.policy, critic=self.algorithm.critic) as (workers, engines):
                 # Together: an engine that cannot start ends the warm-up at once.
                 workers.engines, _ = await asyncio.gather(engines, self._warm_up(workers))
                 controller = Controller(
@@ -118,7 +120,7 @@ class _Run:
                     await controller.save(controller.finished)
                     raise
                 finally:
-                    self._finish(log)
+                    self._finish(log, controller)
 
     async def sft(self) -> None:
         recipe = self.recipe
@@ -143,10 +145,11 @@ class _Run:
         with contextlib.closing(RunLog(self.folder, name="sft")) as log:
             await warm_up(self.recipe, workers, self.demonstrations, log, self.screen)
 
-    def _finish(self, log: RunLog) -> None:
+    def _finish(self, log: RunLog, controller: Controller) -> None:
         """The summary and the picture, also of a run that was interrupted."""
         if len(log.history) < 2:
             return
+        log.dropped_tokens(controller.dropped_tokens.rows(lambda token: self.renderer.decode((token,))))
         picture = self.folder / "learning_curve.png"
         title = f"{self.recipe.name}: {self.algorithm.name}, seed {self.recipe.seed}"
         learning_curve(log.history, picture, title=title)

@@ -111,7 +111,7 @@ class Reward(Section):
 
 class Algorithm(Section):
     name: str = "cispo"
-    """cispo, grpo, or module:NAME of an Algorithm record."""
+    """cispo, ppo, grpo, dapo, dr_grpo, gspo, rloo, reinforce, reinforce_pp, a preset, or module:NAME of a record."""
     ratio_max: float | None = None
     """CISPO: absolute cap on the importance weight (the paper's 1 + eps_high)."""
     ratio_min: float | None = None
@@ -121,23 +121,55 @@ class Algorithm(Section):
     mask_high: float | None = None
     """CISPO's token mask (eq. 7): drops tokens with a positive advantage and a ratio above this."""
     clip_low: float | None = None
-    """GRPO: the ratio is clipped to [1 - clip_low, 1 + clip_high]."""
+    """PPO, GRPO and kin: the ratio is clipped to [1 - clip_low, 1 + clip_high]."""
     clip_high: float | None = None
-    """GRPO: see clip_low."""
+    """PPO, GRPO and kin: see clip_low."""
+    dual_clip: float | None = None
+    """PPO, GRPO and kin: drops tokens with a negative advantage and a ratio above this."""
     ratio_anchor: Literal["rollout", "old"] | None = None
     """What the ratio divides by: the engine's logprobs, or the learner's before this batch."""
     advantage: str | None = None
-    """group_norm (std of the population), group_norm_sample (n-1), or group_mean (no division)."""
-    reduction: Literal["token", "prompt", "sequence", "constant"] | None = None
+    """group_norm, group_norm_sample (std with n-1), group_mean, leave_one_out, batch_baseline, batch_whiten,
+    reward_to_go or gae."""
+    gamma: Annotated[float, Field(ge=0, le=1)] | None = None
+    """GAE: discount of later rewards, per token."""
+    lam: Annotated[float, Field(ge=0, le=1)] | None = None
+    """GAE: 1 trusts the rewards alone, 0 the critic's next value."""
+    reduction: Literal["token", "prompt", "sequence", "sequence_sum", "constant"] | None = None
     """What a token's loss is divided by."""
-    zero_variance: Literal["drop", "keep"] = "drop"
-    """Groups whose rewards are all equal have no gradient: whether they still count in the reduction."""
-    overlong_buffer: NotNegative = 0
+    kl: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of the KL to the policy at the start."""
+    kl_coef: Amount | None = None
+    """Factor of that KL; 0 keeps no reference policy."""
+    kl_in: Literal["loss", "reward"] | None = None
+    """Whether the KL is added to the loss or taken off each token's reward."""
+    correction: Literal["none", "tis", "icepop", "sequence_mask"] | None = None
+    """Correction of the engine's probabilities to the learner's, with ratio_anchor old."""
+    correction_low: Amount | None = None
+    """Lower bound of learner / engine (icepop: per token; sequence_mask: geometric mean)."""
+    correction_high: Amount | None = None
+    """Upper bound of it (tis: truncation)."""
+    zero_variance: Literal["drop", "keep"] | None = None
+    """Whether groups whose rewards are all equal still count in the reduction."""
+    dynamic_sampling: NotNegative | None = None
+    """Most further rounds of sampling that replace such groups (DAPO); 0 is off."""
+    overlong_buffer: NotNegative | None = None
     """DAPO's soft penalty over the last so many tokens before max_tokens; 0 is off."""
     overlong_penalty: Amount = 1.0
     """The penalty at max_tokens."""
     updates_per_batch: Positive = 1
-    """Optimizer steps on one batch of rollouts, each on its own share of the prompts."""
+    """Minibatches of a batch of rollouts: optimizer steps, each on its own share of the completions."""
+    epochs: Positive = 1
+    """How many times a batch is gone through, cut up anew each time."""
+
+
+class Critic(Section):
+    lr: Rate = 1e-5
+    """Peak learning rate of the value function; it follows learner.schedule."""
+    warmup_steps: NotNegative = 0
+    """Training steps at the start in which only the critic learns."""
+    value_clip: Rate = 0.2
+    """How far a value may move from the batch's old one before its gradient ends."""
 
 
 class Learner(Section):
@@ -189,6 +221,8 @@ class Train(Section):
     """Steps between evaluations on data.eval; 0 evaluates at the start and the end only."""
     eval_samples: Positive = 1
     """Completions of each held-out prompt."""
+    max_prompts: NotNegative = 0
+    """Ends the training once so many prompts were sampled, whatever the step; 0 is no bound."""
     save_every: NotNegative = 0
     """Steps between checkpoints; the last step is always saved."""
     keep: Positive = 2
@@ -224,6 +258,8 @@ class Recipe(Section):
     """What turns rewards into a gradient."""
     learner: Learner = Learner()
     """How the policy is updated."""
+    critic: Critic = Critic()
+    """How a value function is trained, where the algorithm has one."""
     train: Train = Train()
     """How long, and what is kept."""
 
@@ -341,12 +377,12 @@ def _check(recipe: Recipe, where: str) -> None:
             f"rollout.max_tokens {rollout.max_tokens} leaves no room for a prompt in max_context {rollout.max_context}",
         ),
         (
-            rollout.prompts_per_step % algorithm.updates_per_batch != 0,
-            f"rollout.prompts_per_step {rollout.prompts_per_step} is not a multiple of "
-            f"algorithm.updates_per_batch {algorithm.updates_per_batch}",
+            rollout.prompts_per_step * rollout.group_size < algorithm.updates_per_batch,
+            f"algorithm.updates_per_batch {algorithm.updates_per_batch} is more than the "
+            f"{rollout.prompts_per_step * rollout.group_size} completions of a step",
         ),
         (
-            algorithm.overlong_buffer > rollout.max_tokens,
+            (algorithm.overlong_buffer or 0) > rollout.max_tokens,
             f"algorithm.overlong_buffer {algorithm.overlong_buffer} is longer than "
             f"rollout.max_tokens {rollout.max_tokens}",
         ),

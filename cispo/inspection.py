@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cispo.algorithms import describe, warnings
+from cispo.algorithms import Algorithm
+from cispo.algorithms.words import describe, warnings
 from cispo.assemble import (
     Workers,
     algorithm_of,
@@ -30,6 +31,7 @@ from cispo.assemble import (
     running_workers,
     sampling_of,
     seed_of,
+    updates_per_batch,
 )
 from cispo.config import Recipe, dump_yaml, load_recipe
 from cispo.learner.parallel import pick_device
@@ -66,10 +68,10 @@ def show(path: Path, overrides: Sequence[str]) -> None:
     console.print(dump_yaml(recipe), markup=False)
     console.print("[bold]algorithm[/]")
     console.print(_table(describe(algorithm)))
-    for sentence in warnings(algorithm, updates_per_batch=recipe.algorithm.updates_per_batch):
+    for sentence in warnings(algorithm, updates_per_batch=updates_per_batch(recipe)):
         console.print(f"[yellow]warning:[/] {sentence}")
     console.print("\n[bold]processes and memory[/]")
-    console.print(_table(_plan(recipe)))
+    console.print(_table(_plan(recipe, algorithm)))
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> Table:
@@ -81,7 +83,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _plan(recipe: Recipe) -> list[tuple[str, str]]:
+def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
     rollout, learner = recipe.rollout, recipe.learner
     model = recipe.policy.model
     parameters = count_parameters(model, new_config(recipe, renderer_of(recipe)) if model is None else None)
@@ -89,18 +91,23 @@ def _plan(recipe: Recipe) -> list[tuple[str, str]]:
     # Weights, gradient and two moments in float32; bfloat16 policies keep a float32 master beside the weights.
     learner_bytes = parameters * (16 + 4 if half else 16)
     engine_bytes = parameters * (2 if half else 4)
+    extra = [("critic memory", f"{_gib(learner_bytes)} a rank, as the learner")] if algorithm.critic else []
+    if algorithm.needs_reference:
+        extra.append(("reference policy", f"{_gib(engine_bytes)} a learner rank for weights"))
     completions = rollout.prompts_per_step * rollout.group_size
+    critic = f", {learner.ranks} critic" if algorithm.critic else ""
     where = "one process" if recipe.runtime == "local" else "Ray actors"
     return [
         ("device", str(pick_device(recipe.device))),
-        ("runtime", f"{where}: 1 driver, {learner.ranks} learner, {rollout.engines} {rollout.engine} engine"),
+        ("runtime", f"{where}: 1 driver, {learner.ranks} learner{critic}, {rollout.engines} {rollout.engine} engine"),
         ("policy", f"{parameters:,} parameters, {recipe.policy.dtype}, LM head in float32"),
         ("learner memory", f"{_gib(learner_bytes)} a rank for weights, gradients and AdamW, plus activations"),
+        *extra,
         ("engine memory", f"{_gib(engine_bytes)} an engine for weights, plus the cache"),
         (
             "batch",
             f"{rollout.prompts_per_step} prompts x {rollout.group_size} = {completions} completions of at most "
-            f"{rollout.max_tokens} tokens, {recipe.algorithm.updates_per_batch} update(s)",
+            f"{rollout.max_tokens} tokens, {updates_per_batch(recipe)} update(s)",
         ),
     ]
 
@@ -210,7 +217,7 @@ async def _logprob_gap(
         turn = Turn(prompt_ids=tuple(prompt_ids), completion=completion)
         trajectory = Trajectory(group_id=number, index=0, turns=(turn,), text="", reward=0.0)
         group = TrajectoryGroup(prompt=prompts[number // 4], trajectories=(trajectory,))
-        samples += to_samples(group, torch.zeros(1))
+        samples += to_samples(group)
     columns = pack_for(recipe, samples, "token")
     values = await workers.logprobs(columns)
     pairs = [(mb, v) for column, vs in zip(columns, values, strict=True) for mb, v in zip(column, vs, strict=True)]

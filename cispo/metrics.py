@@ -1,8 +1,9 @@
 """What a step reports: pure functions from tokens and trajectories to named numbers.
 
-Names are grouped by a prefix: reward/ adv/ is/ (importance weights) mismatch/ (engine against learner) length/
-staleness/ learner/ time/ eval/; those that every run is judged by have none. Fractions are shares of the trained tokens
-(is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac) or of the groups (zero_variance_*).
+Names are grouped by a prefix: reward/ adv/ is/ (importance weights) kl/ correction/ critic/ mismatch/ (engine against
+learner) length/ staleness/ learner/ time/ total/ (since the start) eval/; those that every run is judged by have none.
+Fractions are shares of the trained tokens (is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac)
+or of the groups (zero_variance_*).
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from cispo.types import FinishReason, Trajectory, TrajectoryGroup
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The band of PPO and GRPO; what they would have dropped is what CISPO's paper is about.
-_PPO_BAND = 0.2
 
-
-def importance_metrics(tokens: Mapping[str, Tensor]) -> dict[str, float]:
+def importance_metrics(tokens: Mapping[str, Tensor], would_drop: Mapping[str, Tensor]) -> dict[str, float]:
     """Importance ratios and the weights they became, over [N] trained tokens.
 
     clip_frac counts tokens whose weight is below their ratio (capped or dropped), low_frac those lifted by a floor,
-    dropped_frac those without any gradient, ppo_dropped_* those that PPO with a band of 0.2 would have dropped.
+    dropped_frac those without any gradient. `would_drop` has [N] bool columns named BAND_dropped_posadv and _negadv:
+    what another algorithm's band would have dropped, as shares of the tokens with that sign of the advantage.
     """
     ratio, weight, advantages = (tokens[k].double() for k in ("ratio", "weight", "advantages"))
     positive, negative = advantages > 0, advantages < 0
-    clipped = weight < ratio
+    clipped, dropped = weight < ratio, weight == 0
+    others = {
+        f"is/{name}": _share(column[positive if name.endswith("posadv") else negative])
+        for name, column in would_drop.items()
+    }
     return {
         "is/ratio_mean": float(ratio.mean()),
         "is/ratio_max": float(ratio.max()),
@@ -39,9 +42,10 @@ def importance_metrics(tokens: Mapping[str, Tensor]) -> dict[str, float]:
         "is/clip_frac_posadv": _share(clipped[positive]),
         "is/clip_frac_negadv": _share(clipped[negative]),
         "is/low_frac": _share(weight > ratio),
-        "is/dropped_frac": _share(weight == 0),
-        "is/ppo_dropped_posadv": _share(ratio[positive] > 1 + _PPO_BAND),
-        "is/ppo_dropped_negadv": _share(ratio[negative] < 1 - _PPO_BAND),
+        "is/dropped_frac": _share(dropped),
+        "is/dropped_frac_posadv": _share(dropped[positive]),
+        "is/dropped_frac_negadv": _share(dropped[negative]),
+        **others,
         "entropy": float(tokens["entropy"].double().mean()),
     }
 
@@ -60,6 +64,19 @@ def mismatch_metrics(learner: Tensor, engine: Tensor) -> dict[str, float]:
         "mismatch/logprob_max": float(gap.abs().max()),
         "mismatch/prob_pearson": _pearson(learner.exp(), engine.exp()),
         "mismatch/token_mult_prob_error": float(gap.abs().exp().mean()),
+    }
+
+
+def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
+    """How well a critic's values [N] predicted the returns [N]; explained variance 1 is perfect, 0 no better than a
+    constant (and what is reported where all returns are equal)."""
+    values, returns = values.double(), returns.double()
+    spread = float(returns.var(correction=0))
+    left = float((returns - values).var(correction=0))
+    return {
+        "critic/explained_variance": 1 - left / spread if spread > 0 else 0.0,
+        "critic/value_mean": float(values.mean()),
+        "critic/return_mean": float(returns.mean()),
     }
 
 

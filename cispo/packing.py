@@ -1,6 +1,6 @@
 """Trajectories become samples, samples become flat micro-batches; the reduction becomes per-token weights.
 
-    TrajectoryGroup --to_samples--> Sample [L] --pack--> MicroBatch [T] per rank
+    TrajectoryGroup --to_samples--> Sample [L] --pack--> MicroBatch [T] per rank --a pass, unpack--> one [L] a Sample
 
 The loss of a batch is (per_token_loss * loss_weights).sum() over all its micro-batches and ranks. Because the weights
 already hold the global denominators, neither the number of micro-batches nor of ranks nor the order of samples can
@@ -11,46 +11,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cispo.algorithms import Reduction
-from cispo.types import MicroBatch, Sample, Trajectory, TrajectoryGroup
+from cispo.types import MicroBatch, Sample, Trajectory, TrajectoryGroup, Turn
+
+_OPTIONAL = ("old_logprobs", "ref_logprobs", "values", "returns")
 
 
-def to_samples(group: TrajectoryGroup, advantages: Tensor) -> list[Sample]:
-    """One sample a turn: the rendered prompt is context, the completion is trained on.
-
-    advantages [G]: every sampled token of trajectory i gets advantages[i].
-    """
-    return [
-        sample
-        for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True)
-        for sample in _turn_samples(trajectory, advantage)
-    ]
+def to_samples(group: TrajectoryGroup) -> list[Sample]:
+    """One sample a turn, in order: the rendered prompt is context, the completion is trained on."""
+    return [_turn_sample(trajectory, turn) for trajectory in group.trajectories for turn in trajectory.turns]
 
 
-def _turn_samples(trajectory: Trajectory, advantage: float) -> list[Sample]:
-    samples = []
-    for turn in trajectory.turns:
-        completion = turn.completion
-        prompt, sampled = len(turn.prompt_ids), len(completion.token_ids)
-        mask = torch.zeros(prompt + sampled, dtype=torch.bool)
-        mask[prompt:] = True
-        samples.append(
-            Sample(
-                token_ids=torch.tensor((*turn.prompt_ids, *completion.token_ids)),
-                loss_mask=mask,
-                rollout_logprobs=torch.tensor((*(0.0,) * prompt, *completion.logprobs)),
-                advantages=mask * advantage,
-                group_id=trajectory.group_id,
-                index=trajectory.index,
-                versions=completion.versions,
-            )
-        )
-    return samples
+def _turn_sample(trajectory: Trajectory, turn: Turn) -> Sample:
+    completion = turn.completion
+    prompt = len(turn.prompt_ids)
+    mask = torch.zeros(prompt + len(completion.token_ids), dtype=torch.bool)
+    mask[prompt:] = True
+    return Sample(
+        token_ids=torch.tensor((*turn.prompt_ids, *completion.token_ids)),
+        loss_mask=mask,
+        rollout_logprobs=torch.tensor((*(0.0,) * prompt, *completion.logprobs)),
+        group_id=trajectory.group_id,
+        index=trajectory.index,
+        versions=completion.versions,
+    )
 
 
 def demonstration(prompt_ids: Sequence[int], completion_ids: Sequence[int], index: int) -> Sample:
@@ -61,9 +49,9 @@ def demonstration(prompt_ids: Sequence[int], completion_ids: Sequence[int], inde
         token_ids=torch.tensor((*prompt_ids, *completion_ids)),
         loss_mask=mask,
         rollout_logprobs=torch.zeros(len(mask)),
-        advantages=mask.float(),
         group_id=index,
         index=0,
+        advantages=mask.float(),
     )
 
 
@@ -71,7 +59,8 @@ def reduction_weights(samples: Sequence[Sample], reduction: Reduction, *, max_to
     """The weight of each sample's tokens, so that the weighted sum over the batch is the named reduction.
 
     token: 1 / tokens. prompt: 1 / (prompts * tokens of the prompt), the form of CISPO's eq. 4. sequence:
-    1 / (sequences * tokens of the sequence). constant: 1 / (sequences * max_tokens), Dr. GRPO.
+    1 / (sequences * tokens of the sequence). sequence_sum: 1 / sequences. constant: 1 / (sequences * max_tokens), Dr.
+    GRPO.
     """
     lengths = [sample.num_loss_tokens for sample in samples]
     if reduction == "token":
@@ -83,7 +72,7 @@ def reduction_weights(samples: Sequence[Sample], reduction: Reduction, *, max_to
         return [1 / (len(by_prompt) * max(by_prompt[sample.group_id], 1)) for sample in samples]
     if reduction == "sequence":
         return [1 / (len(samples) * max(length, 1)) for length in lengths]
-    return [1 / (len(samples) * max_tokens)] * len(samples)
+    return [1 / (len(samples) * (1 if reduction == "sequence_sum" else max_tokens))] * len(samples)
 
 
 def pack(
@@ -111,7 +100,7 @@ def pack(
         load[rank] += len(samples[i].token_ids) - 1
     return [
         [
-            _flatten([samples[i] for i in bin], [weights[i] for i in bin])
+            _flatten([samples[i] for i in bin], [weights[i] for i in bin], bin)
             for bin in _bins(column, samples, tokens_per_micro_batch)
         ]
         for column in columns
@@ -131,11 +120,17 @@ def _bins(column: Sequence[int], samples: Sequence[Sample], budget: int) -> list
     return bins
 
 
-def _flatten(samples: Sequence[Sample], weights: Sequence[float]) -> MicroBatch:
+def _flatten(samples: Sequence[Sample], weights: Sequence[float], places: Sequence[int]) -> MicroBatch:
     """Shifts once: position t holds the input token and everything about the token it predicts."""
     lengths = torch.tensor([len(s.token_ids) - 1 for s in samples])
     mask = torch.cat([s.loss_mask[1:] for s in samples])
     per_sample = torch.tensor(weights, dtype=torch.float64).repeat_interleave(lengths)
+
+    def column(name: str) -> Tensor | None:
+        values = [getattr(s, name) for s in samples]
+        return None if any(v is None for v in values) else torch.cat([v[1:] for v in values])
+
+    advantages = column("advantages")
     return MicroBatch(
         tokens=torch.cat([s.token_ids[:-1] for s in samples]),
         targets=torch.cat([s.token_ids[1:] for s in samples]),
@@ -143,11 +138,23 @@ def _flatten(samples: Sequence[Sample], weights: Sequence[float]) -> MicroBatch:
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
         loss_mask=mask,
         rollout_logprobs=torch.cat([s.rollout_logprobs[1:] for s in samples]),
-        advantages=torch.cat([s.advantages[1:] for s in samples]),
+        # Passes that only read logprobs or values come before there are advantages.
+        advantages=torch.zeros(len(mask)) if advantages is None else advantages,
         loss_weights=torch.where(mask, per_sample, 0.0).float(),
+        places=tuple(places),
+        **{name: column(name) for name in _OPTIONAL},
     )
 
 
-def with_old_logprobs(micro_batches: Sequence[MicroBatch], old_logprobs: Sequence[Tensor]) -> list[MicroBatch]:
-    """The micro-batches of one rank with the learner's logprobs from before the update attached."""
-    return [replace(mb, old_logprobs=old) for mb, old in zip(micro_batches, old_logprobs, strict=True)]
+def unpack(columns: Sequence[Sequence[MicroBatch]], values: Sequence[Sequence[Tensor]], count: int) -> list[Tensor]:
+    """Per-token values [T] of packed micro-batches as one tensor [L] a sample, in the order that was packed.
+
+    Undoes the shift: what stood beside the token to predict stands at that token; position 0 is 0.
+    """
+    rows: list[Tensor] = [torch.empty(0)] * count
+    for column, results in zip(columns, values, strict=True):
+        for mb, result in zip(column, results, strict=True):
+            parts = result.split(mb.cu_seqlens.diff().tolist())
+            for place, part in zip(mb.places, parts, strict=True):
+                rows[place] = torch.cat([part.new_zeros(1), part])
+    return rows

@@ -1,7 +1,7 @@
 """The run folder: what a run leaves behind, and how it is written.
 
 runs/<name>/recipe.yaml  metrics.jsonl  events.out.tfevents.*  samples/step_000010.parquet
-            checkpoints/step_000120/  learning_curve.png
+            checkpoints/step_000120/  learning_curve.png  dropped_tokens.json
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ class RunLog:
         if rows:
             (self.folder / "samples").mkdir(exist_ok=True)
             pq.write_table(pa.Table.from_pylist(rows), self.folder / "samples" / f"{kind}_{step:06d}.parquet")
+
+    def dropped_tokens(self, rows: Sequence[Mapping[str, int | str]]) -> None:
+        """Writes dropped_tokens.json: which tokens PPO's clip would have dropped, most often first."""
+        (self.folder / "dropped_tokens.json").write_text(json.dumps(list(rows), indent=1) + "\n")
 
     def close(self) -> None:
         self._lines.close()

@@ -124,6 +124,8 @@ class Turn:
     prompt_ids: tuple[int, ...]
     completion: Completion
     observation: tuple[Message, ...] = ()
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Rewards for this turn by name (a tool error, the time it took), already weighted; they land on its last token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,11 +179,18 @@ class Sample:
     """[L] bool: True where the token was sampled by the policy and is trained on."""
     rollout_logprobs: Tensor
     """[L] float32: 0 where loss_mask is False."""
-    advantages: Tensor
-    """[L] float32: per token, so that reward-to-go and GAE need no other type."""
     group_id: int
     index: int
     versions: tuple[int, int] = (0, 0)
+    advantages: Tensor | None = None
+    """[L] float32: per token, so that reward-to-go and GAE need no other type; None until they are estimated."""
+    old_logprobs: Tensor | None = None
+    """[L] float32, like those below: 0 where loss_mask is False, None where the algorithm has no use for them."""
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    """The critic's value of the state in which each token was sampled."""
+    returns: Tensor | None = None
+    """What the critic is trained towards."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -214,6 +223,8 @@ class MicroBatch:
     """[T] float32."""
     loss_weights: Tensor
     """[T] float32: the reduction. The loss is (per_token_loss * loss_weights).sum() over micro-batches and ranks."""
+    places: tuple[int, ...] = ()
+    """[S]: the position of each sequence's Sample in the list that was packed; `unpack` puts values back there."""
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
@@ -228,10 +239,12 @@ class LossInputs:
     """
 
     logprobs: Tensor
-    old_logprobs: Tensor
-    """What the ratio divides by: the rollout's or the learner's, as `ratio_anchor` says."""
+    """Of the policy now: the only one with a gradient."""
+    anchor_logprobs: Tensor
+    """What the ratio divides by: rollout_logprobs or old_logprobs, as `ratio_anchor` says."""
     rollout_logprobs: Tensor
     advantages: Tensor
     mask: Tensor
     cu_seqlens: Tensor
+    old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

@@ -2,26 +2,26 @@
 
     micro-batches -> policy -> logprobs -> loss * loss_weights -> backward ... -> sum over ranks -> AdamW
 
-It knows no algorithm: the loss is a function it is given, the reduction is in the micro-batches. A critic would be a
-second group of the same class.
+It knows no algorithm: the objective is a function it is given, the reduction is in the micro-batches.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cispo.algorithms.losses import LossFn
+from cispo.algorithms.objective import Objective
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.optim import Optimizer
-from cispo.learner.parallel import Ranks, join, leave
+from cispo.learner.parallel import Ranks, join, leave, to_device
 from cispo.ops.logprobs import token_logprobs
-from cispo.policies.base import PolicyOutput, RouterOutput, load_policy, save_policy
+from cispo.policies.base import Policy, PolicyOutput, RouterOutput, load_policy, save_policy
 from cispo.policies.moe import expert_counts, router_aux_loss
 from cispo.types import LossInputs, MicroBatch, UserError
 from cispo.weight_sync import publish_weights
@@ -35,8 +35,8 @@ class BatchLoss:
     aux_loss: float
     """The router's balancing loss, before its coefficient."""
     tokens: Mapping[str, Tensor]
-    """[N] over this rank's trained tokens: logprobs, old_logprobs, rollout_logprobs, advantages, ratio, weight and
-    entropy."""
+    """[N] over this rank's trained tokens: targets, logprobs, rollout_logprobs, advantages, ratio, weight, entropy,
+    old_logprobs where they are attached, and what else the objective reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,7 @@ class Learner:
         self.policy = load_policy(folder, dtype=getattr(torch, dtype)).to(self.ranks.device)
         self.policy.gradient_checkpointing = config.gradient_checkpointing
         self.policy.train()
+        self.reference: Policy | None = None
         if config.router_aux_coef > 0 and self.policy.router_shape == (0, 0):
             raise UserError(f"learner.router_aux_coef {config.router_aux_coef}: the policy has no experts to balance")
         self.reset_optimizer()
@@ -84,40 +85,27 @@ class Learner:
             weight_decay=self.config.weight_decay,
         )
 
-    def update(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        loss: LossFn,
-        settings: Mapping[str, float | None],
-        *,
-        lr: float,
-        anchor: Literal["rollout", "old"] = "rollout",
-    ) -> UpdateResult:
+    def freeze_reference(self) -> None:
+        """Keeps a copy of the policy as it is now: the reference of a KL penalty."""
+        reference = copy.deepcopy(self.policy)
+        for parameter in reference.parameters():
+            parameter.requires_grad_(False)
+        self.reference = reference
+
+    def update(self, micro_batches: Sequence[MicroBatch], objective: Objective, *, lr: float) -> UpdateResult:
         """One optimizer step on this rank's micro-batches; every rank must call it, also with none."""
-        batch = self.forward_backward(micro_batches, loss, settings, anchor=anchor)
+        batch = self.forward_backward(micro_batches, objective)
         norm, taken = self.optimizer.step(lr, max_grad_norm=self.config.max_grad_norm)
         return UpdateResult(batch=batch, grad_norm=norm, taken=taken)
 
-    def forward_backward(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        loss: LossFn,
-        settings: Mapping[str, float | None],
-        *,
-        anchor: Literal["rollout", "old"] = "rollout",
-    ) -> BatchLoss:
-        """Leaves the gradient of the whole batch, summed over micro-batches and ranks, in the optimizer.
-
-        The ratio divides by the micro-batches' old_logprobs or rollout_logprobs, as `anchor` says.
-        """
-        batches = [self._here(mb) for mb in micro_batches]
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> BatchLoss:
+        """Leaves the gradient of the whole batch, summed over micro-batches and ranks, in the optimizer."""
+        batches = [to_device(mb, self.ranks.device) for mb in micro_batches]
         counts = self._global_expert_counts(batches) if self.config.router_aux_coef > 0 else None
         total, total_aux, tokens = 0.0, 0.0, []
         for mb in batches:
-            output, logprobs, entropy = self._forward(mb)
-            old = mb.rollout_logprobs if anchor == "rollout" else mb.old_logprobs
-            assert old is not None, "old_logprobs are not attached"
-            result = loss(_loss_inputs(mb, logprobs, old), **settings)
+            output, logprobs, entropy = self._forward(self.policy, mb)
+            result = objective(_loss_inputs(mb, logprobs, objective))
             value = (result.loss * mb.loss_weights).sum()
             total += float(value.detach())
             if counts is not None:
@@ -127,13 +115,15 @@ class Learner:
             value.backward()
             self.optimizer.collect()
             columns = {
+                "targets": mb.targets,
                 "logprobs": logprobs.detach(),
-                "old_logprobs": old,
                 "rollout_logprobs": mb.rollout_logprobs,
                 "advantages": mb.advantages,
                 "ratio": result.ratio,
                 "weight": result.weight,
                 "entropy": entropy,
+                **({} if mb.old_logprobs is None else {"old_logprobs": mb.old_logprobs}),
+                **result.extra,
             }
             tokens.append({name: column[mb.loss_mask].cpu() for name, column in columns.items()})
         self.ranks.sum(self.optimizer.gradients())
@@ -141,9 +131,11 @@ class Learner:
         return BatchLoss(loss=total, aux_loss=total_aux, tokens=merged)
 
     @torch.no_grad()
-    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """The policy's log-probability of every trained token, [T] a micro-batch, 0 where masked."""
-        return [self._forward(self._here(mb))[1].cpu() for mb in micro_batches]
+    def logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
+        """Log-probability of every trained token by policy or reference, [T] a micro-batch, 0 where masked."""
+        policy = self.reference if reference else self.policy
+        assert policy is not None, "freeze_reference comes first"
+        return [self._forward(policy, to_device(mb, self.ranks.device))[1].cpu() for mb in micro_batches]
 
     def publish(self, folder: str, version: int) -> str | None:
         """Writes the weights where the engines read them; rank 0 returns the path, the others None."""
@@ -159,23 +151,17 @@ class Learner:
     def close(self) -> None:
         leave(self.ranks)
 
-    def _forward(self, mb: MicroBatch) -> tuple[PolicyOutput, Tensor, Tensor]:
+    def _forward(self, policy: Policy, mb: MicroBatch) -> tuple[PolicyOutput, Tensor, Tensor]:
         """(policy output, logprobs [T], entropy [T]); the LM head runs for trained tokens only."""
-        output = self.policy(mb.tokens, mb.positions, mb.cu_seqlens)
+        output = policy(mb.tokens, mb.positions, mb.cu_seqlens)
         picked, entropies = token_logprobs(
             output.hidden[mb.loss_mask],
-            self.policy.lm_head_weight,
+            policy.lm_head_weight,
             mb.targets[mb.loss_mask],
             temperature=self.temperature,
         )
         zeros = picked.new_zeros(mb.tokens.shape[0])
         return output, zeros.masked_scatter(mb.loss_mask, picked), zeros.masked_scatter(mb.loss_mask, entropies)
-
-    def _here(self, mb: MicroBatch) -> MicroBatch:
-        if self.ranks.device.type == "cpu":
-            return mb
-        columns = {field.name: getattr(mb, field.name) for field in fields(mb)}
-        return replace(mb, **{k: v.to(self.ranks.device) for k, v in columns.items() if v is not None})
 
     def _balanced(self, mb: MicroBatch) -> Tensor:
         """[T] bool: the tokens that the balancing loss counts."""
@@ -203,13 +189,16 @@ class Learner:
         return router_aux_loss([r.probs for r in router], self._balanced(mb), counts[:, :-1], num_tokens)
 
 
-def _loss_inputs(mb: MicroBatch, logprobs: Tensor, old: Tensor) -> LossInputs:
+def _loss_inputs(mb: MicroBatch, logprobs: Tensor, objective: Objective) -> LossInputs:
+    anchor = mb.rollout_logprobs if objective.anchor == "rollout" else mb.old_logprobs
+    assert anchor is not None, "old_logprobs are not attached"
     return LossInputs(
         logprobs=logprobs,
-        old_logprobs=old,
+        anchor_logprobs=anchor,
         rollout_logprobs=mb.rollout_logprobs,
         advantages=mb.advantages,
         mask=mb.loss_mask,
         cu_seqlens=mb.cu_seqlens,
+        old_logprobs=mb.old_logprobs,
         ref_logprobs=mb.ref_logprobs,
     )

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 
 def learning_rate(
-    step: int,
+    step: float,
     *,
     steps: int,
     peak: float,
@@ -46,6 +46,13 @@ class Optimizer:
         others = [m for m in self.masters if m.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps)
+
+    def reload_masters(self) -> None:
+        """Takes the weights that were put into the parameters from outside."""
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if parameter is not master:
+                    master.copy_(parameter)
 
     def collect(self) -> None:
         """Adds the gradients of one backward pass to the masters'."""

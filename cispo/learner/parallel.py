@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cispo.types import MicroBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,3 +58,11 @@ def join(*, rank: int, world: int, device: torch.device, address: str) -> Ranks:
 def leave(ranks: Ranks) -> None:
     if ranks.world > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def to_device(mb: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch with its tensors on the device; itself on a CPU."""
+    if device.type == "cpu":
+        return mb
+    columns = {field.name: getattr(mb, field.name) for field in fields(mb)}
+    return replace(mb, **{k: v.to(device) for k, v in columns.items() if isinstance(v, Tensor)})

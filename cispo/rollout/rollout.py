@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from cispo.algorithms.filters import overlong_penalty
 from cispo.rollout.renderer import Renderer
@@ -29,6 +29,12 @@ class Rollouts:
     """Sampled tokens."""
     seconds_sampling: float
     seconds_scoring: float
+    rounds: int = 1
+    """Calls of `roll_out` that are in it."""
+
+    def __add__(self, other: Rollouts) -> Rollouts:
+        names = [field.name for field in fields(self)]
+        return Rollouts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 async def roll_out(

@@ -1,0 +1,54 @@
+"""What a learner minimises: a policy loss, a rollout correction on it, and a KL penalty beside it.
+
+objective(LossInputs) -> LossOutput        per token; the learner multiplies by loss_weights and sums
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from cispo.algorithms.corrections import Correction, correction_factors
+from cispo.algorithms.losses import Kl, LossFn, LossOutput, kl_estimate
+from cispo.types import LossInputs
+
+Anchor = Literal["rollout", "old"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """A pure function of per-token tensors that crosses processes.
+
+    Example: Objective(loss=cispo, settings={"ratio_max": 5.0})
+    """
+
+    loss: LossFn
+    """(LossInputs, **settings) -> LossOutput."""
+    settings: Mapping[str, float | None] = field(default_factory=dict)
+    anchor: Anchor = "rollout"
+    """What the ratio divides by: the engine's logprobs at sampling time, or the learner's before this batch."""
+    kl: Kl = "k3"
+    kl_coef: float = 0.0
+    """Factor of KL(policy || reference) in the loss; 0 is none."""
+    correction: Correction | None = None
+
+    def __call__(self, x: LossInputs) -> LossOutput:
+        """Per-token loss; the correction scales the policy loss and not the KL penalty."""
+        result = self.loss(x, **self.settings)
+        loss, weight, extra = result.loss, result.weight, dict(result.extra)
+        if self.correction is not None:
+            assert x.old_logprobs is not None, "a correction needs old_logprobs"
+            factors = correction_factors(self.correction, x.old_logprobs, x.rollout_logprobs, x.mask, x.cu_seqlens)
+            loss, weight = loss * factors, weight * factors
+            extra["correction/factor"] = factors
+            extra["correction/masked_frac"] = (factors == 0).to(factors.dtype)
+        if self.kl_coef > 0:
+            assert x.ref_logprobs is not None, "a KL penalty needs ref_logprobs"
+            kl = kl_estimate(x.logprobs, x.ref_logprobs, x.mask, self.kl)
+            loss = loss + self.kl_coef * kl
+            extra["kl/reference"] = kl.detach()
+        assert loss.shape == x.logprobs.shape, "a loss returns one value a token"
+        return LossOutput(torch.where(x.mask, loss, 0.0), result.ratio, weight, extra)

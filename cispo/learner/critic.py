@@ -1,0 +1,93 @@
+"""The critic: the learner's twin for PPO's value function, one data-parallel rank of it.
+
+micro-batches -> backbone and value head -> clipped value loss -> sum over ranks -> AdamW
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cispo.algorithms.losses import value_loss
+from cispo.config import Critic as CriticConfig
+from cispo.config import Learner as LearnerConfig
+from cispo.learner.optim import Optimizer
+from cispo.learner.parallel import join, leave, to_device
+from cispo.policies.base import load_policy
+from cispo.policies.value import ValueModel
+from cispo.types import MicroBatch
+from cispo.weight_sync import mapped_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticResult:
+    """What one optimizer step of the critic did."""
+
+    loss: float
+    """This rank's share; the ranks' shares add up."""
+    grad_norm: float
+    taken: bool
+
+
+class Critic:
+    """One rank: a value model on a backbone of its own, and its optimizer."""
+
+    def __init__(
+        self,
+        folder: str,
+        config: CriticConfig,
+        learner: LearnerConfig,
+        *,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        device: str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        address: str = "",
+    ) -> None:
+        self.config = config
+        self.max_grad_norm = learner.max_grad_norm
+        self.ranks = join(rank=rank, world=world, device=torch.device(device), address=address)
+        backbone = load_policy(folder, dtype=getattr(torch, dtype)).to(self.ranks.device)
+        backbone.gradient_checkpointing = learner.gradient_checkpointing
+        self.model = ValueModel(backbone).to(self.ranks.device).train()
+        self.optimizer = Optimizer(
+            list(self.model.parameters()),
+            betas=learner.betas,
+            eps=learner.eps,
+            weight_decay=learner.weight_decay,
+        )
+
+    def load_backbone(self, path: str) -> None:
+        """Takes the policy's published weights as the backbone: a critic starts from the policy after its warm-up."""
+        self.model.backbone.load_hf(mapped_weights(path))
+        self.optimizer.reload_masters()
+
+    @torch.no_grad()
+    def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """V of the state in which each trained token was sampled, [T] a micro-batch, 0 where masked."""
+        batches = [to_device(mb, self.ranks.device) for mb in micro_batches]
+        return [torch.where(mb.loss_mask, self._forward(mb), 0.0).cpu() for mb in batches]
+
+    def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> CriticResult:
+        """One optimizer step on this rank's micro-batches; every rank must call it, also with none."""
+        total = 0.0
+        for mb in (to_device(mb, self.ranks.device) for mb in micro_batches):
+            assert mb.values is not None and mb.returns is not None, "values and returns are not attached"
+            losses = value_loss(self._forward(mb), mb.values, mb.returns, mb.loss_mask, clip=self.config.value_clip)
+            loss = (losses * mb.loss_weights).sum()
+            loss.backward()
+            self.optimizer.collect()
+            total += float(loss.detach())
+        self.ranks.sum(self.optimizer.gradients())
+        norm, taken = self.optimizer.step(lr, max_grad_norm=self.max_grad_norm)
+        return CriticResult(loss=total, grad_norm=norm, taken=taken)
+
+    def close(self) -> None:
+        leave(self.ranks)
+
+    def _forward(self, mb: MicroBatch) -> Tensor:
+        return self.model(mb.tokens, mb.positions, mb.cu_seqlens)

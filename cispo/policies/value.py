@@ -1,0 +1,30 @@
+"""A value function: a policy's layers with a head that gives one number a token instead of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cispo.policies.base import Policy
+
+
+class ValueModel(nn.Module):
+    """V(s_t) = w . hidden_t + b on a backbone of its own.
+
+    The head starts at zero, so that a new critic predicts 0 everywhere and not noise; it runs in float32.
+    """
+
+    def __init__(self, backbone: Policy) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.lm_head_weight.shape[1], 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """tokens and positions [T] int64, cu_seqlens [S + 1] int32; [T] float32.
+
+        Entry t is the value of the state after reading tokens up to t, from which the next token is sampled.
+        """
+        hidden = self.backbone(tokens, positions, cu_seqlens).hidden
+        return self.head(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))[:, 0]

@@ -150,7 +150,7 @@ def _least_squares(
     low, high = np.array(bounds).T
     found = [
         # dogbox takes steps along active bounds, where the reflective method creeps.
-        least_squares(residuals, np.clip(x, low, high), jacobian, bounds=(low, high), method="dogbox",
+        least_squares(residuals, np.clip(x, low, high), jac=jacobian, bounds=(low, high), method="dogbox",
                       x_scale=(0.1, 0.5, 0.5), ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=300)
         for x in beginnings
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from cispo.algorithms.losses import cispo, clipped_surrogate, negative_log_likelihood
+from cispo.algorithms.objective import Objective
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.optim import Optimizer, learning_rate
 from cispo.learner.sft import demonstration_batches
-from cispo.packing import demonstration, pack
+from cispo.packing import demonstration, pack, unpack
 from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.types import Sample, UserError
 
@@ -37,6 +39,7 @@ TINY = {
 }
 DENSE = {k: v for k, v in TINY.items() if k not in ("model_type", "layer_types") and "experts" not in k}
 AUX = LearnerConfig(router_aux_coef=0.5)
+CISPO = Objective(loss=cispo, settings={"ratio_max": 5.0})
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def gradient_of(
     learner: Learner, given: list[Sample], *, budget: int, rank: int = 0, world: int = 1, reduction: Any = "prompt"
 ) -> tuple[Tensor, BatchLoss]:
     columns = pack(given, reduction=reduction, max_tokens=16, tokens_per_micro_batch=budget, ranks=world)
-    result = learner.forward_backward(columns[rank], cispo, {"ratio_max": 1.5})
+    result = learner.forward_backward(columns[rank], Objective(loss=cispo, settings={"ratio_max": 1.5}))
     flat = torch.cat([g.flatten() for g in learner.optimizer.gradients()])
     assert bool(flat.isfinite().all()) and float(flat.abs().max()) > 1e-4
     return flat, result
@@ -128,6 +131,7 @@ def test_gradient_is_that_of_the_formula(policy_folder: Path):
         output = policy(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32))
         logprobs = torch.log_softmax(output.hidden @ policy.lm_head_weight.T, -1).gather(1, s.token_ids[1:, None])[:, 0]
         mask = s.loss_mask[1:]
+        assert s.advantages is not None
         weight = (logprobs - s.rollout_logprobs[1:]).exp().clamp(max=1.5).detach()
         loss = loss - (weight * s.advantages[1:] * logprobs)[mask].sum() / total
     expected = torch.autograd.grad(loss, list(policy.parameters()))
@@ -135,16 +139,39 @@ def test_gradient_is_that_of_the_formula(policy_folder: Path):
     assert float((got - flat).abs().max()) <= 1e-6 * max(float(flat.abs().max()), 1.0)
 
 
-def test_old_anchor_starts_at_ratio_one(policy_folder: Path):
-    from cispo.packing import with_old_logprobs
+def with_logprobs(learner: Learner, given: list[Sample], name: str, **which: bool) -> list[Sample]:
+    columns = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=60)
+    rows = unpack(columns, [learner.logprobs(column, **which) for column in columns], len(given))
+    return [replace(sample, **{name: row}) for sample, row in zip(given, rows, strict=True)]
 
+
+def test_old_anchor_starts_at_ratio_one(policy_folder: Path):
     learner = Learner(str(policy_folder), LearnerConfig())
-    (column,) = pack(samples(), reduction="token", max_tokens=16, tokens_per_micro_batch=60)
-    column = with_old_logprobs(column, learner.logprobs(column))
-    result = learner.update(column, clipped_surrogate, {"clip_low": 0.2, "clip_high": 0.2}, lr=1e-2, anchor="old")
+    given = with_logprobs(learner, samples(), "old_logprobs")
+    (column,) = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=60)
+    objective = Objective(loss=clipped_surrogate, settings={"clip_low": 0.2, "clip_high": 0.2}, anchor="old")
+    result = learner.update(column, objective, lr=1e-2)
     assert torch.equal(result.batch.tokens["ratio"], torch.ones_like(result.batch.tokens["ratio"]))
-    again = learner.update(column, clipped_surrogate, {"clip_low": 0.2, "clip_high": 0.2}, lr=1e-2, anchor="old")
+    again = learner.update(column, objective, lr=1e-2)
     assert float((again.batch.tokens["ratio"] - 1).abs().max()) > 1e-3
+
+
+def test_the_reference_stays_where_the_policy_was(policy_folder: Path):
+    """KL to the reference is 0 before the first update, and pulls back after: its gradient alone lowers it."""
+    learner = Learner(str(policy_folder), LearnerConfig())
+    learner.freeze_reference()
+    given = with_logprobs(learner, samples(), "ref_logprobs", reference=True)
+    (column,) = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=60)
+    objective = Objective(loss=cispo, settings={"ratio_max": 5.0}, kl_coef=0.5)
+    first = learner.update(column, objective, lr=1e-2).batch.tokens["kl/reference"]
+    assert float(first.abs().max()) <= 1e-6
+    away = learner.update(column, objective, lr=1e-2).batch.tokens["kl/reference"]
+    assert float(away.mean()) > 1e-3
+    again = with_logprobs(learner, samples(), "ref_logprobs", reference=True)
+    assert all(torch.equal(a.ref_logprobs, b.ref_logprobs) for a, b in zip(given, again, strict=True))  # type: ignore
+    only_kl = Objective(loss=cispo, settings={"ratio_max": 0.0}, kl_coef=0.5)
+    kls = [float(learner.update(column, only_kl, lr=3e-3).batch.tokens["kl/reference"].mean()) for _ in range(8)]
+    assert kls[-1] < 0.5 * kls[0]
 
 
 def test_non_finite_gradients_skip_the_step(policy_folder: Path):
@@ -152,18 +179,18 @@ def test_non_finite_gradients_skip_the_step(policy_folder: Path):
     before = {n: p.detach().clone() for n, p in learner.policy.named_parameters()}
     (column,) = pack(samples(), reduction="token", max_tokens=16, tokens_per_micro_batch=60)
     column[0].advantages[column[0].loss_mask.nonzero()[0]] = math.inf
-    result = learner.update(column, cispo, {"ratio_max": 5.0}, lr=1e-2)
+    result = learner.update(column, CISPO, lr=1e-2)
     assert not result.taken and not math.isfinite(result.grad_norm)
     assert all(torch.equal(before[n], p) for n, p in learner.policy.named_parameters())
     (good,) = pack(samples(), reduction="token", max_tokens=16, tokens_per_micro_batch=60)
-    assert learner.update(good, cispo, {"ratio_max": 5.0}, lr=1e-2).taken
+    assert learner.update(good, CISPO, lr=1e-2).taken
     assert any(not torch.equal(before[n], p) for n, p in learner.policy.named_parameters())
 
 
 def test_nothing_to_train_on_changes_nothing(policy_folder: Path):
     learner = Learner(str(policy_folder), LearnerConfig())
     before = [p.detach().clone() for p in learner.policy.parameters()]
-    assert learner.update([], cispo, {"ratio_max": 5.0}, lr=1e-2).grad_norm == 0
+    assert learner.update([], CISPO, lr=1e-2).grad_norm == 0
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
 
 
@@ -194,7 +221,7 @@ def test_sft_learns_a_constant_answer(policy_folder: Path):
     losses = []
     for _ in range(30):
         (column,) = pack(next(batches), reduction="token", max_tokens=8, tokens_per_micro_batch=512)
-        losses.append(learner.update(column, negative_log_likelihood, {}, lr=1e-2).batch.loss)
+        losses.append(learner.update(column, Objective(loss=negative_log_likelihood), lr=1e-2).batch.loss)
     assert losses[-1] < 0.05 < 2 < losses[0]
 
 
@@ -230,7 +257,7 @@ def test_tied_and_untied_policies_round_trip_through_a_step(tmp_path: Path):
     save_policy(init_policy({**TINY, "tie_word_embeddings": True}, seed=0), tmp_path)
     learner = Learner(str(tmp_path), LearnerConfig())
     (column,) = pack(samples(), reduction="token", max_tokens=16, tokens_per_micro_batch=60)
-    learner.update(column, cispo, {"ratio_max": 5.0}, lr=1e-2)
+    learner.update(column, CISPO, lr=1e-2)
     learner.save(str(tmp_path / "after"))
     saved = load_policy(tmp_path / "after")
     assert torch.equal(saved.lm_head_weight, learner.policy.lm_head_weight)

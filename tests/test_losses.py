@@ -23,7 +23,7 @@ def inputs(new: list[float], old: list[float], advantages: list[float], mask: li
     before = torch.tensor(old, dtype=torch.float64).log()
     return LossInputs(
         logprobs=logprobs,
-        old_logprobs=before,
+        anchor_logprobs=before,
         rollout_logprobs=before,
         advantages=torch.tensor(advantages, dtype=torch.float64),
         mask=torch.ones(len(new), dtype=torch.bool) if mask is None else torch.tensor(mask),
@@ -126,7 +126,7 @@ def from_rows(rows: list[tuple[float, float, float]]) -> LossInputs:
 @given(batches, st.floats(1, 10))
 def test_cispo_gradient_is_the_capped_weight_times_the_advantage(rows: list, cap: float):
     x = from_rows(rows)
-    ratio = (x.logprobs - x.old_logprobs).exp().detach()
+    ratio = (x.logprobs - x.anchor_logprobs).exp().detach()
     expected = -ratio.clamp(max=cap) * x.advantages
     got = gradient(cispo, x, ratio_max=cap)
     assert torch.allclose(got, expected, rtol=1e-12, atol=0)
@@ -151,7 +151,7 @@ def test_on_policy_all_losses_have_the_same_gradient(rows: list):
 def test_unified_form_is_ppo(rows: list):
     """Eq. 6-7 with the weight clip off and PPO's epsilons in the mask is PPO's gradient, token by token."""
     x = from_rows(rows)
-    ratio = (x.logprobs - x.old_logprobs).exp()
+    ratio = (x.logprobs - x.anchor_logprobs).exp()
     if bool((((ratio - 1.2).abs() < 1e-9) | ((ratio - 0.8).abs() < 1e-9)).any()):
         return
     unified = gradient(cispo, x, ratio_max=INF, mask_low=0.8, mask_high=1.2)
@@ -195,7 +195,7 @@ def test_masked_values_do_not_leak(loss: LossFn, settings: dict, poison: float):
     bad = torch.full((2,), poison, dtype=torch.float64)
     poisoned = LossInputs(
         logprobs=logprobs,
-        old_logprobs=torch.cat([clean.old_logprobs, bad]),
+        anchor_logprobs=torch.cat([clean.anchor_logprobs, bad]),
         rollout_logprobs=torch.cat([clean.rollout_logprobs, bad]),
         advantages=torch.cat([clean.advantages, bad]),
         mask=torch.tensor([True, True, True, False, False]),

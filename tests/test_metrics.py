@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cispo.metrics import group_metrics, importance_metrics, mismatch_metrics, pass_at_k, rollout_metrics
+from cispo.dropped_tokens import DroppedTokens, would_drop
+from cispo.metrics import (
+    group_metrics,
+    importance_metrics,
+    mismatch_metrics,
+    pass_at_k,
+    rollout_metrics,
+    value_metrics,
+)
 from cispo.types import Completion, FinishReason, Prompt, Trajectory, TrajectoryGroup, Turn
 
 
@@ -14,17 +22,46 @@ def tokens(**columns: list[float]) -> dict[str, torch.Tensor]:
 
 
 def test_importance_metrics():
-    m = importance_metrics(
-        tokens(
-            ratio=[12, 1.2, 0.5, 0.5, 1], weight=[5, 1.2, 0.8, 0.5, 0], advantages=[1, 1, -1, -1, -1], entropy=[1] * 5
-        )
+    columns = tokens(
+        ratio=[12, 1.2, 0.5, 0.5, 1], weight=[5, 1.2, 0.8, 0.5, 0], advantages=[1, 1, -1, -1, -1], entropy=[1] * 5
     )
+    m = importance_metrics(columns, would_drop(columns["ratio"], columns["advantages"]))
     assert m["is/ratio_max"] == 12 and m["is/ratio_min"] == 0.5 and m["is/ratio_mean"] == pytest.approx(15.2 / 5)
     assert m["is/clip_frac"] == pytest.approx(2 / 5)  # one capped, one dropped
     assert m["is/clip_frac_posadv"] == 0.5 and m["is/clip_frac_negadv"] == pytest.approx(1 / 3)
     assert m["is/low_frac"] == pytest.approx(1 / 5) and m["is/dropped_frac"] == pytest.approx(1 / 5)
     assert m["is/ppo_dropped_posadv"] == 0.5 and m["is/ppo_dropped_negadv"] == pytest.approx(2 / 3)
+    assert m["is/dropped_frac_posadv"] == 0 and m["is/dropped_frac_negadv"] == pytest.approx(1 / 3)
+    assert m["is/dapo_dropped_posadv"] == 0.5 and m["is/dapo_dropped_negadv"] == pytest.approx(2 / 3)
     assert m["is/ratio_p99"] == 12 and m["entropy"] == 1
+
+
+def test_dropped_tokens_are_counted_by_token_and_sign():
+    """Over two steps: token 7 is dropped twice by PPO's band (once more than by DAPO's), token 3 once with A < 0."""
+    table = DroppedTokens()
+    ids = torch.tensor([7, 7, 3, 5])
+    columns = tokens(ratio=[12, 1.25, 0.5, 1], weight=[5, 1.25, 0, 1], advantages=[1, 1, -1, 1])
+    table.add({"targets": ids, **columns})
+    table.add({"targets": torch.tensor([9]), **tokens(ratio=[1.0], weight=[1], advantages=[1])})
+    assert table.rows(str) == [
+        {
+            "token": "7", "id": 7, "count": 2, "kept": 2,
+            "ppo_dropped_posadv": 2, "ppo_dropped_negadv": 0, "dapo_dropped_posadv": 1, "dapo_dropped_negadv": 0,
+        },
+        {
+            "token": "3", "id": 3, "count": 1, "kept": 0,
+            "ppo_dropped_posadv": 0, "ppo_dropped_negadv": 1, "dapo_dropped_posadv": 0, "dapo_dropped_negadv": 1,
+        },
+    ]  # fmt: skip
+    assert len(table.rows(str, limit=1)) == 1 and DroppedTokens().rows(str) == []
+
+
+def test_value_metrics():
+    perfect = value_metrics(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    assert perfect["critic/explained_variance"] == 1
+    constant = value_metrics(torch.tensor([1.5, 1.5]), torch.tensor([1.0, 2.0]))
+    assert constant["critic/explained_variance"] == 0 and constant["critic/return_mean"] == 1.5
+    assert value_metrics(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0]))["critic/explained_variance"] == 0
 
 
 def test_mismatch_metrics():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cispo.algorithms import Reduction
-from cispo.packing import demonstration, pack, reduction_weights, to_samples
+from cispo.packing import demonstration, pack, reduction_weights, to_samples, unpack
 from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
 
 
@@ -29,7 +30,8 @@ def sample(group: int, index: int, prompt: int, completion: int, advantage: floa
     )
     trajectory = Trajectory(group_id=group, index=index, turns=(turn,), text="", reward=0.0)
     prompt_object = Prompt(id=group, messages=())
-    return to_samples(TrajectoryGroup(prompt=prompt_object, trajectories=(trajectory,)), torch.tensor([advantage]))[0]
+    made = to_samples(TrajectoryGroup(prompt=prompt_object, trajectories=(trajectory,)))[0]
+    return replace(made, advantages=made.loss_mask * advantage)
 
 
 def test_the_shift():
@@ -54,10 +56,11 @@ def test_reductions_by_hand():
     assert reduced("token") == pytest.approx(0.25)
     assert reduced("prompt") == pytest.approx(0.5)
     assert reduced("sequence") == pytest.approx(1 / 3)
+    assert reduced("sequence_sum") == pytest.approx(10 / 3)
     assert reduced("constant") == pytest.approx(10 / 150)
 
 
-REDUCTIONS: list[Reduction] = ["token", "prompt", "sequence", "constant"]
+REDUCTIONS: list[Reduction] = ["token", "prompt", "sequence", "sequence_sum", "constant"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,6 +92,17 @@ def test_every_token_keeps_its_weight(shapes: list, reduction: Reduction, budget
     shuffled = list(samples)
     rng.shuffle(shuffled)
     assert weight_by_token(shuffled, budget, ranks) == whole
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=12), st.integers(8, 64))
+def test_unpack_undoes_pack(shapes: list, budget: int):
+    """What a pass says beside the token to predict comes back at that token, in the order of the samples."""
+    samples = [sample(0, number, prompt, completion) for number, (prompt, completion) in enumerate(shapes)]
+    columns = pack(samples, reduction="token", max_tokens=32, tokens_per_micro_batch=budget, ranks=2)
+    values = [[mb.targets.float() * mb.loss_mask for mb in column] for column in columns]
+    for s, row in zip(samples, unpack(columns, values, len(samples)), strict=True):
+        assert torch.equal(row, s.token_ids.float() * s.loss_mask)
 
 
 def test_ranks_are_balanced():

@@ -132,10 +132,13 @@ class _RayHandle:
 
 
 class RayRuntime:
-    """A Ray cluster: the one that RAY_ADDRESS names, else one of this machine for the time of the run."""
+    """A Ray cluster: this process's, else the one that RAY_ADDRESS names, else one of this machine for its lifetime."""
 
     def __init__(self, *, processes: int) -> None:
-        """`processes` is how many actors will be started; a laptop's cluster is sized for them."""
+        """`processes` is how many actors will be started; a laptop's cluster is sized for them.
+
+        A runtime inside another's lifetime shares its cluster, so that several runs can stand side by side.
+        """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_DISABLE_MEMORY_MONITOR", "1")
         # Ray would hide the GPUs from actors that ask for none, in a way that it will itself abandon.
@@ -146,9 +149,17 @@ class RayRuntime:
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray = ray
         self._actors: list[Any] = []
+        self._owner = not ray.is_initialized()
+        if self._owner:
+            self._connect(processes)
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if cpus < processes:
+            raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
+
+    def _connect(self, processes: int) -> None:
         address = os.environ.get("RAY_ADDRESS")
         try:
-            ray.init(
+            self._ray.init(
                 # Without "local", Ray would join whatever cluster somebody left running on this machine.
                 address=address or "local",
                 num_cpus=None if address else max(os.cpu_count() or 1, processes),
@@ -159,9 +170,6 @@ class RayRuntime:
             )
         except ConnectionError:
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there") from None
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        if cpus < processes:
-            raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
 
     async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
         handle = self._actor(name, gpus)
@@ -191,4 +199,5 @@ class RayRuntime:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors.clear()
-        self._ray.shutdown()
+        if self._owner:
+            self._ray.shutdown()

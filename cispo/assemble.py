@@ -269,6 +269,13 @@ def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], int]:
     return ("cuda", 1) if on_gpu else ("cpu", 0)
 
 
+def gpus_of(recipe: Recipe, *, critic: bool = False) -> int:
+    """GPUs that a run takes; 0 on a CPU."""
+    _, each = _device(recipe)
+    ranks = recipe.learner.ranks * (2 if critic else 1)
+    return each * (ranks + recipe.rollout.engines * recipe.rollout.tensor_parallel)
+
+
 async def start_learners(recipe: Recipe, runtime: Runtime, folder: str) -> list[Handle]:
     device, gpus = _device(recipe)
     return await runtime.start_ranks(

@@ -35,6 +35,47 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    items: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE...", help="Recipes, and key=value changes to all of them.", show_default=False),
+    ],
+    algorithms: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Names, presets or module:NAME; with settings: 'grpo(kl_coef=0)'."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, from the recipe's seed on.")] = 5,
+    metric: Annotated[str, typer.Option(help="What arms are compared by; higher is better.")] = "eval/accuracy",
+    updates_per_batch: Annotated[
+        str | None, typer.Option(metavar="K,K,...", help="Optimizer steps a batch; each K is a comparison of its own.")
+    ] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as fit by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="Folder in output_dir; the recipe's name and -compare.")] = None,
+    plot_only: Annotated[bool, typer.Option("--plot-only", help="Make the report again from what was run.")] = False,
+    fit: Annotated[bool, typer.Option("--fit", help="Fit ScaleRL's sigmoid to each arm.")] = False,
+    equal: Annotated[
+        Path | None, typer.Option("--assert-equal", metavar="FILE", help="Exit 1 unless results.json equals FILE.")
+    ] = None,
+) -> None:
+    """Run algorithms side by side on one task, several seeds each, and report what differs with intervals."""
+    from cispo import compare
+
+    _run(
+        compare.compare,
+        items,
+        algorithms=algorithms,
+        seeds=seeds,
+        metric=metric,
+        updates=updates_per_batch,
+        parallel=parallel,
+        name=name,
+        plot_only=plot_only,
+        fit=fit,
+        equal=equal,
+    )
+
+
+@app.command()
 def sft(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run only the supervised warm-up of a recipe and save the policy."""
     from cispo import commands

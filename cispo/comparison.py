@@ -85,6 +85,7 @@ class RunSummary:
     """The numbers of one run; None where there is nothing to take them from."""
 
     seed: int
+    seconds: float
     curve: Curve
     final: float | None
     best: float | None
@@ -299,6 +300,7 @@ def _run(run: RunResult, metric: str, span: float | None, level: float | None) -
     line = curve(run, metric)
     return RunSummary(
         seed=run.seed,
+        seconds=run.seconds,
         curve=line,
         final=line.values[-1] if line.values else None,
         best=max(line.values, default=None),

@@ -38,7 +38,7 @@ from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, roll_out
 from cispo.runfolder import RunLog, save_checkpoint
 from cispo.screen import Screen
-from cispo.types import Prompt, RunError, Sample, Sampling, TrajectoryGroup, UserError
+from cispo.types import Diverged, Prompt, Sample, Sampling, TrajectoryGroup, UserError
 
 # A run whose gradients stay non-finite this many updates in a row will not recover.
 _MAX_SKIPPED = 10
@@ -255,7 +255,7 @@ class Controller:
     def _watch(self, results: Sequence[UpdateResult]) -> None:
         self.skipped_in_a_row = 0 if results[0].taken else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == _MAX_SKIPPED:
-            raise RunError(
+            raise Diverged(
                 f"the last {_MAX_SKIPPED} updates had gradients that are not finite: learner.lr is too high?"
             )
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from cispo.comparison import ArmResult, curve
+from cispo.comparison import ArmResult, collapse, curve
 from cispo.statistics import LEVEL, Interval, number
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Fit:
     residual: float | None
     """Root mean square distance of the points from the curve."""
     doubt: str | None
-    """Why the data do not identify the curve, in one sentence; None if they do."""
+    """Why the data do not identify the curve of this arm, in one sentence; None if they do."""
 
 
 def scaling_curve(compute: np.ndarray, start: float, parameters: Parameters) -> np.ndarray:
@@ -82,7 +82,7 @@ def fit_arm(arm: ArmResult, metric: str, *, max_level: float = 1.0) -> Fit:
 
     def refused(doubt: str) -> Fit:
         return Fit(arm=arm.name, start=start, parameters=None, intervals=None, resampled=resampled, residual=None,
-                   doubt=f"{arm.name}: no curve was fitted, {doubt}")  # fmt: skip
+                   doubt=f"no curve was fitted: {doubt}")  # fmt: skip
 
     places = {c for points in seeds for c in points.compute}
     if not seeds:
@@ -96,11 +96,13 @@ def fit_arm(arm: ArmResult, metric: str, *, max_level: float = 1.0) -> Fit:
     bounds = _bounds(min(places), max(places), start, max_level)
     best = _least_squares(seeds, bounds, _grid(start, gain, places, max_level))
     intervals = _intervals(seeds, bounds, best)
-    doubts = list(_doubts(best, intervals, gain=gain, last=max(places), bounds=bounds, start=start))
+    doubts = _doubts(best, intervals, gain=gain, last=max(places), bounds=bounds, start=start)
+    if any(collapse(run, metric) for run in arm.runs if run.failure is None):
+        doubts.insert(0, "a run collapsed, which this curve cannot show")
     return Fit(
         arm=arm.name, start=start, parameters=best, intervals=intervals, resampled=resampled,
         residual=_residual(seeds, start, best),
-        doubt=f"{arm.name}: the data do not identify the curve, {' and '.join(doubts)}" if doubts else None,
+        doubt=f"the data do not identify the curve: {', and '.join(doubts)}" if doubts else None,
     )  # fmt: skip
 
 
@@ -149,9 +151,15 @@ def _least_squares(
 
     low, high = np.array(bounds).T
     found = [
-        # dogbox takes steps along active bounds, where the reflective method creeps.
-        least_squares(residuals, np.clip(x, low, high), jac=jacobian, bounds=(low, high), method="dogbox",
-                      x_scale=(0.1, 0.5, 0.5), ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=300)
+        least_squares(
+            residuals,
+            np.clip(x, low, high),
+            jac=jacobian,  # type: ignore[arg-type]  # scipy has no types, and its default is a text
+            bounds=(low, high),
+            method="dogbox",  # steps along active bounds, where the reflective method creeps
+            x_scale=(0.1, 0.5, 0.5),
+            ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=300,
+        )
         for x in beginnings
     ]  # fmt: skip
     ceiling, steepness, midpoint = min(found, key=lambda result: result.cost).x

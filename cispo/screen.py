@@ -7,46 +7,58 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # Seconds between plain lines, so that a log file stays readable.
 _LINE_EVERY = 10.0
 
 
+def progress_bars(console: Console) -> Progress:
+    """Bars for one or several screens; none where the console is no terminal."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class Screen:
     """Phases (warm-up, training) with live numbers; `print` for what should stay."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, bars: Progress | None = None, label: str = "") -> None:
+        """Runs side by side share `bars`, which somebody else starts and stops, and have a `label` each."""
         self.console = console or Console(highlight=False)
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self._label = f"{label}: " if label else ""
+        self._owner = bars is None
+        self._progress = bars or progress_bars(self.console)
         self._task = self._progress.add_task("", visible=False, numbers="")
         self._name, self._total, self._started, self._printed = "", 0, 0.0, 0.0
 
     def __enter__(self) -> Screen:
-        self._progress.start()
+        if self._owner:
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.done()
-        self._progress.stop()
+        if self._owner:
+            self._progress.stop()
 
     def print(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(escape(self._label) + text, soft_wrap=True)
 
     def phase(self, name: str, total: int) -> None:
         """Starts a phase of `total` steps."""
         self._name, self._total, self._started, self._printed = name, total, time.monotonic(), 0.0
-        self._progress.reset(self._task, description=name, total=total, visible=True, numbers="")
+        description = escape(self._label) + name
+        self._progress.reset(self._task, description=description, total=total, visible=True, numbers="")
 
     def done(self) -> None:
         """Ends the phase."""

@@ -35,6 +35,10 @@ class RunError(RuntimeError):
     """A run that cannot go on through no fault of its input: one sentence. The CLI prints it and exits with code 1."""
 
 
+class Diverged(RunError):
+    """A run whose numbers are no longer finite: the same run would end the same way."""
+
+
 class FinishReason(StrEnum):
     """Why a completion ended."""
 

@@ -1,0 +1,166 @@
+"""One run, from a recipe to a filled run folder: what `cispo train`, `cispo sft` and each arm of `cispo compare` do.
+
+load_task(recipe) -> Task (prompts, demonstrations ...)      read and checked before anything is written
+Run(recipe, task, folder, screen).train()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cispo.algorithms.words import warnings
+from cispo.assemble import (
+    Workers,
+    algorithm_of,
+    check_same_shape,
+    demonstrations_of,
+    policy_folder,
+    prompts_of,
+    renderer_of,
+    rewards_of,
+    running_workers,
+    sampling_of,
+    seed_of,
+    updates_per_batch,
+)
+from cispo.config import Recipe, dump_yaml
+from cispo.controller import Controller, warm_up
+from cispo.policies.base import local_folder
+from cispo.report import learning_curve, summary
+from cispo.rollout.prompts import PromptSource
+from cispo.rollout.renderer import Renderer
+from cispo.runfolder import RunLog, check_checkpoint, save_checkpoint
+from cispo.screen import Screen
+from cispo.types import Prompt, Sample, UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a recipe reads: tokenizer, prompts and demonstrations. Runs on the same task share it."""
+
+    renderer: Renderer
+    demonstrations: Sequence[Sample]
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+
+
+def load_task(recipe: Recipe) -> Task:
+    """Loads what the recipe names; raises UserError before anything is written or started."""
+    if recipe.policy.model is not None:
+        chosen_policy(recipe, None)
+    algorithm_of(recipe)
+    renderer = renderer_of(recipe)
+    task = Task(
+        renderer=renderer,
+        demonstrations=demonstrations_of(recipe.sft.data, renderer, recipe) if recipe.sft else [],
+        prompts=prompts_of(recipe.data, "data", renderer, recipe) if recipe.data else [],
+        held_out=prompts_of(recipe.eval, "eval", renderer, recipe) if recipe.eval else [],
+    )
+    if recipe.reward and task.prompts:
+        rewards_of(recipe, task.prompts).close()
+    return task
+
+
+class Run:
+    """One training or warm-up in a folder of its own."""
+
+    def __init__(self, recipe: Recipe, task: Task, folder: Path, screen: Screen, *, alone: bool = True) -> None:
+        """Writes the resolved recipe and the first policy.
+
+        A run that is not `alone` is an arm of a comparison: it ends without a summary, and an interrupt saves nothing.
+        """
+        self.recipe, self.task, self.folder, self.screen = recipe, task, folder, screen
+        self.alone = alone
+        self.algorithm = algorithm_of(recipe)
+        self.started = time.perf_counter()
+        (folder / "recipe.yaml").write_text(dump_yaml(recipe))
+        self.policy = policy_folder(recipe, task.renderer, folder / "checkpoints" / "initial")
+
+    def announce(self) -> None:
+        self.screen.print(f"[bold]{self.recipe.name}[/]: {self.algorithm.name}, run folder {self.folder}")
+        for sentence in warnings(self.algorithm, updates_per_batch=updates_per_batch(self.recipe)):
+            self.screen.print(f"[yellow]warning:[/] {sentence}")
+
+    async def train(self) -> None:
+        """The warm-up, if the recipe has one, and the training; an interrupt saves the policy first."""
+        recipe, task = self.recipe, self.task
+        log = RunLog(self.folder)
+        rewards = rewards_of(recipe, task.prompts)
+        with self.screen, contextlib.closing(log), contextlib.closing(rewards):
+            async with running_workers(recipe, self.policy, critic=self.algorithm.critic) as (workers, engines):
+                # Together: an engine that cannot start ends the warm-up at once.
+                workers.engines, _ = await asyncio.gather(engines, self._warm_up(workers))
+                controller = Controller(
+                    recipe=recipe,
+                    algorithm=self.algorithm,
+                    workers=workers,
+                    renderer=task.renderer,
+                    sampling=sampling_of(recipe, task.renderer),
+                    rewards=rewards,
+                    train_prompts=PromptSource(task.prompts, seed_of(recipe.seed, "prompts")),
+                    eval_prompts=task.held_out,
+                    log=log,
+                    screen=self.screen,
+                )
+                try:
+                    await controller.train()
+                except asyncio.CancelledError:
+                    if self.alone:
+                        self.screen.print("interrupted: saving the policy (once more Ctrl-C to skip that)")
+                        await controller.save(controller.finished)
+                    raise
+                finally:
+                    self._finish(log, controller)
+
+    async def sft(self) -> Path:
+        """The warm-up alone; returns the checkpoint."""
+        assert self.recipe.sft is not None
+        with self.screen:
+            async with running_workers(self.recipe, self.policy, engines=False) as (workers, _):
+                await self._warm_up(workers)
+                draft = self.folder / ".policy"
+                await workers.save(draft)
+        facts = {"recipe": self.recipe.name}
+        save_tokenizer = self.task.renderer.tokenizer.save_pretrained
+        return save_checkpoint(self.folder, self.recipe.sft.steps, facts, draft, save_tokenizer, 1)
+
+    async def _warm_up(self, workers: Workers) -> None:
+        if self.recipe.sft is None:
+            return
+        with contextlib.closing(RunLog(self.folder, name="sft")) as log:
+            await warm_up(self.recipe, workers, self.task.demonstrations, log, self.screen)
+
+    def _finish(self, log: RunLog, controller: Controller) -> None:
+        """The summary and the picture, also of a run that was interrupted."""
+        if len(log.history) < 2:
+            return
+        log.dropped_tokens(controller.dropped_tokens.rows(lambda token: self.task.renderer.decode((token,))))
+        picture = self.folder / "learning_curve.png"
+        title = f"{self.recipe.name}: {self.algorithm.name}, seed {self.recipe.seed}"
+        learning_curve(log.history, picture, title=title)
+        if not self.alone:
+            return
+        self.screen.console.print(summary(log.history, seconds=time.perf_counter() - self.started))
+        self.screen.print(f"learning curve: {picture}")
+        saved = sorted((self.folder / "checkpoints").glob("step_*"))
+        if saved:
+            self.screen.print(f"checkpoint:     {saved[-1]}")
+
+
+def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
+    """The folder of the policy that a command works with: a checkpoint, else the recipe's model."""
+    if checkpoint is None:
+        if recipe.policy.model is None:
+            raise UserError("the recipe starts from random weights: name a policy with --checkpoint DIR")
+        # A folder must hold a policy; anything else is taken for a hub id.
+        if Path(recipe.policy.model).exists():
+            check_checkpoint(recipe.policy.model)
+        return str(local_folder(recipe.policy.model))
+    folder = check_checkpoint(checkpoint)
+    check_same_shape(recipe, folder)
+    return str(folder)

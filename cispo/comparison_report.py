@@ -259,8 +259,10 @@ def _band(arm: ArmSummary, bootstrap: bool) -> tuple[Any, Any, Any, Any] | None:
         return None
     grid = np.unique([0.0, end, *(t for line in curves for t in line.tokens if t < end)])
     values = np.stack([np.interp(grid, line.tokens, line.values) for line in curves])
-    ends = bootstrap_band(values) if bootstrap and len(curves) > 1 else (values.min(axis=0), values.max(axis=0))
-    return grid, values.mean(axis=0), *ends
+    low, high = values.min(axis=0), values.max(axis=0)
+    if bootstrap and len(curves) > 1:
+        low, high = bootstrap_band(values)
+    return grid, values.mean(axis=0), low, high
 
 
 def _draw_curves(figure: Figure, narrow: bool, summary: Summary) -> None:

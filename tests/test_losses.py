@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cispo.algorithms.losses import LossFn, cispo, clipped_surrogate, negative_log_likelihood
+from cispo.algorithms import ALGORITHMS, Algorithm, Changes, resolve
+from cispo.algorithms.corrections import Correction
+from cispo.algorithms.losses import (
+    LossFn,
+    cispo,
+    clipped_surrogate,
+    gspo,
+    kl_estimate,
+    negative_log_likelihood,
+    policy_gradient,
+    value_loss,
+)
 from cispo.types import LossInputs
 
 INF = float("inf")
@@ -142,6 +153,9 @@ def test_on_policy_all_losses_have_the_same_gradient(rows: list):
         gradient(cispo, x, ratio_max=1.0),
         gradient(cispo, x, ratio_max=5.0),
         gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2),
+        gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.28, dual_clip=3.0),
+        gradient(gspo, x, clip_low=3e-4, clip_high=4e-4),
+        gradient(policy_gradient, x),
     ):
         assert torch.allclose(got, plain, rtol=1e-12, atol=0)
 
@@ -220,3 +234,123 @@ def test_each_loss_has_a_gradient_of_its_own_on_the_batch():
         gradient(negative_log_likelihood, BATCH),
     ]
     assert all(not torch.allclose(a, b) for i, a in enumerate(grads) for b in grads[:i])
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches, st.floats(1, 10), st.floats(1, 10))
+def test_cispo_between_its_limits(rows: list, cap: float, other: float):
+    """Cap inf is importance-weighted REINFORCE, [1, 1] the plain one; gradients grow with the cap, up to the ratio."""
+    x = from_rows(rows)
+    ratio = (x.logprobs - x.anchor_logprobs).exp().detach()
+    unlimited = gradient(cispo, x, ratio_max=INF)
+    assert torch.allclose(unlimited, -ratio * x.advantages, rtol=1e-12)
+    assert torch.equal(gradient(cispo, x, ratio_max=1.0, ratio_min=1.0), gradient(policy_gradient, x))
+    low, high = (gradient(cispo, x, ratio_max=c).abs() for c in sorted((cap, other)))
+    assert bool((low <= high).all()) and bool((high <= unlimited.abs()).all())
+    if float(ratio.max()) <= cap:
+        assert torch.equal(gradient(cispo, x, ratio_max=cap), unlimited)
+
+
+ALL = [pytest.param(resolve(a, Changes()), id=name) for name, a in ALGORITHMS.items()]
+CORRECTED = [
+    pytest.param(
+        resolve(ALGORITHMS["grpo"], Changes(correction=kind, correction_low=0.2, correction_high=3.0)),
+        id=f"grpo {kind}",
+    )
+    for kind in ("tis", "icepop", "sequence_mask")
+]
+
+
+def full_inputs(rows: list[tuple[float, float, float]]) -> LossInputs:
+    x = from_rows(rows)
+    old = x.anchor_logprobs
+    return replace(x, old_logprobs=old, rollout_logprobs=old - 0.1, ref_logprobs=old + 0.2)
+
+
+@pytest.mark.parametrize("algorithm", [*ALL, *CORRECTED])
+def test_only_logprobs_have_a_gradient(algorithm: Algorithm):
+    """Ratios' anchors, references, advantages: constants, whatever graph they come from."""
+    x = full_inputs([(0.12, 0.01, 1.0), (0.6, 0.5, -1.0), (0.1, 0.2, 0.5)])
+    constants = ("anchor_logprobs", "rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
+    leaves = {name: getattr(x, name).clone().requires_grad_() for name in constants}
+    attached = replace(x, **leaves)
+    detached = torch.autograd.grad(algorithm.objective(x).loss.sum(), x.logprobs)[0]
+    loss = algorithm.objective(attached).loss.sum()
+    # Advantages multiply and anchors divide as numbers: the learner gives them without a graph, and the gradient of the
+    # policy is the same if somebody does not.
+    assert torch.equal(torch.autograd.grad(loss, attached.logprobs)[0], detached)
+
+
+@pytest.mark.parametrize("algorithm", [*ALL, *CORRECTED])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_masked_values_do_not_leak_from_any_algorithm(algorithm: Algorithm, poison: float):
+    rows = [(0.12, 0.1, 1.0), (0.6, 0.5, -1.0), (0.3, 0.3, 1.0)]
+    clean = full_inputs(rows)
+    kept = torch.autograd.grad(algorithm.objective(clean).loss.sum(), clean.logprobs)[0]
+    bad = torch.full((2,), poison, dtype=torch.float64)
+    columns = ("logprobs", "anchor_logprobs", "rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
+    poisoned = replace(
+        clean,
+        **{name: torch.cat([getattr(clean, name).detach(), bad]) for name in columns},
+        mask=torch.tensor([True, True, True, False, False]),
+        cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
+    )
+    poisoned.logprobs.requires_grad_()
+    output = algorithm.objective(poisoned)
+    grad = torch.autograd.grad(output.loss.sum(), poisoned.logprobs)[0]
+    assert output.loss[3:].tolist() == [0, 0] and torch.equal(grad, torch.cat([kept, torch.zeros(2).double()]))
+    assert all(bool(column.isfinite().all()) for column in (output.ratio, output.weight, *output.extra.values()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches, st.floats(0.5, 3))
+def test_dual_clip_bounds_the_surrogate_of_negative_advantages(rows: list, extra: float):
+    dual = 1.2 + extra
+    x = from_rows(rows)
+    ratio = (x.logprobs - x.anchor_logprobs).exp().detach()
+    if bool(((ratio - dual).abs() < 1e-9).any()):
+        return
+    plain = gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2)
+    dual_gradient = gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2, dual_clip=dual)
+    cut = (x.advantages < 0) & (ratio > dual)
+    assert bool((dual_gradient[cut] == 0).all()) and torch.equal(dual_gradient[~cut], plain[~cut])
+    output = clipped_surrogate(x, clip_low=0.2, clip_high=0.2, dual_clip=dual)
+    assert bool((output.weight[cut] == 0).all())
+
+
+def test_the_log_ratio_clamp_protects_only_what_overflows():
+    """Within e^20 nothing changes; beyond, the weight is e^20 and the gradient finite."""
+    near = inputs([1.0], [math.exp(-19.9)], [1.0])
+    assert gradient(cispo, near, ratio_max=INF).item() == pytest.approx(-math.exp(19.9), rel=1e-9)
+    far = inputs([1.0], [math.exp(-40)], [1.0])
+    assert gradient(cispo, far, ratio_max=INF).item() == pytest.approx(-math.exp(20), rel=1e-9)
+
+
+def test_kl_estimators():
+    """k1 = lp - ref, k2 = its half square, k3 never negative; all 0 where policy and reference agree."""
+    new, ref = torch.tensor([0.5, 0.2]).double().log(), torch.tensor([0.25, 0.4]).double().log()
+    mask = torch.ones(2).bool()
+    log2 = math.log(2)
+    assert kl_estimate(new, ref, mask, "k1").tolist() == pytest.approx([log2, -log2])
+    assert kl_estimate(new, ref, mask, "k2").tolist() == pytest.approx([log2**2 / 2] * 2)
+    assert kl_estimate(new, ref, mask, "k3").tolist() == pytest.approx([0.5 - 1 + log2, 2 - 1 - log2])
+    for estimator in ("k1", "k2", "k3"):
+        assert kl_estimate(new, new, mask, estimator).tolist() == [0, 0]
+
+
+def test_a_correction_scales_the_policy_loss_and_not_the_kl():
+    x = full_inputs([(0.12, 0.1, 1.0), (0.6, 0.5, -1.0)])
+    grpo = resolve(ALGORITHMS["grpo"], Changes(kl_coef=0.3))
+    dropped = replace(grpo, correction=Correction(kind="icepop", low=5.0, high=6.0))
+    only_kl = dropped.objective(x).loss
+    assert only_kl.tolist() == pytest.approx((0.3 * kl_estimate(x.logprobs, x.ref_logprobs, x.mask, "k3")).tolist())  # type: ignore[arg-type]
+    assert dropped.objective(x).weight.tolist() == [0, 0]
+
+
+def test_value_loss_by_hand():
+    """Old value 1, return 2, clip .2: at 1.1 the plain error counts, at 1.5 the clipped one, which has no gradient."""
+    values = torch.tensor([1.1, 1.5, 0.5], dtype=torch.float64, requires_grad=True)
+    old, returns = torch.ones(3).double(), torch.full((3,), 2.0).double()
+    losses = value_loss(values, old, returns, torch.tensor([True, True, True]), clip=0.2)
+    assert losses.tolist() == pytest.approx([0.5 * 0.81, 0.5 * 0.64, 0.5 * 2.25])
+    assert torch.autograd.grad(losses.sum(), values)[0].tolist() == pytest.approx([-0.9, 0, -1.5])

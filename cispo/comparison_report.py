@@ -17,6 +17,7 @@ from cispo.scaling import Fit, fit_arm, scaling_curve
 from cispo.statistics import BOOTSTRAP_COVERAGE, Interval, bootstrap_band, digits_for, number, seeds_text
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.console import RenderableType
@@ -64,8 +65,6 @@ def write_report(comparison: Comparison, folder: Path, fit: bool = False) -> Rep
     Raises:
         UserError: no run of an arm logged the metric.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     summary = summarise(comparison)
     folder.mkdir(parents=True, exist_ok=True)
     files = ReportFiles(
@@ -76,11 +75,7 @@ def write_report(comparison: Comparison, folder: Path, fit: bool = False) -> Rep
         [fit_arm(arm, comparison.metric, max_level=_highest_level(summary)) for arm in comparison.arms] if fit else []
     )
     pictures = _pictures(summary, fits, files)
-    environment = Environment(
-        loader=PackageLoader("cispo"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "amount": amount, "duration": duration, "token": visible, "span": _span}
-    page = environment.get_template("comparison.html.j2").render(
+    page = environment().get_template("comparison.html.j2").render(
         summary=summary, comparison=comparison, fits=fits, pictures=pictures, measures=MEASURES, collapse=COLLAPSE,
         tokens={arm.name: dropped_tokens(arm) for arm in comparison.arms}, top=_TOP_TOKENS, coverage=BOOTSTRAP_COVERAGE,
         seeds_text=seeds_text, colours=_COLOURS,
@@ -88,6 +83,17 @@ def write_report(comparison: Comparison, folder: Path, fit: bool = False) -> Rep
     files.page.write_text(page, encoding="utf-8")
     files.results.write_text(json.dumps(results(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return files
+
+
+def environment() -> Environment:
+    """The templates of this package, with the filters for numbers and tokens; whatever is put in is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("cispo"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters |= {"number": number, "amount": amount, "duration": duration, "token": visible, "span": _span}
+    return made
 
 
 def summary_lines(comparison: Comparison) -> list[RenderableType]:
@@ -214,18 +220,23 @@ def _picture(
         made.append(buffer.getvalue())
     if file:
         file.write_bytes(made[0])
-    addresses = ["data:image/png;base64," + base64.b64encode(image).decode() for image in made]
-    return _Picture(wide=addresses[0], narrow=addresses[1], text=text)
+    return _Picture(wide=embed(made[0]), narrow=embed(made[1]), text=text)
 
 
-def _style(index: int) -> dict[str, Any]:
+def embed(png: bytes) -> str:
+    """A picture as an address that needs no file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def arm_style(index: int) -> dict[str, Any]:
+    """Colour and dashes of an arm's line; arm 0 is the reference."""
     return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index % len(_DASHES)]}
 
 
 def _legend(figure: Figure, names: Sequence[str], narrow: bool, extra: Mapping[str, Any] | None = None) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linewidth=2.2, label=_label(name), **_style(i)) for i, name in enumerate(names)]
+    handles = [Line2D([], [], linewidth=2.2, label=_label(name), **arm_style(i)) for i, name in enumerate(names)]
     handles += [] if extra is None else extra.values()
     labels = [_label(name) for name in (*names, *(extra or ()))]
     columns = 1 if narrow and max(map(len, labels)) > 18 else 2 if narrow else 4
@@ -273,7 +284,7 @@ def _draw_curves(figure: Figure, narrow: bool, summary: Summary) -> None:
     counts = [len(arm.runs) - arm.failed for arm in summary.arms]
     bootstrap = min((n for n in counts if n > 1), default=0) >= _BOOTSTRAP_FROM
     for index, arm in enumerate(summary.arms):
-        colour = _style(index)["color"]
+        colour = arm_style(index)["color"]
         for run in arm.runs:
             axis.plot(run.curve.tokens, run.curve.values, color=colour, linewidth=0.8, alpha=0.4)
             if run.failure is not None and run.curve.tokens:
@@ -283,7 +294,7 @@ def _draw_curves(figure: Figure, narrow: bool, summary: Summary) -> None:
         if band := _band(arm, bootstrap):
             grid, mean, low, high = band
             axis.fill_between(grid, low, high, color=colour, alpha=0.13, linewidth=0)
-            axis.plot(grid, mean, linewidth=2.2, **_style(index))
+            axis.plot(grid, mean, linewidth=2.2, **arm_style(index))
     extra: dict[str, Any] = {}
     if max(counts) > 1:
         said = "95% bootstrap interval of the mean" if bootstrap else "lowest to highest seed"
@@ -326,13 +337,15 @@ def _draw_training(axis: Axes, arm: ArmResult, name: str, index: int) -> None:
     finished: list[dict[float, float]] = []
     for run in arm.runs:
         points = {row["step"]: row[name] for row in run.history if name in row}
-        axis.plot(list(points), list(points.values()), color=_style(index)["color"], linewidth=0.6, alpha=0.3)
+        axis.plot(list(points), list(points.values()), color=arm_style(index)["color"], linewidth=0.6, alpha=0.3)
         if run.failure is None and points:
             finished.append(points)
     steps = sorted(set.intersection(*map(set, finished))) if finished else []
     if steps:
         mean = np.mean([[points[step] for step in steps] for points in finished], axis=0)
-        axis.plot(steps, [mean[max(0, i - 2) : i + 3].mean() for i in range(len(mean))], linewidth=1.6, **_style(index))
+        axis.plot(
+            steps, [mean[max(0, i - 2) : i + 3].mean() for i in range(len(mean))], linewidth=1.6, **arm_style(index)
+        )
 
 
 def _draw_forest(figure: Figure, narrow: bool, summary: Summary) -> None:
@@ -344,7 +357,7 @@ def _draw_forest(figure: Figure, narrow: bool, summary: Summary) -> None:
         axis.axvline(0, color=_INK, linewidth=1)
         for row, arm in enumerate(arms):
             one = next(d for d in summary.differences if d.arm == arm.name and d.measure == measure)
-            colour = _style(row + 1)["color"]
+            colour = arm_style(row + 1)["color"]
             axis.plot(one.values, [row - 0.3] * len(one.values), "o", color=colour, markersize=4, alpha=0.6)
             if one.student and one.bootstrap:
                 axis.plot(one.student, (row, row), color=colour, linewidth=1.6)
@@ -374,7 +387,7 @@ def _draw_fits(figure: Figure, narrow: bool, summary: Summary, fits: Sequence[Fi
 
     axis = figure.add_subplot()
     for index, (arm, fit) in enumerate(zip(summary.arms, fits, strict=True)):
-        style = _style(index)
+        style = arm_style(index)
         for run in arm.runs:
             if run.failure is None:
                 axis.plot(run.curve.tokens, run.curve.values, ".", color=style["color"], markersize=4, alpha=0.4)

@@ -273,9 +273,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     from omegaconf.errors import OmegaConfBaseException
 
     path = Path(path)
-    layers = [_read_yaml(path)]
+    layers, folders = [_read_yaml(path)], [path.parent]
     base = layers[0].get("base")
     if base is not None:
+        folders.append((path.parent / str(base)).parent)
         base_layer = _read_yaml(path.parent / str(base))
         if "base" in base_layer:
             raise UserError(f"{path.parent / str(base)}: a base recipe cannot have a base of its own")
@@ -290,7 +291,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: {_one_line(error)}") from None
     assert isinstance(values, dict)
     recipe = parse_recipe({str(k): v for k, v in values.items()}, where=str(path))
-    return _with_paths(recipe, path.parent)
+    return _with_paths(recipe, folders)
 
 
 def parse_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -401,13 +402,13 @@ def _check(recipe: Recipe, where: str) -> None:
             raise UserError(f"{where}: {sentence}")
 
 
-def _with_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Paths that exist beside the recipe but not in the current directory are taken from beside the recipe."""
+def _with_paths(recipe: Recipe, folders: Sequence[Path]) -> Recipe:
+    """Paths that exist beside the recipe or its base but not in the current directory are taken from there."""
 
     def found(value: str | None) -> str | None:
-        if value is None or Path(value).exists() or not (folder / value).exists():
+        if value is None or Path(value).exists():
             return value
-        return str(folder / value)
+        return next((str(folder / value) for folder in folders if (folder / value).exists()), value)
 
     def data(value: Data | None) -> Data | None:
         return value and value.model_copy(update={"source": found(value.source)})

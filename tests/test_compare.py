@@ -130,7 +130,8 @@ INFINITE = replace(ALGORITHMS["cispo"], name="infinite", loss=infinite, zero_var
 
 def test_compare_resume_and_report(tmp_path: Path):
     """Runs three arms, is killed half-way, continues, and gives what an undisturbed comparison gives."""
-    arms = ("--algorithms", "cispo,cispo,ppo", "--seeds", "2")
+    # Entropy, since such short runs answer nothing right: an accuracy of 0 would be equal in any case.
+    arms = ("--algorithms", "cispo,cispo,ppo", "--seeds", "2", "--metric", "entropy")
     out = compare(tmp_path, *arms)
     folder = tmp_path / "quickstart-compare"
     assert "0 of 6 runs ended" in out
@@ -139,7 +140,9 @@ def test_compare_resume_and_report(tmp_path: Path):
     # The same algorithm with the same seeds is the same run: the differences are zeros, not small numbers.
     same = [d for d in results["differences"] if d["arm"] == "cispo #2"]
     assert same and all(value == 0 for d in same for value in d["values"])
-    assert "cispo #2 - cispo = 0 in final eval/accuracy: exactly equal" in out
+    assert "cispo #2 - cispo = 0 in final entropy: exactly equal" in out
+    other = [d for d in results["differences"] if d["arm"] == "ppo" and d["measure"] == "final"]
+    assert all(value != 0 for d in other for value in d["values"])
     page = (folder / "report.html").read_text()
     assert "ppo" in page and "data:image/png" in page and 'src="http' not in page
     history = [json.loads(line) for line in (folder / "arms/ppo/seed_1/metrics.jsonl").read_text().splitlines()]
@@ -159,8 +162,8 @@ def test_compare_resume_and_report(tmp_path: Path):
     refused = compare(tmp_path, *arms, "learner.lr=1", code=2)
     assert "holds a run of another recipe" in refused
     assert "did you mean 'eval/accuracy'" in compare(tmp_path, *arms, "--plot-only", "--metric", "eval/acuracy", code=2)
-    one = compare(tmp_path, "--algorithms", "cispo,ppo", "--seeds", "1", "--plot-only", "--fit")
-    assert "1 seed" in one or "one seed" in one
+    one = compare(tmp_path, "--algorithms", "cispo,ppo", "--seeds", "1", "--metric", "entropy", "--plot-only", "--fit")
+    assert "one seed" in one
 
 
 def test_a_killed_comparison_loses_nothing_that_ended(tmp_path: Path):

@@ -34,6 +34,7 @@ from cispo.comparison_report import summary_lines, write_report
 from cispo.config import Recipe, dump_yaml
 from cispo.run import Run, Task, load_task
 from cispo.screen import Screen, progress_bars
+from cispo.settings_report import write_overview
 from cispo.types import Diverged, RunError, UserError
 
 
@@ -215,11 +216,7 @@ def report(plan: Plan, console: Console, *, fit: bool) -> dict[str, dict[str, An
             console.print(f"\n[bold]{setting}[/]")
         for part in summary_lines(comparison):
             console.print(part)
-    page = pages.get("")
-    if page is None:
-        from cispo.settings_report import write_overview
-
-        page = write_overview(comparisons, pages, found, plan.folder)
+    page = pages[""] if "" in pages else write_overview(comparisons, pages, found, plan.folder)
     console.print(f"report: {page}")
     return found
 

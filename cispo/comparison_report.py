@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cispo.comparison import COLLAPSE, MEASURES, ArmResult, ArmSummary, Comparison, Summary, results, summarise
-from cispo.comparison import assert_equal as assert_equal
-from cispo.scaling import Fit, fit_arm, scaling_curve
-from cispo.statistics import BOOTSTRAP_COVERAGE, Interval, bootstrap_band, digits_for, number, seeds_text
+from cispo.comparison import COLLAPSE, MEASURES, ArmResult, Comparison, Summary, results, summarise
+from cispo.comparison_figures import COLOURS, comparison_pictures
+from cispo.scaling import fit_arm
+from cispo.statistics import BOOTSTRAP_COVERAGE, Interval, digits_for, number, seeds_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
-_INK, _GRID = "#222222", "#dddddd"
-# Okabe and Ito's colours, which stay apart for colour-blind readers; the reference arm is black. Dashes say it again.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
-# From this many seeds on a bootstrap interval says more than the range, which it is with 3.
-_BOOTSTRAP_FROM = 4
 _TOP_TOKENS = 15
-_DIAGNOSTICS = (
-    (("reward/mean",), "training reward"),
-    (("entropy",), "entropy (nats a token)"),
-    (("is/clip_frac",), "share of tokens clipped"),
-    (("is/dropped_frac_posadv",), "A > 0 tokens without gradient"),
-    (("mismatch/kl_k3", "mismatch/logprob_max"), "sampler / learner mismatch"),
-    (("grad_norm",), "gradient norm"),
-    (("length/mean",), "completion length (tokens)"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +27,6 @@ class ReportFiles:
     curves: Path
     diagnostics: Path
     results: Path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Picture:
-    """The same picture for a wide and for a narrow screen, as data: addresses."""
-
-    wide: str
-    narrow: str
-    text: str
 
 
 def write_report(comparison: Comparison, folder: Path, fit: bool = False) -> ReportFiles:
@@ -74,11 +44,11 @@ def write_report(comparison: Comparison, folder: Path, fit: bool = False) -> Rep
     fits = (
         [fit_arm(arm, comparison.metric, max_level=_highest_level(summary)) for arm in comparison.arms] if fit else []
     )
-    pictures = _pictures(summary, fits, files)
+    pictures = comparison_pictures(summary, fits, curves=files.curves, diagnostics=files.diagnostics)
     page = environment().get_template("comparison.html.j2").render(
         summary=summary, comparison=comparison, fits=fits, pictures=pictures, measures=MEASURES, collapse=COLLAPSE,
         tokens={arm.name: dropped_tokens(arm) for arm in comparison.arms}, top=_TOP_TOKENS, coverage=BOOTSTRAP_COVERAGE,
-        seeds_text=seeds_text, colours=_COLOURS,
+        seeds_text=seeds_text, colours=COLOURS,
     )  # fmt: skip
     files.page.write_text(page, encoding="utf-8")
     files.results.write_text(json.dumps(results(summary), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -92,7 +62,7 @@ def environment() -> Environment:
     made = Environment(
         loader=PackageLoader("cispo"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    made.filters |= {"number": number, "amount": amount, "duration": duration, "token": visible, "span": _span}
+    made.filters |= {"number": number, "amount": amount, "duration": duration, "token": visible, "span": span}
     return made
 
 
@@ -110,7 +80,7 @@ def summary_lines(comparison: Comparison) -> list[RenderableType]:
         cells = []
         for name in MEASURES:
             value = arm.estimates[name]
-            interval = f" ({_span(value.mean_interval)})" if value and value.mean_interval and name == "final" else ""
+            interval = f" ({span(value.mean_interval)})" if value and value.mean_interval and name == "final" else ""
             cells.append((number(value.mean) if value else "-") + interval)
         reach = "-" if arm.tokens_to_reference is None else amount(arm.tokens_to_reference)
         of = f" of {len(arm.runs)}"
@@ -159,7 +129,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _span(interval: Interval, *beside: Interval) -> str:
+def span(interval: Interval, *beside: Interval) -> str:
+    """An interval as text; `beside` are others that should have as many digits."""
     digits = digits_for(interval, *beside)
     return f"{number(interval.low, digits)}..{number(interval.high, digits)}"
 
@@ -169,234 +140,3 @@ def _highest_level(summary: Summary) -> float:
     values = [v for arm in summary.arms for run in arm.runs for v in run.curve.values]
     low, high = min(values), max(values)
     return 1.0 if low >= 0 and high <= 1 else high + 10 * (high - low) + 1e-6
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def _pictures(summary: Summary, fits: Sequence[Fit], files: ReportFiles) -> dict[str, _Picture]:
-    comparison, metric, height = summary.comparison, summary.comparison.metric, 1.3 + 0.45 * len(summary.arms)
-    pictures = {
-        "curves": _picture(
-            lambda figure, narrow: _draw_curves(figure, narrow, summary),
-            f"{metric} over sampled tokens",
-            wide=(10, 4.8), narrow=(4.2, 4.6), file=files.curves,
-        ),
-        "diagnostics": _picture(
-            lambda figure, narrow: _draw_diagnostics(figure, narrow, comparison),
-            "training metrics over steps",
-            wide=(10, 5), narrow=(4.2, 8), file=files.diagnostics,
-        ),
-    }  # fmt: skip
-    if summary.differences:
-        pictures["forest"] = _picture(
-            lambda figure, narrow: _draw_forest(figure, narrow, summary),
-            f"differences of {metric} from {summary.arms[0].name}, with intervals",
-            wide=(10, height), narrow=(4.2, 3 * height - 0.8),
-        )  # fmt: skip
-    if any(one.parameters for one in fits):
-        pictures["fit"] = _picture(
-            lambda figure, narrow: _draw_fits(figure, narrow, summary, fits),
-            "fitted curves", wide=(10, 4.2), narrow=(4.2, 4),
-        )  # fmt: skip
-    return pictures
-
-
-def _picture(
-    draw: Callable[[Figure, bool], None], text: str, *, wide: tuple[float, float], narrow: tuple[float, float],
-    file: Path | None = None,
-) -> _Picture:  # fmt: skip
-    """Draws twice, as one size cannot be read on both screens; the wide one goes to `file` too."""
-    from matplotlib.figure import Figure  # without pyplot, which would keep it and may open a window
-
-    made = []
-    for size, is_narrow in ((wide, False), (narrow, True)):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure, is_narrow)
-        for axis in figure.axes:
-            axis.spines[["top", "right"]].set_visible(False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=170 if is_narrow else 150, format="png")
-        made.append(buffer.getvalue())
-    if file:
-        file.write_bytes(made[0])
-    return _Picture(wide=embed(made[0]), narrow=embed(made[1]), text=text)
-
-
-def embed(png: bytes) -> str:
-    """A picture as an address that needs no file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def arm_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of an arm's line; arm 0 is the reference."""
-    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index % len(_DASHES)]}
-
-
-def _legend(figure: Figure, names: Sequence[str], narrow: bool, extra: Mapping[str, Any] | None = None) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], linewidth=2.2, label=_label(name), **arm_style(i)) for i, name in enumerate(names)]
-    handles += [] if extra is None else extra.values()
-    labels = [_label(name) for name in (*names, *(extra or ()))]
-    columns = 1 if narrow and max(map(len, labels)) > 18 else 2 if narrow else 4
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=10, handlelength=2.6
-    )
-
-
-def _label(name: str, longest: int = 44) -> str:
-    """A name that matplotlib shows as it is: dollars would start a formula."""
-    short = name if len(name) <= longest else name[: longest - 1] + "…"
-    return short.replace("$", r"\$")
-
-
-def _tokens_axis(axis: Axes) -> None:
-    from matplotlib.ticker import EngFormatter
-
-    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axis.set_xlabel("sampled tokens")
-    axis.grid(color=_GRID, linewidth=0.6)
-    axis.margins(x=0.02)
-
-
-def _band(arm: ArmSummary, bootstrap: bool) -> tuple[Any, Any, Any, Any] | None:
-    """Tokens, mean and ends of the band, up to where the shortest finished run of the arm ends."""
-    import numpy as np
-
-    curves = [run.curve for run in arm.runs if run.failure is None and run.curve.values]
-    end = min((line.tokens[-1] for line in curves), default=0.0)
-    if not end:
-        return None
-    grid = np.unique([0.0, end, *(t for line in curves for t in line.tokens if t < end)])
-    values = np.stack([np.interp(grid, line.tokens, line.values) for line in curves])
-    low, high = values.min(axis=0), values.max(axis=0)
-    if bootstrap and len(curves) > 1:
-        low, high = bootstrap_band(values)
-    return grid, values.mean(axis=0), low, high
-
-
-def _draw_curves(figure: Figure, narrow: bool, summary: Summary) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    axis = figure.add_subplot()
-    counts = [len(arm.runs) - arm.failed for arm in summary.arms]
-    bootstrap = min((n for n in counts if n > 1), default=0) >= _BOOTSTRAP_FROM
-    for index, arm in enumerate(summary.arms):
-        colour = arm_style(index)["color"]
-        for run in arm.runs:
-            axis.plot(run.curve.tokens, run.curve.values, color=colour, linewidth=0.8, alpha=0.4)
-            if run.failure is not None and run.curve.tokens:
-                axis.plot(
-                    run.curve.tokens[-1], run.curve.values[-1], "x", color=colour, markersize=9, markeredgewidth=2
-                )
-        if band := _band(arm, bootstrap):
-            grid, mean, low, high = band
-            axis.fill_between(grid, low, high, color=colour, alpha=0.13, linewidth=0)
-            axis.plot(grid, mean, linewidth=2.2, **arm_style(index))
-    extra: dict[str, Any] = {}
-    if max(counts) > 1:
-        said = "95% bootstrap interval of the mean" if bootstrap else "lowest to highest seed"
-        extra[f"band: {said}"] = Patch(color="#999999", alpha=0.35)
-        extra["one seed"] = Line2D([], [], color="#777777", linewidth=0.8)
-    if any(run.failure is not None for arm in summary.arms for run in arm.runs):
-        extra["ended with an error"] = Line2D([], [], color="#777777", marker="x", linestyle="", markersize=8)
-    if summary.level is not None:
-        axis.axhline(summary.level, color=_INK, linewidth=0.8, linestyle=":")
-        extra[f"mean final level of {summary.arms[0].name}"] = Line2D([], [], color=_INK, linewidth=0.8, linestyle=":")
-    axis.set_ylabel(_label(summary.comparison.metric))
-    _tokens_axis(axis)
-    _legend(figure, [arm.name for arm in summary.arms], narrow, extra)
-
-
-def _draw_diagnostics(figure: Figure, narrow: bool, comparison: Comparison) -> None:
-    logged = {name for arm in comparison.arms for run in arm.runs for row in run.history for name in row}
-    panels = [(name, title) for names, title in _DIAGNOSTICS for name in [n for n in names if n in logged][:1]]
-    columns = 2 if narrow else 4
-    rows = max(1, math.ceil(len(panels) / columns))
-    for place, (name, title) in enumerate(panels):
-        axis = figure.add_subplot(rows, columns, place + 1)
-        for index, arm in enumerate(comparison.arms):
-            _draw_training(axis, arm, name, index)
-        axis.set_title(title, fontsize=8 if narrow else 9, loc="left", wrap=True)
-        axis.tick_params(labelsize=8)
-        axis.grid(axis="y", color=_GRID, linewidth=0.6)
-        values = [row[name] for arm in comparison.arms for run in arm.runs for row in run.history if name in row]
-        if name.startswith("mismatch/") and min(values) > 0 and max(values) > 30 * min(values):
-            axis.set_yscale("log")
-        if place >= len(panels) - columns:
-            axis.set_xlabel("step", fontsize=8)
-    _legend(figure, [arm.name for arm in comparison.arms], narrow)
-
-
-def _draw_training(axis: Axes, arm: ArmResult, name: str, index: int) -> None:
-    """The seeds as thin lines, and the centred mean over 5 steps of all finished ones."""
-    import numpy as np
-
-    finished: list[dict[float, float]] = []
-    for run in arm.runs:
-        points = {row["step"]: row[name] for row in run.history if name in row}
-        axis.plot(list(points), list(points.values()), color=arm_style(index)["color"], linewidth=0.6, alpha=0.3)
-        if run.failure is None and points:
-            finished.append(points)
-    steps = sorted(set.intersection(*map(set, finished))) if finished else []
-    if steps:
-        mean = np.mean([[points[step] for step in steps] for points in finished], axis=0)
-        axis.plot(
-            steps, [mean[max(0, i - 2) : i + 3].mean() for i in range(len(mean))], linewidth=1.6, **arm_style(index)
-        )
-
-
-def _draw_forest(figure: Figure, narrow: bool, summary: Summary) -> None:
-    from matplotlib.lines import Line2D
-
-    arms = summary.arms[1:]
-    for place, (measure, text) in enumerate(MEASURES.items()):
-        axis = figure.add_subplot(*((3, 1) if narrow else (1, 3)), place + 1)
-        axis.axvline(0, color=_INK, linewidth=1)
-        for row, arm in enumerate(arms):
-            one = next(d for d in summary.differences if d.arm == arm.name and d.measure == measure)
-            colour = arm_style(row + 1)["color"]
-            axis.plot(one.values, [row - 0.3] * len(one.values), "o", color=colour, markersize=4, alpha=0.6)
-            if one.student and one.bootstrap:
-                axis.plot(one.student, (row, row), color=colour, linewidth=1.6)
-                axis.plot(one.bootstrap, (row, row), color=colour, linewidth=5, alpha=0.45, solid_capstyle="butt")
-            if one.mean is not None:
-                axis.plot(one.mean, row, "D", color=colour, markersize=6)
-        axis.set_ylim(len(arms) - 0.4, -0.7)
-        names = [_label(arm.name, 12 if narrow else 22) for arm in arms]
-        axis.set_yticks(range(len(arms)), names if narrow or not place else [""] * len(arms))
-        axis.set_title(_label(text.format(summary.comparison.metric)), fontsize=9, loc="left")
-        axis.grid(axis="x", color=_GRID, linewidth=0.6)
-        axis.tick_params(labelsize=9)
-        axis.locator_params(axis="x", nbins=5)
-        if place == 2 or not narrow:
-            axis.set_xlabel(_label(f"difference from {summary.arms[0].name}", 32), fontsize=9)
-    shown: dict[str, Any] = {
-        "mean": Line2D([], [], color="#555555", marker="D", linestyle="", markersize=6),
-        "seeds": Line2D([], [], color="#555555", marker="o", linestyle="", markersize=4, alpha=0.6),
-        "Student's t, 95%": Line2D([], [], color="#555555", linewidth=1.6),
-        "bootstrap, 95%": Line2D([], [], color="#555555", linewidth=5, alpha=0.45),
-    }
-    _legend(figure, [], narrow, shown)
-
-
-def _draw_fits(figure: Figure, narrow: bool, summary: Summary, fits: Sequence[Fit]) -> None:
-    import numpy as np
-
-    axis = figure.add_subplot()
-    for index, (arm, fit) in enumerate(zip(summary.arms, fits, strict=True)):
-        style = arm_style(index)
-        for run in arm.runs:
-            if run.failure is None:
-                axis.plot(run.curve.tokens, run.curve.values, ".", color=style["color"], markersize=4, alpha=0.4)
-        end = max((run.curve.tokens[-1] for run in arm.runs if run.curve.tokens), default=0.0)
-        if fit.parameters:
-            grid = np.linspace(0, end, 200)
-            axis.plot(grid, scaling_curve(grid, fit.start, fit.parameters), linewidth=2, **style)
-            if fit.doubt is None:
-                axis.axhline(fit.parameters.ceiling, color=style["color"], linewidth=0.9, linestyle=":")
-    axis.set_ylabel(_label(summary.comparison.metric))
-    _tokens_axis(axis)
-    _legend(figure, [arm.name for arm in summary.arms], narrow)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cispo.comparison import ArmResult, Comparison, Summary, summarise
-from cispo.comparison_report import arm_style, embed, environment, number
-from cispo.statistics import Interval, estimate
+from cispo.comparison import ArmResult, ArmSummary, Comparison, Summary, summarise
+from cispo.comparison_figures import arm_style, legend, picture
+from cispo.comparison_report import environment, span
+from cispo.statistics import number, seeds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,20 +24,22 @@ DROPPED = "is/dropped_frac_posadv"
 def write_overview(
     comparisons: Mapping[str, Comparison], pages: Mapping[str, Path], found: Mapping[str, Any], folder: Path
 ) -> Path:
-    """Writes report.html, settings.png and results.json of all settings into `folder`; returns the page."""
+    """Writes report.html, settings.png and results.json over all settings into `folder`; returns the page."""
     summaries = {setting: summarise(comparison) for setting, comparison in comparisons.items()}
     names = list(dict.fromkeys(arm.name for s in summaries.values() for arm in s.arms))
-    figure = draw(summaries, names)
-    figure.savefig(folder / "settings.png", dpi=130)
-    table = [{"arm": name, "cells": [_cell(summary, name) for summary in summaries.values()]} for name in names]
-    any_comparison = next(iter(comparisons.values()))
+    drawn = picture(
+        lambda figure, narrow: _draw(figure, narrow, summaries, names),
+        "final metric, its average over the run, and the share of dropped tokens in each setting",
+        wide=(11, 4.2), narrow=(4.2, 9.5), file=folder / "settings.png",
+    )  # fmt: skip
     page = environment().get_template("settings.html.j2").render(
         name=folder.name,
-        comparison=any_comparison,
+        comparison=next(iter(comparisons.values())),
         settings={setting: pages[setting].relative_to(folder).as_posix() for setting in summaries},
         summaries=summaries,
-        table=table,
-        picture=embed((folder / "settings.png").read_bytes()),
+        table=[{"arm": name, "cells": [_cell(s, name) for s in summaries.values()]} for name in names],
+        pictures=drawn,
+        seeds_text=seeds_text,
     )  # fmt: skip
     (folder / "report.html").write_text(page, encoding="utf-8")
     stored = json.dumps({"settings": dict(found)}, indent=1, allow_nan=False) + "\n"
@@ -50,67 +53,51 @@ def dropped_share(arm: ArmResult) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
+def _find(summary: Summary, name: str) -> tuple[ArmSummary, ArmResult] | None:
+    pairs = zip(summary.arms, summary.comparison.arms, strict=True)
+    return next(((arm, result) for arm, result in pairs if arm.name == name), None)
+
+
 def _cell(summary: Summary, name: str) -> dict[str, str]:
-    arm = next((a for a in summary.arms if a.name == name), None)
-    result = next((a for a in summary.comparison.arms if a.name == name), None)
-    if arm is None or result is None:
+    pair = _find(summary, name)
+    if pair is None:
         return {"final": "-", "auc": "-", "dropped": "-", "collapsed": "-"}
+    arm, result = pair
     final, auc, dropped = arm.estimates["final"], arm.estimates["auc"], dropped_share(result)
-    interval = final.mean_interval if final else None
+    interval = f" ({span(final.mean_interval)})" if final and final.mean_interval else ""
     return {
-        "final": "-" if final is None else number(final.mean) + (_span(interval) if interval else ""),
+        "final": "-" if final is None else number(final.mean) + interval,
         "auc": "-" if auc is None else number(auc.mean),
         "dropped": "-" if dropped is None else f"{dropped:.2%}",
         "collapsed": f"{arm.collapsed} of {len(arm.runs)}",
     }
 
 
-def _span(interval: Interval) -> str:
-    return f" ({number(interval.low)}..{number(interval.high)})"
-
-
-def draw(summaries: Mapping[str, Summary], names: list[str]) -> Figure:
-    """Final metric, its average over the run, and the share of dropped tokens, over the settings."""
-    from matplotlib.figure import Figure
-
+def _draw(figure: Figure, narrow: bool, summaries: Mapping[str, Summary], names: Sequence[str]) -> None:
     metric = next(iter(summaries.values())).comparison.metric
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    final, auc, dropped = figure.subplots(1, 3)
-    for index, name in enumerate(names):
-        style = arm_style(index)
-        _measure(final, summaries, name, "final", index, len(names), style)
-        _measure(auc, summaries, name, "auc", index, len(names), style)
-        shares = [
-            next((dropped_share(a) for a in s.comparison.arms if a.name == name), None) for s in summaries.values()
-        ]
-        points = [(x, y) for x, y in enumerate(shares) if y is not None]
-        dropped.plot(*zip(*points, strict=True), marker="o", label=name, **style)
-    titles = (f"final {metric}", f"average {metric} over the run", "share of A > 0 tokens without gradient")
-    for axis, title in zip((final, auc, dropped), titles, strict=True):
+    axes = figure.subplots(3, 1) if narrow else figure.subplots(1, 3)
+    titles = (f"final {metric}", "average over the run", "A > 0 tokens without gradient")
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xticks(range(len(summaries)), list(summaries))
         axis.set_xlim(-0.4, len(summaries) - 0.6)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
-    dropped.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
-    handles, labels = dropped.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
-    return figure
+    for index, name in enumerate(names):
+        shift = 0.36 * ((index + 0.5) / len(names) - 0.5)
+        found = [(place + shift, _find(summary, name)) for place, summary in enumerate(summaries.values())]
+        arms = [(x, *pair) for x, pair in found if pair is not None]
+        for axis, measure in zip(axes, ("final", "auc"), strict=False):
+            seeds = [(x, [v for run in arm.runs if (v := run.measures()[measure]) is not None]) for x, arm, _ in arms]
+            _line(axis, [(x, values) for x, values in seeds if values], index)
+        shares = [(x, share) for x, _, result in arms if (share := dropped_share(result)) is not None]
+        _line(axes[-1], [(x, [share]) for x, share in shares], index)
+    axes[-1].yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    legend(figure, names, narrow)
 
 
-def _measure(
-    axis: Axes, summaries: Mapping[str, Summary], name: str, measure: str, index: int, count: int, style: dict[str, Any]
-) -> None:
-    """The mean over seeds with its interval, and each seed as a dot; arms stand side by side."""
-    xs, means = [], []
-    for place, summary in enumerate(summaries.values()):
-        arm = next((a for a in summary.arms if a.name == name), None)
-        values = [v for run in arm.runs if (v := run.measures()[measure]) is not None] if arm else []
-        found = estimate(values)
-        if found is None:
-            continue
-        x = place + 0.36 * ((index + 0.5) / count - 0.5)
+def _line(axis: Axes, points: Sequence[tuple[float, Sequence[float]]], index: int) -> None:
+    """The means over seeds, joined, and each seed as a dot; arms stand side by side."""
+    style = arm_style(index)
+    for x, values in points:
         axis.plot([x] * len(values), values, ".", color=style["color"], alpha=0.5, markersize=5)
-        xs.append(x)
-        means.append(found.mean)
-    axis.plot(xs, means, marker="o", **style)
+    axis.plot([x for x, _ in points], [math.fsum(v) / len(v) for _, v in points], marker="o", markersize=4, **style)

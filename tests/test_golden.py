@@ -174,14 +174,9 @@ def _correction_rows(case: dict, entry: dict) -> list[tuple[list[float], list[in
 def test_value_function(case: dict, name: str):
     entry, where = case["expected"][name], case["name"]
     settings = entry["algorithm"]["advantage_settings"]
-    returns = on_every_token(
-        case,
-        [
-            [generalised_advantages(t, gamma=settings["gamma"], lam=settings["lam"]) + t.values for t in group]
-            for group in token_rewards(case, entry)
-            if all(t.values is not None for t in group)
-        ],
-    )
+    rewards = token_rewards(case, entry)
+    gains = [[generalised_advantages(t, gamma=settings["gamma"], lam=settings["lam"]) for t in g] for g in rewards]
+    returns = on_every_token(case, gains) + column(where, "values") * column(where, "mask")  # type: ignore[operator]
     close(returns, entry["returns"])
     new, old, mask = column(where, "new_values"), column(where, "values"), column(where, "mask")
     assert new is not None and old is not None and mask is not None

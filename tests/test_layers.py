@@ -43,6 +43,7 @@ LAYERS: dict[str, int] = {
     "algorithms": 2,
     "settings_report": 2,
     "comparison_report": 2,
+    "comparison_figures": 2,
     "comparison": 1,
     "scaling": 2,
     "statistics": 1,

@@ -82,8 +82,6 @@ def _parallel(plan: Plan) -> int:
 async def run_arms(plan: Plan, parallel: int, console: Console) -> None:
     """Runs all arms that have not ended yet, `parallel` at a time, seed after seed."""
     first = plan.arms[0].recipe
-    task = load_task(first)
-    plan.folder.mkdir(parents=True, exist_ok=True)
     todo = [(arm, index) for index in range(plan.seeds) for arm in plan.arms if not _ended(plan, arm, index)]
     total = len(plan.arms) * plan.seeds
     console.print(
@@ -92,6 +90,7 @@ async def run_arms(plan: Plan, parallel: int, console: Console) -> None:
     )
     if not todo:
         return
+    task = load_task(first)
     needed = max(num_processes(arm.recipe, critic=algorithm_of(arm.recipe).critic) for arm in plan.arms)
     cluster = make_runtime(first, needed * parallel)
     slots, bars = asyncio.Semaphore(parallel), progress_bars(console)
@@ -101,7 +100,7 @@ async def run_arms(plan: Plan, parallel: int, console: Console) -> None:
         seed = arm.recipe.seed + index
         if seed not in warm:
             screen = Screen(console, bars=bars, label=f"seed {seed}")
-            warm[seed] = asyncio.create_task(_warm_up(plan, arm.recipe, seed, task, slots, screen))
+            warm[seed] = asyncio.create_task(_warm_up(plan, seed, task, slots, screen))
         return warm[seed]
 
     async def one(arm: Arm, index: int) -> None:
@@ -114,6 +113,9 @@ async def run_arms(plan: Plan, parallel: int, console: Console) -> None:
     try:
         with bars:
             await asyncio.gather(*tasks)
+    except asyncio.CancelledError:
+        console.print("interrupted: runs that ended are kept, the same command goes on from there")
+        raise
     finally:
         for running in (*tasks, *warm.values()):
             running.cancel()
@@ -156,11 +158,11 @@ def _outcome(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-async def _warm_up(plan: Plan, recipe: Recipe, seed: int, task: Task, slots: asyncio.Semaphore, screen: Screen) -> str:
-    """The policy after the supervised warm-up of a seed; made once."""
+async def _warm_up(plan: Plan, seed: int, task: Task, slots: asyncio.Semaphore, screen: Screen) -> str:
+    """The policy after the supervised warm-up of a seed, made once: the first arm's, without its algorithm."""
     folder = plan.folder / "warm" / f"seed_{seed}"
-    # Nothing of an arm's algorithm is in it.
-    neutral = Recipe.model_validate({**recipe.model_dump(), "seed": seed, "name": "warm", "algorithm": {}})
+    first = plan.arms[0].recipe.model_dump()
+    neutral = Recipe.model_validate({**first, "seed": seed, "name": "warm", "algorithm": {}})
     done = sorted(folder.glob("checkpoints/step_*"))
     if done and (folder / "recipe.yaml").read_text() == dump_yaml(neutral):
         return str(done[-1])

@@ -353,9 +353,11 @@ def _remarks(comparison: Comparison, arms: Sequence[ArmSummary]) -> Iterable[str
     ends = {(len(run.curve.values), run.curve.completions[-1]) for arm in arms for run in arm.runs
             if run.failure is None and run.curve.values}  # fmt: skip
     if len(ends) > 1:
-        counts = sorted({int(total) for _, total in ends})
+        parts = []
+        for values, unit in (({total for _, total in ends}, "completions"), ({n for n, _ in ends}, "evaluations")):
+            if len(values) > 1:
+                parts.append(f"{min(values):.0f} to {max(values):.0f} {unit}")
         yield (
-            f"The finished runs are not equally long: {counts[0]} to {counts[-1]} completions and "
-            f"{min(n for n, _ in ends)} to {max(n for n, _ in ends)} evaluations. "
+            f"The finished runs are not equally long: {' and '.join(parts)}. "
             "A longer run has more chances for a best value."
         )

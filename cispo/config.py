@@ -218,7 +218,7 @@ class Train(Section):
     steps: Positive = 100
     """Training steps (one batch of rollouts each)."""
     eval_every: NotNegative = 20
-    """Steps between evaluations on data.eval; 0 evaluates at the start and the end only."""
+    """Steps between evaluations (counted by their prompts); 0 evaluates at the start and the end only."""
     eval_samples: Positive = 1
     """Completions of each held-out prompt."""
     max_prompts: NotNegative = 0

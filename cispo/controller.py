@@ -115,9 +115,10 @@ class Controller:
         self.log.metrics(0, self.totals.metrics() | await self.evaluate(0))
         self.screen.phase("train", keys.steps)
         for step in range(1, keys.steps + 1):
+            before = self.totals.prompts
             metrics = await self.step(step)
             last = step == keys.steps or self._prompts_left() == 0
-            if last or (keys.eval_every and step % keys.eval_every == 0):
+            if last or self._evaluation_due(before):
                 metrics |= await self.evaluate(step)
             self.log.metrics(step, metrics)
             self.finished = step
@@ -127,6 +128,11 @@ class Controller:
             if last:
                 break
         self.screen.done()
+
+    def _evaluation_due(self, before: int) -> bool:
+        """Whether `eval_every` steps' worth of prompts were completed: in steps that sample more, sooner."""
+        every = self.recipe.train.eval_every * self.recipe.rollout.prompts_per_step
+        return every > 0 and self.totals.prompts // every > before // every
 
     async def step(self, step: int) -> dict[str, float]:
         """One batch of rollouts and its updates."""

@@ -91,6 +91,10 @@ async def run_arms(plan: Plan, parallel: int, console: Console) -> None:
     if not todo:
         return
     task = load_task(first)
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{plan.folder} cannot be written: {error.strerror}") from None
     needed = max(num_processes(arm.recipe, critic=algorithm_of(arm.recipe).critic) for arm in plan.arms)
     cluster = make_runtime(first, needed * parallel)
     slots, bars = asyncio.Semaphore(parallel), progress_bars(console)

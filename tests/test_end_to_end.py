@@ -61,11 +61,36 @@ def test_ray_vllm_two_ranks_and_an_off_policy_algorithm(tmp_path: Path):
         # The engines sampled with the weights that the learner then trains: only float32 rounding is between them.
         assert row["mismatch/logprob_max"] < 1e-4 and row["mismatch/prob_pearson"] > 0.999999
         assert row["staleness/max"] == 0 and row["tokens_in_loss"] > 0
+        # The reference is the policy at the start; both are computed by the same learner.
+        assert row["kl/reference"] >= 0 and (row["step"] > 1 or row["kl/reference"] < 0.1)
     assert rows[0]["eval/accuracy"] >= 0 and "held-out accuracy" in out
     assert (run / "learning_curve.png").exists() and list(run.glob("events.out.tfevents.*"))
     sampled = pq.read_table(run / "samples" / "train_000002.parquet").to_pylist()
     assert len(sampled) == 32 and {row["version"] for row in sampled} == {2}
     assert json.loads((run / "checkpoints" / "step_000002" / "cispo.json").read_text())["updates"] == 4
+
+
+def test_ppo_with_a_critic_on_ray(tmp_path: Path):
+    """A critic of two ranks beside the learner's; four minibatches, two epochs; it learns alone in the first step."""
+    cispo(
+        "train",
+        str(QUICKSTART),
+        f"output_dir={tmp_path}",
+        "sft.steps=12",
+        "train.steps=3",
+        "eval.limit=16",
+        "rollout.prompts_per_step=4",
+        "rollout.group_size=4",
+        "algorithm={name: ppo, updates_per_batch: 4, epochs: 2, kl_coef: 0.01, kl_in: reward, kl: k1}",
+        "critic.warmup_steps=1",
+    )
+    rows = metrics(tmp_path / "quickstart")
+    assert [row["learner/updates"] for row in rows[1:]] == [0, 8, 8]
+    assert [row["total/updates"] for row in rows] == [0, 0, 8, 16]
+    for row in rows[1:]:
+        assert row["critic/skipped"] == 0 and row["critic/explained_variance"] <= 1
+    # With KL as a reward, returns differ although no answer is right yet; the critic's first values are all 0.
+    assert rows[1]["critic/value_mean"] == 0 and rows[3]["critic/value_mean"] != 0
 
 
 def test_the_same_run_twice_is_the_same_run(tmp_path: Path):

@@ -52,7 +52,10 @@ class DroppedTokens:
             )
 
     def rows(self, decode: Callable[[int], str], limit: int = 200) -> list[dict[str, int | str]]:
-        """The tokens that PPO's clip would have dropped most often, with all counts, at most `limit`."""
+        """The tokens that PPO's clip would have dropped most often, with all counts, at most `limit`.
+
+        Example: {"token": "Wait", "id": 14190, "count": 31, "kept": 31, "ppo_dropped": 9, "ppo_dropped_posadv": 8, ...}
+        """
         if not self.counts:
             return []
         size = max(map(len, self.counts.values()))
@@ -60,7 +63,12 @@ class DroppedTokens:
         dropped = table["ppo_dropped_posadv"] + table["ppo_dropped_negadv"]
         order = dropped.argsort(descending=True, stable=True)[:limit].tolist()
         return [
-            {"token": decode(i), "id": i, **{name: int(column[i]) for name, column in table.items()}}
+            {
+                "token": decode(i),
+                "id": i,
+                "ppo_dropped": int(dropped[i]),
+                **{name: int(column[i]) for name, column in table.items()},
+            }
             for i in order
             if dropped[i] > 0
         ]

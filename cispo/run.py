@@ -139,13 +139,17 @@ class Run:
         """The summary and the picture, also of a run that was interrupted."""
         if len(log.history) < 2:
             return
-        log.dropped_tokens(controller.dropped_tokens.rows(lambda token: self.task.renderer.decode((token,))))
+        dropped = controller.dropped_tokens.rows(lambda token: self.task.renderer.decode((token,)))
+        log.dropped_tokens(dropped)
         picture = self.folder / "learning_curve.png"
         title = f"{self.recipe.name}: {self.algorithm.name}, seed {self.recipe.seed}"
         learning_curve(log.history, picture, title=title)
         if not self.alone:
             return
         self.screen.console.print(summary(log.history, seconds=time.perf_counter() - self.started))
+        if dropped:
+            most = ", ".join(f"{row['token']!r} {row['ppo_dropped']}" for row in dropped[:5])
+            self.screen.console.print(f"PPO's clip would have dropped, most often: {most}", markup=False)
         self.screen.print(f"learning curve: {picture}")
         saved = sorted((self.folder / "checkpoints").glob("step_*"))
         if saved:

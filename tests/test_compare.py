@@ -203,3 +203,29 @@ def test_an_arm_that_breaks_does_not_end_the_others(tmp_path: Path):
 def test_nothing_to_report_yet(tmp_path: Path):
     assert "there is no comparison in" in compare(tmp_path, "--algorithms", "cispo,grpo", "--plot-only", code=2)
     assert "is not the results.json" in compare(tmp_path, "--assert-equal", str(ROOT / "recipes/schema.json"), code=2)
+
+
+@pytest.mark.slow
+def test_an_arm_against_itself_and_against_a_broken_one(tmp_path: Path):
+    """Three seeds of the quick recipe through Ray and vLLM, 10 to 20 minutes: the same seeds differ by exactly 0,
+    other seeds by an interval that contains 0, and a loss with the wrong sign is flagged as worse."""
+    (tmp_path / "own.py").write_text(BROKEN)
+    quick = ROOT / "recipes" / "compare_quick.yaml"
+    text = quick.read_text().replace("base: quickstart.yaml", f"base: {QUICKSTART}")
+    for name, change in (("same", ""), ("other", "seed: 100\n"), ("broken", "")):
+        own = text.replace("name: cispo", "name: own:BACKWARDS") if name == "broken" else text
+        (tmp_path / f"{name}.yaml").write_text(own + change)
+    recipes = [str(quick), *(str(tmp_path / f"{name}.yaml") for name in ("same", "other", "broken"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "cispo.cli", "compare", *recipes, "--seeds", "3", f"output_dir={tmp_path}"],
+        capture_output=True, text=True, check=False, timeout=3000, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    results = json.loads((tmp_path / "compare_quick-compare" / "results.json").read_text())
+    final = {d["arm"]: d for d in results["differences"] if d["measure"] == "final"}
+    assert final["same"]["values"] == [0, 0, 0]
+    low, high = final["other"]["student"]
+    assert low <= 0 <= high and final["other"]["verdict"] == "not resolved"
+    assert final["broken"]["verdict"] == "worse" and final["broken"]["student"][1] < -0.1

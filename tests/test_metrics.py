@@ -45,11 +45,11 @@ def test_dropped_tokens_are_counted_by_token_and_sign():
     table.add({"targets": torch.tensor([9]), **tokens(ratio=[1.0], weight=[1], advantages=[1])})
     assert table.rows(str) == [
         {
-            "token": "7", "id": 7, "count": 2, "kept": 2,
+            "token": "7", "id": 7, "ppo_dropped": 2, "count": 2, "kept": 2,
             "ppo_dropped_posadv": 2, "ppo_dropped_negadv": 0, "dapo_dropped_posadv": 1, "dapo_dropped_negadv": 0,
         },
         {
-            "token": "3", "id": 3, "count": 1, "kept": 0,
+            "token": "3", "id": 3, "ppo_dropped": 1, "count": 1, "kept": 0,
             "ppo_dropped_posadv": 0, "ppo_dropped_negadv": 1, "dapo_dropped_posadv": 0, "dapo_dropped_negadv": 1,
         },
     ]  # fmt: skip

@@ -32,7 +32,7 @@ class Handle(Protocol):
     """Something that lives elsewhere and answers to method names."""
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the object; UserErrors come back as they were raised."""
+        """Runs a method of the object; UserErrors and RunErrors come back as they were raised."""
         ...
 
 
@@ -123,8 +123,8 @@ class _RayHandle:
         try:
             return await reference
         except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from None
+            if isinstance(error.cause, UserError | RunError):
+                raise type(error.cause)(str(error.cause)) from None
             raise
         except RayActorError as error:
             reason = " ".join(str(error).split())

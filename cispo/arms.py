@@ -53,8 +53,8 @@ def make_plan(
 
     Raises UserError for arms that cannot be run or compared: an unknown algorithm, recipes of different tasks ...
     """
-    paths = [item for item in items if "=" not in item]
-    overrides = [item for item in items if "=" in item]
+    paths = [item for item in items if "=" not in item or Path(item).exists()]
+    overrides = [item for item in items if item not in paths]
     if not paths:
         raise UserError("compare needs at least one recipe")
     recipes = [load_recipe(path, overrides) for path in paths]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cispo.types import TrajectoryGroup, UserError
+from cispo.types import Diverged, TrajectoryGroup, UserError
 
 
 def create_run_folder(output_dir: str, name: str) -> Path:
@@ -47,7 +47,10 @@ class RunLog:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one step; every value must be a finite number."""
         broken = [name for name, value in values.items() if not math.isfinite(value)]
-        assert not broken, f"metric {broken} is not finite at step {step}"
+        if broken:
+            raise Diverged(
+                f"{broken[0]} is not finite at step {step}: the policy has diverged (learner.lr is too high?)"
+            )
         row = {"step": step, **values}
         self.history.append(row)
         self._lines.write(json.dumps(row) + "\n")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cispo.types import Completion, FinishReason, RepetitionStop, Sampling, UserError
+from cispo.types import Completion, Diverged, FinishReason, RepetitionStop, Sampling, UserError
 
 
 @dataclass(slots=True)
@@ -70,7 +70,8 @@ class Draft:
     def completion(self, version: int) -> Completion:
         """The finished completion, all of it sampled from one version of the policy."""
         assert self.reason is not None, "the engine stopped before this completion did"
-        assert all(map(math.isfinite, self.logprobs)), "a sampled token has a log-probability that is not finite"
+        if not all(map(math.isfinite, self.logprobs)):
+            raise Diverged("a sampled token has a log-probability that is not finite: the policy has diverged")
         return Completion(
             token_ids=tuple(self.tokens),
             logprobs=tuple(self.logprobs),

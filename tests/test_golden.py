@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -243,3 +245,10 @@ def test_each_loss_differs_on_the_two_sequences():
         for other in grads:
             agree = torch.allclose(grads[name], grads[other], rtol=1e-6)
             assert agree == (name == other or frozenset((name, other)) in SAME_LOSS), f"{name} and {other}"
+
+
+def test_the_file_is_what_its_script_writes():
+    """The script holds every gradient against a finite difference and the printed numbers of the papers as it runs."""
+    script = Path(__file__).parents[1] / "scripts" / "make_golden_losses.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -139,7 +139,8 @@ class Run:
         """The summary and the picture, also of a run that was interrupted."""
         if len(log.history) < 2:
             return
-        dropped = controller.dropped_tokens.rows(lambda token: self.task.renderer.decode((token,)))
+        # With special tokens: the end of a completion is one that a clip can drop.
+        dropped = controller.dropped_tokens.rows(lambda token: self.task.renderer.tokenizer.decode([token]))
         log.dropped_tokens(dropped)
         picture = self.folder / "learning_curve.png"
         title = f"{self.recipe.name}: {self.algorithm.name}, seed {self.recipe.seed}"

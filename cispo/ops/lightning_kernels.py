@@ -2,7 +2,8 @@
 
     document    | segment 0           | segment 1           | 2    |    one program a segment, head and block of value
     segment     | C | C | C | C | C   |                              columns; its state S stays in registers
-    chunk       o_i = e^{-s(i+1)} q_i S + sum_{j<=i} e^{-s(i-j)} (q_i . k_j) v_j,  S = e^{-s n} S + sum_j e^{-s(n-1-j)} k_j^T v_j
+    chunk       o_i = e^{-s(i+1)} q_i S + sum_{j<=i} e^{-s(i-j)} (q_i . k_j) v_j
+                S   = e^{-s n} S + sum_j e^{-s(n-1-j)} k_j^T v_j          (n tokens, i and j from 0)
 
 One kernel does it all, since each gradient is lightning attention of other operands (G_t is the gradient of S_t):
 
@@ -11,11 +12,14 @@ One kernel does it all, since each gradient is lightning attention of other oper
     dk_dv  dk = attend(v, do, q)    backwards, from the final state's gradient transposed
            dv = attend(k, q, do)    backwards, from the final state's gradient; ends with the initial state's gradient
 
-Backwards, i and n count from the end, and a token sees the incoming state before its own decay: o_i takes e^{-s i} S and
-the update e^{-s(n-i)}. No exponent is ever positive. Sums are float32; matrix products have the operands' dtype.
+Backwards, i and j count from the end, and a token sees the incoming state before its own decay: o_i takes e^{-s i} S
+and the update e^{-s(n-j)}. No exponent is ever positive. Sums are float32; products have the operands' dtype.
 
 Sources: arXiv 2401.04658 (Lightning Attention-2), algorithms 1 and 2; segments as in arXiv 2312.06635, section 4.
 """
+
+# pyright: reportAttributeAccessIssue=false
+# Values in a kernel are Triton's, whatever the annotations of Python's own operators say.
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -52,7 +56,8 @@ def _state_block(block, transposed, D: tl.constexpr, BD: tl.constexpr, BV: tl.co
 def _rows(x, stride, first, step, count, column, D: tl.constexpr, BT: tl.constexpr):
     """Pointers and mask of `count` rows from token `first` on in steps of 1 or -1, [BT, len(column)]."""
     i = tl.arange(0, BT)
-    pointers = x + (first + step * i).to(tl.int64)[:, None] * stride + column[None, :]
+    # Offsets within the tile do not change from chunk to chunk, so the loop only moves the base.
+    pointers = x + first.to(tl.int64) * stride + (step * i[:, None] * stride + column[None, :])
     return pointers, (i < count)[:, None] & (column < D)[None, :]
 
 

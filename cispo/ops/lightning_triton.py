@@ -1,10 +1,13 @@
 """Lightning attention on a GPU: plans and launches the kernels, forward, backward and by slot for an engine.
 
-Where one program a document, head and block of columns fills the GPU, a direction is one launch that reads every operand
-once. Otherwise documents are cut into segments: a first launch leaves what each adds to the state, and the programs of
-the second start from the decayed sum of those before them. Nothing is read back to the host, and the tiles come from a
-table, not from a search at run time.
+Where one program a document, head and block of columns fills the GPU, a direction is one launch that reads every
+operand once. Otherwise documents are cut into segments: a first launch leaves what each adds to the state, and the
+programs of the second start from the decayed sum of those before them. Nothing is read back to the host, and the tiles
+come from a table, not from a search at run time.
 """
+
+# pyright: reportIndexIssue=false
+# A kernel is launched as kernel[grid](...); without Triton the checker sees a plain function.
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,8 +18,6 @@ from torch import Tensor
 
 from cispo.ops.lightning_kernels import attend_kernel, decode_kernel, local_kernel
 
-DTYPES = (torch.bfloat16, torch.float32)
-
 
 class Tiles(NamedTuple):
     """How a program works: tokens a chunk, value columns, warps, pipeline stages."""
@@ -25,23 +26,25 @@ class Tiles(NamedTuple):
     columns: int
     warps: int
     stages: int
+    paired_stages: int
+    """Stages of `dk_dv`, whose neighbours read the same rows: two programs a processor beat a deeper pipeline."""
 
 
 # By padded head dimension. float32 products run on the ordinary units, out of registers: larger tiles would spill.
 TILES = {
     torch.bfloat16: {
-        16: Tiles(64, 16, 4, 3),
-        32: Tiles(64, 32, 4, 3),
-        64: Tiles(64, 64, 4, 3),
-        128: Tiles(64, 64, 4, 3),
-        256: Tiles(64, 32, 4, 2),
+        16: Tiles(64, 16, 4, 3, 3),
+        32: Tiles(64, 32, 4, 3, 3),
+        64: Tiles(64, 64, 4, 3, 2),
+        128: Tiles(64, 64, 4, 3, 2),
+        256: Tiles(64, 32, 4, 2, 2),
     },
     torch.float32: {
-        16: Tiles(16, 16, 4, 1),
-        32: Tiles(16, 32, 4, 1),
-        64: Tiles(16, 32, 4, 1),
-        128: Tiles(16, 16, 8, 1),
-        256: Tiles(16, 16, 8, 1),
+        16: Tiles(16, 16, 4, 1, 1),
+        32: Tiles(16, 32, 4, 1, 1),
+        64: Tiles(16, 32, 4, 1, 1),
+        128: Tiles(16, 16, 8, 1, 1),
+        256: Tiles(16, 16, 8, 1, 1),
     },
 }
 
@@ -70,6 +73,7 @@ def attend(
     segment: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`lightning.lightning_attention` in bfloat16 or true float32; tests set the tokens a `segment`."""
+    assert q.dtype == k.dtype == v.dtype and q.shape == k.shape == v.shape, "q, k and v are alike"
     return _Attend.apply(q, k, v, slopes, cu_seqlens, initial_state, output_final_state, segment)  # type: ignore[return-value]
 
 
@@ -85,6 +89,7 @@ def prefill(
     segment: int | None = None,
 ) -> Tensor:
     """`lightning.lightning_prefill`."""
+    _check_cache(cache, q)
     q, k, v = _aligned(q, k, v)
     plan = _plan(q, len(cu_seqlens) - 1, 1, segment)
     local = _local(k, v, slopes, cu_seqlens, plan, backwards=False)
@@ -98,6 +103,7 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, cache: Tensor, slots: Tensor, fresh: Tensor | None = None
 ) -> Tensor:
     """`lightning.lightning_decode` in one launch that depends on no value in a tensor."""
+    _check_cache(cache, q)
     q, k, v = _aligned(q, k, v)
     tokens, heads, dim = q.shape
     padded = max(16, triton.next_power_of_2(dim))
@@ -125,7 +131,7 @@ class _Attend(torch.autograd.Function):
         segment: int | None,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = _aligned(q, k, v)
-        initial = None if initial is None else initial.contiguous()
+        initial = None if initial is None else initial.float().contiguous()
         documents = len(cu_seqlens) - 1
         final = _new_states(q, documents) if output_final else None
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -200,6 +206,11 @@ def _local(k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor, plan: _Plan
     return local
 
 
+def _check_cache(cache: Tensor, q: Tensor) -> None:
+    assert cache.dtype == torch.float32 and cache.shape[1:] == (*q.shape[1:], q.shape[2])
+    assert not len(cache) or cache[0].is_contiguous()
+
+
 def _new_states(like: Tensor, count: int) -> Tensor:
     _, heads, dim = like.shape
     return torch.empty(count, heads, dim, dim, dtype=torch.float32, device=like.device)
@@ -219,14 +230,14 @@ def _plan(q: Tensor, documents: int, jobs: int, segment: int | None) -> _Plan:
     tiles = TILES[q.dtype][padded]
     columns = min(tiles.columns, padded)
     programs = jobs * heads * triton.cdiv(dim, columns)
-    if segment is None:
-        segment = triton.cdiv(tokens, _parts(programs, _processors(q.device), tokens // _SHORTEST_SEGMENT))
-    segment = triton.cdiv(max(1, segment), tiles.chunk) * tiles.chunk
+    parts = _parts(programs, _processors(q.device), tokens // _SHORTEST_SEGMENT)
+    wanted = triton.cdiv(tokens, parts) if segment is None else segment
+    segment = max(1, triton.cdiv(wanted, tiles.chunk)) * tiles.chunk
     # Without a cut, the grid's slots are the documents.
     split = segment < tokens
     slots = tokens // segment + documents if split else documents
     constants = {"D": dim, "BT": tiles.chunk, "BD": padded, "BV": columns}
-    constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages if jobs == 1 else tiles.paired_stages}
     return _Plan(segment, slots, split, slots * programs, constants)
 
 

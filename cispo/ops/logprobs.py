@@ -3,28 +3,29 @@
     token_logprobs     logprobs, entropy  -> any loss -> backward computes each chunk's logits again   4 products
     fused_token_loss   logprobs, entropy, loss and both gradients while a chunk's logits are alive     3 products
 
-Rows are handled in chunks. The head runs in float32 whatever the policy's dtype (float64 for float64 inputs): a bfloat16
-head is what kept MiniMax-M1's reward from growing (arXiv 2506.13585, section 3.2), and upcasting bfloat16 logits is not
-the same thing. It works from the weight matrix, so tied and untied heads take the same path.
+Rows are handled in chunks. The head runs in float32 whatever the policy's dtype (float64 for float64 inputs): a
+bfloat16 head is what kept MiniMax-M1's reward from growing (arXiv 2506.13585, section 3.2), and upcasting bfloat16
+logits is not the same thing. It works from the weight matrix, so tied and untied heads take the same path.
 
-On a GPU the products read bfloat16 operands where hidden and weight both are; logits, sums and softmax stay float32, and
-float32 operands are multiplied in float32, never in TF32. Everywhere else the operands are converted.
+On a GPU the products read bfloat16 operands where hidden and weight both are; logits, sums and softmax stay float32,
+and float32 operands are multiplied in float32, never in TF32. Everywhere else the operands are converted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from cispo.ops.backend import Backend, choose_backend
 
 if TYPE_CHECKING:
     from cispo.ops.logprobs_triton import TritonHead
 
 _CHUNK_ELEMENTS = 1 << 23
 
-Backend = Literal["torch", "triton"]
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
 """(logprobs [n], entropy [n] without gradient, which rows these are) -> the loss of each row, [n] or its sum."""
 
@@ -42,7 +43,6 @@ def token_logprobs(
 
     hidden [N, d] and weight [V, d] of any float dtype, targets [N] int64. Returns logprobs [N], differentiable with
     respect to hidden and weight, and entropy [N] in nats, without gradient; both float32 (float64 for float64 inputs).
-    Tests name a `backend`; by default it follows from device and dtype.
     """
     head = _head_type(hidden, weight, backend)
     rows = chunk_rows or head.chunk_rows(len(hidden), weight)
@@ -71,10 +71,7 @@ def fused_token_loss(
 
 
 def _head_type(hidden: Tensor, weight: Tensor, backend: Backend | None) -> type[TorchHead] | type[TritonHead]:
-    floats = (torch.bfloat16, torch.float32)
-    if backend is None:
-        backend = "triton" if hidden.is_cuda and hidden.dtype in floats and weight.dtype in floats else "torch"
-    if backend == "torch":
+    if choose_backend(backend, hidden, weight) == "torch":
         return TorchHead
     from cispo.ops.logprobs_triton import TritonHead
 
@@ -122,6 +119,10 @@ class TorchHead:
             self.grad_weight.addmm_(grad_logits.T, self.hidden[part].to(self.dtype))
         return (grad_logits @ self.weight).to(self.hidden.dtype) if hidden else None
 
+    @staticmethod
+    def scale_(gradient: Tensor, factor: Tensor) -> None:
+        gradient.mul_(factor)
+
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
@@ -152,7 +153,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in _parts(hidden, ctx.rows):
             head.recall(part, normaliser[part])
             rows = head.gradients(part, grads[0][part], *needed)
-            if grad_hidden is not None:
+            if grad_hidden is not None and rows is not None:
                 grad_hidden[part] = rows
         return grad_hidden, _weight_gradient(head, weight) if needed[1] else None, None, None, None, None
 
@@ -183,8 +184,9 @@ class _FusedLoss(torch.autograd.Function):
             if any(needed):
                 (grad,) = torch.autograd.grad(value, leaf)
                 new = head.gradients(part, grad, *needed)
-                if grad_hidden is not None:
+                if grad_hidden is not None and new is not None:
                     grad_hidden[part] = new
+        ctx.head_type = head_type
         ctx.gradients = grad_hidden, _weight_gradient(head, weight) if needed[1] else None
         ctx.mark_non_differentiable(logprobs, entropy)
         return total, logprobs, entropy
@@ -192,10 +194,12 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of a fused loss can be taken once"
-        # In place: the weight's is too large to hold twice.
-        grad_hidden, grad_weight = (None if g is None else g.mul_(grads[0]) for g in ctx.gradients)
-        ctx.gradients = None
-        return grad_hidden, grad_weight, None, None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
+            if gradient is not None:
+                # In place: the weight's is too large to hold twice.
+                ctx.head_type.scale_(gradient, grads[0])
+        return *gradients, None, None, None, None, None
 
 
 def _results(hidden: Tensor) -> tuple[Tensor, ...]:

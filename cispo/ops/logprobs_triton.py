@@ -7,11 +7,15 @@
                                             d hidden  = scale * (weights @ weight)
                                             d weight += weights.T @ (scale * hidden)
 
-A softmax needs its normaliser before it can be written, hence a second pass over the logits; unnormalised weights do not,
-and the missing factor goes into the rows of `hidden` and `d hidden`, a hundredth of the size. c is the largest logit of
-the row's first slice; should a later one exceed it by `_RANGE` nats, c moves and `close_kernel` rescales that row.
+A softmax needs its normaliser before it can be written, hence a second pass over the logits; unnormalised weights do
+not, and the missing factor goes into the rows of `hidden` and `d hidden`, a hundredth of the size. c is the largest
+logit of the row's first slice; should a later one exceed it by `_RANGE` nats, c moves and `close_kernel` rescales that
+row.
 Z = sum of weights, U = sum of weights * (logit - c): logprob = logit - c - log Z, entropy = log Z - U / Z.
 """
+
+# pyright: reportIndexIssue=false
+# A kernel is launched as kernel[grid](...); without Triton the checker sees a plain function.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +46,7 @@ def slice_kernel(
         c = tl.where(largest > old + _RANGE, largest, old)
     weight = tl.exp(x - c)
     z = tl.sum(weight, 0)
-    u = tl.sum(tl.where(inside, weight * (x - c), 0.0), 0)
+    u = tl.sum(weight * tl.where(inside, x - c, 0.0), 0)
     if not FIRST:
         faded = tl.exp(old - c)
         earlier = tl.load(normaliser + row)
@@ -84,6 +88,16 @@ def close_kernel(
         # The rescaled slice may hold the target, and other threads wrote it.
         tl.debug_barrier()
         tl.store(place + tl.load(targets + row), (tl.exp(distance) - z).to(weights.dtype.element_ty))
+
+
+@triton.jit
+def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
+    """x *= factor, without touching x where the factor is one: what `loss.backward()` hands down."""
+    by = tl.load(factor)
+    if by != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scaled = tl.load(x + place, mask=place < count, other=0.0).to(tl.float32) * by
+        tl.store(x + place, scaled.to(x.dtype.element_ty), mask=place < count)
 
 
 # Columns of one product, and what the weights of one chunk of rows may take.
@@ -156,6 +170,12 @@ class TritonHead:
             with _true_float32(self.dtype, rows.device):
                 self.grad_weight.addmm_(kept.T, scaled, beta=0 if fresh else 1)
         return (_product(kept, self.weight) * scale).to(rows.dtype) if hidden else None
+
+    @staticmethod
+    def scale_(gradient: Tensor, factor: Tensor) -> None:
+        assert gradient.is_contiguous()
+        if count := gradient.numel():
+            scale_kernel[(triton.cdiv(count, 4096),)](gradient, factor, count, BLOCK=4096)
 
     def _keep(self, rows: int) -> Tensor:
         """Rows start at multiples of 128 bytes: products of odd vocabularies would crawl."""

@@ -64,14 +64,15 @@ def contestants(
         logprobs, _ = token_logprobs(hidden, weight, targets)
         return torch.autograd.grad(cispo(logprobs, slice(None)).sum(), leaves)
 
-    def plain(dtype: torch.dtype = torch.bfloat16) -> Gradients:
-        logits = (hidden.to(dtype) @ weight.to(dtype).T).float()
+    def plain(wide: bool = False) -> Gradients:
+        h, w = (x.detach().float().requires_grad_() for x in leaves) if wide else leaves
+        logits = (h @ w.T).float()
         logprobs = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
         del logits
-        return torch.autograd.grad(cispo(logprobs, slice(None)).sum(), leaves)
+        return torch.autograd.grad(cispo(logprobs, slice(None)).sum(), (h, w))
 
     found = {
-        "exact": lambda: plain(torch.float32),
+        "exact": lambda: plain(wide=True),
         "fused_token_loss": fused,
         "token_logprobs": unfused,
         "plain, float32 logits": plain,

@@ -89,30 +89,32 @@ def check(ours: Tensor, exact: Tensor, limit: float, name: str = "") -> None:
     assert error <= limit, f"{name}: {float(error):.1e}"
 
 
-def check_all(qkv: Qkv, cu_seqlens: Tensor, state: Tensor | None, dtype: torch.dtype, segment: int | None) -> None:
+def check_all(qkv: Qkv, cu_seqlens: Tensor, state: Tensor | None, dtype: torch.dtype) -> None:
+    """Documents whole, and cut so that every chunk is a segment of its own."""
     exact = outputs_and_gradients(
         lambda q, k, v, s: lightning_attention_recurrence(q, k, v, SLOPES, cu_seqlens, s), qkv, state
     )
     slopes, bounds = SLOPES.to(DEVICE), cu_seqlens.to(DEVICE)
-    ours = outputs_and_gradients(
-        lambda q, k, v, s: lightning_triton.attend(q, k, v, slopes, bounds, s, True, segment),
-        place(qkv, dtype),
-        None if state is None else state.to(DEVICE, torch.float32),
-    )
-    assert ours[0].dtype == ours[2].dtype == dtype and ours[1].dtype == torch.float32
+    there = None if state is None else state.to(DEVICE, torch.float32)
     names = ("output", "final state", "dq", "dk", "dv", "d initial state")
-    for mine, theirs, name in zip(ours, exact, names, strict=False):
-        check(mine, theirs, LIMITS[dtype], name)
+    for segment in (None, 1):
+        ours = outputs_and_gradients(
+            lambda q, k, v, s, n=segment: lightning_triton.attend(q, k, v, slopes, bounds, s, True, n),
+            place(qkv, dtype),
+            there,
+        )
+        assert ours[0].dtype == ours[2].dtype == dtype and ours[1].dtype == torch.float32
+        for mine, theirs, name in zip(ours, exact, names, strict=False):
+            check(mine, theirs, LIMITS[dtype], f"{name}, segment {segment}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("segment", [None, 1], ids=["whole", "cut"])
 @pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "continued"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_equals_the_recurrence(lengths: list[int], with_state: bool, segment: int | None, dtype: torch.dtype) -> None:
-    """Outputs, final states and every gradient; `cut` makes each chunk a segment of its own."""
+def test_equals_the_recurrence(lengths: list[int], with_state: bool, dtype: torch.dtype) -> None:
+    """Outputs, final states and every gradient."""
     qkv, cu_seqlens, state = make(lengths, DIMS[0], dtype)
-    check_all(qkv, cu_seqlens, state if with_state else None, dtype, segment)
+    check_all(qkv, cu_seqlens, state if with_state else None, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,8 +122,7 @@ def test_equals_the_recurrence(lengths: list[int], with_state: bool, segment: in
 def test_lengths_around_a_chunk(dim: int, dtype: torch.dtype) -> None:
     chunk = chunk_of(dim, dtype)
     qkv, cu_seqlens, state = make([chunk - 1, chunk, chunk + 1, 2 * chunk + 1], dim, dtype)
-    check_all(qkv, cu_seqlens, state, dtype, None)
-    check_all(qkv, cu_seqlens, state, dtype, chunk)
+    check_all(qkv, cu_seqlens, state, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -132,7 +132,7 @@ def attend_kernel(
         state += tl.load(incoming + owner * owner_stride + head * D * D + offsets, mask=known, other=0.0)
     if local is not None:
         for earlier in range(0, segment):
-            added = local + ((slot - segment + earlier).to(tl.int64) * heads + head) * D * D + offsets
+            added = local + ((slot - document - segment + earlier).to(tl.int64) * heads + head) * D * D + offsets
             state = state * tl.exp(-slope * segment_tokens) + tl.load(added, mask=inside, other=0.0)
 
     length = tl.minimum(end - begin - passed, segment_tokens)
@@ -166,7 +166,10 @@ def local_kernel(
     k, v, slopes, cu_seqlens, local, documents, heads, segment_tokens, k_row, k_head, v_row, v_head,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """What each segment alone adds to the state, local [slots, H, D, D]; the last segment's goes unused, unwritten."""
+    """What each segment alone adds to the state, local [total tokens // segment_tokens, H, D, D].
+
+    A document's last segment has no place there: without those, slot - document is different for every segment.
+    """
     step: tl.constexpr = -1 if BACKWARDS else 1
     lag: tl.constexpr = 0 if BACKWARDS else 1
     blocks: tl.constexpr = (D + BV - 1) // BV
@@ -191,7 +194,7 @@ def local_kernel(
         faded = (b_v * fade[:, None]).to(b_v.dtype)
         state = tl.dot(tl.trans(b_k), faded, state * tl.exp(-slope * BT), input_precision="ieee")
     offsets, inside = _state_block(block, False, D, BD, BV)
-    tl.store(local + (slot.to(tl.int64) * heads + head) * D * D + offsets, state, mask=inside)
+    tl.store(local + ((slot - document).to(tl.int64) * heads + head) * D * D + offsets, state, mask=inside)
 
 
 @triton.jit

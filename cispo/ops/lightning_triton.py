@@ -20,33 +20,35 @@ from cispo.ops.lightning_kernels import attend_kernel, decode_kernel, local_kern
 
 
 class Tiles(NamedTuple):
-    """How a program works: tokens a chunk, value columns, warps, pipeline stages."""
+    """How a program works: tokens a chunk, value columns, warps, pipeline stages; how many share a multiprocessor."""
 
     chunk: int
     columns: int
     warps: int
     stages: int
-    paired_stages: int
-    """Stages of `dk_dv`, whose neighbours read the same rows: two programs a processor beat a deeper pipeline."""
+    resident: int
 
 
-# By padded head dimension. float32 products run on the ordinary units, out of registers: larger tiles would spill.
+# By padded head dimension, measured on an H100. float32 products run on the ordinary units, out of registers: larger
+# tiles would spill.
 TILES = {
     torch.bfloat16: {
-        16: Tiles(64, 16, 4, 3, 3),
-        32: Tiles(64, 32, 4, 3, 3),
+        16: Tiles(64, 16, 4, 3, 2),
+        32: Tiles(64, 32, 4, 3, 2),
         64: Tiles(64, 64, 4, 3, 2),
-        128: Tiles(64, 64, 4, 3, 2),
-        256: Tiles(64, 32, 4, 2, 2),
+        128: Tiles(64, 64, 4, 3, 1),
+        256: Tiles(32, 64, 8, 3, 1),
     },
     torch.float32: {
-        16: Tiles(16, 16, 4, 1, 1),
-        32: Tiles(16, 32, 4, 1, 1),
-        64: Tiles(16, 32, 4, 1, 1),
+        16: Tiles(16, 16, 4, 1, 2),
+        32: Tiles(16, 32, 4, 1, 2),
+        64: Tiles(16, 32, 4, 1, 2),
         128: Tiles(16, 16, 8, 1, 1),
         256: Tiles(16, 16, 8, 1, 1),
     },
 }
+# dk and dv, whose programs are neighbours and read the same rows, where two on a multiprocessor beat a deeper pipeline.
+PAIRED_TILES = {(torch.bfloat16, 128): Tiles(64, 64, 4, 2, 2)}
 
 # A shorter segment would spend more on its incoming state than on its tokens.
 _SHORTEST_SEGMENT = 256
@@ -195,10 +197,10 @@ def _launch(
 
 
 def _local(k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor, plan: _Plan, backwards: bool) -> Tensor | None:
-    """Each segment's contribution to the state, [slots, H, D, D]; None where documents are not cut."""
+    """What each segment but a document's last adds to the state, [., H, D, D]; None where documents are not cut."""
     if not plan.split:
         return None
-    local = _new_states(k, plan.slots)
+    local = _new_states(k, k.shape[0] // plan.segment)
     local_kernel[(plan.programs // (2 if backwards else 1),)](
         k, v, slopes, cu_seqlens, local, len(cu_seqlens) - 1, k.shape[1], plan.segment,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), BACKWARDS=backwards, **plan.constants,
@@ -228,28 +230,20 @@ def _plan(q: Tensor, documents: int, jobs: int, segment: int | None) -> _Plan:
     tokens, heads, dim = q.shape
     padded = max(16, triton.next_power_of_2(dim))
     tiles = TILES[q.dtype][padded]
+    if jobs == 2:
+        tiles = PAIRED_TILES.get((q.dtype, padded), tiles)
     columns = min(tiles.columns, padded)
     programs = jobs * heads * triton.cdiv(dim, columns)
-    parts = _parts(programs, _processors(q.device), tokens // _SHORTEST_SEGMENT)
-    wanted = triton.cdiv(tokens, parts) if segment is None else segment
+    # As many segments as the multiprocessors have room for at once: more would only add to the states that start one.
+    parts = max(1, min(_processors(q.device) * tiles.resident // programs, tokens // _SHORTEST_SEGMENT))
+    wanted = segment or triton.cdiv(tokens, parts)
     segment = max(1, triton.cdiv(wanted, tiles.chunk)) * tiles.chunk
     # Without a cut, the grid's slots are the documents.
     split = segment < tokens
     slots = tokens // segment + documents if split else documents
     constants = {"D": dim, "BT": tiles.chunk, "BD": padded, "BV": columns}
-    constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages if jobs == 1 else tiles.paired_stages}
+    constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return _Plan(segment, slots, split, slots * programs, constants)
-
-
-def _parts(programs: int, processors: int, most: int) -> int:
-    """Into how many segments to cut the tokens: what takes the fewest rounds of the processors.
-
-    A cut reads the keys and values once more, about half of what is read anyway, and costs a launch.
-    """
-    costs = {1: float(triton.cdiv(programs, processors))}
-    for parts in range(2, min(most, 4 * processors) + 1):
-        costs[parts] = 1.5 * triton.cdiv(programs * parts, processors) / parts
-    return min(costs, key=lambda parts: (costs[parts], parts))
 
 
 @lru_cache

@@ -63,6 +63,7 @@ ONLY_IN = {
     "ray": {"actors"},
     "vllm": {"policies.vllm_lightning", "policies.vllm_plugin", "rollout.engine", "weight_sync"},
     "torch.distributed": {"learner.parallel"},
+    "triton": {"ops.lightning_kernels", "ops.lightning_triton", "ops.logprobs_triton"},
 }
 
 
@@ -135,6 +136,22 @@ def test_the_command_line_imports_nothing_heavy():
         "import sys, cispo.cli; "
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'datasets', 'pydantic'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_operations_on_a_cpu_import_no_triton_and_touch_no_cuda():
+    """Triton looks for a driver when it is imported; a machine without a GPU has none, and may have no Triton."""
+    code = (
+        "import sys, torch, cispo.ops.reference, cispo.ops.lightning as a, cispo.ops.logprobs as b; "
+        "x = torch.randn(5, 2, 4, requires_grad=True); w = torch.randn(9, 8, requires_grad=True); "
+        "starts = torch.tensor([0, 5], dtype=torch.int32); t = torch.arange(5); "
+        "o, _ = a.lightning_attention(x, x, x, torch.rand(2), starts); "
+        "b.fused_token_loss(o.flatten(1), w, t, lambda logprobs, *_: -logprobs)[0].backward(); "
+        "a.lightning_decode(x, x, x, torch.rand(2), torch.zeros(5, 2, 4, 4), t); "
+        "found = {m for m in sys.modules if m.partition('.')[0] == 'triton'}; "
+        "sys.exit(str(found) if found or torch.cuda.is_initialized() else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

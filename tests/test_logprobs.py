@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cispo.ops.logprobs import token_logprobs
+from cispo.ops.logprobs import fused_token_loss, token_logprobs
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -65,3 +65,53 @@ def test_tied_head_gradient_adds_to_the_embedding():
     exact, _ = plain(table[tokens].tanh(), table, targets, 1.0)
     (expected,) = torch.autograd.grad(exact.sum(), table)
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def clipped(logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+    """PPO's loss: what a token gets depends on its own log-probability, as in every token-level algorithm."""
+    ratio = torch.exp(logprobs - old)
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 33])
+@pytest.mark.parametrize("chunk_rows", [1, 8, None])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_fused_loss_equals_the_loss_of_token_logprobs(
+    rows: int, chunk_rows: int | None, dtype: torch.dtype, tolerance: float
+):
+    hidden, weight, targets, advantages = case(rows, dtype)
+    advantages = advantages.to(dtype)
+    expected_logprobs, expected_entropy = token_logprobs(hidden, weight, targets, temperature=0.7)
+    old = expected_logprobs.detach() + 0.3 * torch.sin(torch.arange(rows))
+    expected_loss = clipped(expected_logprobs, old, advantages).sum()
+    expected = torch.autograd.grad(3 * expected_loss, (hidden, weight))
+    seen = []
+
+    def loss(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
+        seen.append(range(rows)[part])
+        assert logprobs.shape == entropy.shape == advantages[part].shape and not entropy.requires_grad
+        return clipped(logprobs, old[part], advantages[part])
+
+    total, logprobs, entropy = fused_token_loss(hidden, weight, targets, loss, temperature=0.7, chunk_rows=chunk_rows)
+    got = torch.autograd.grad(3 * total, (hidden, weight))
+    assert [i for part in seen for i in part] == list(range(rows))
+    assert not logprobs.requires_grad and not entropy.requires_grad
+    pairs = [(total, expected_loss), (logprobs, expected_logprobs), (entropy, expected_entropy)]
+    for ours, theirs in [*pairs, *zip(got, expected, strict=True)]:
+        assert bool(ours.isfinite().all())
+        assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * 10)
+
+
+def test_fused_loss_without_gradients_and_with_one_of_them():
+    """Evaluation asks for none, a frozen head for the hidden states' only."""
+    hidden, weight, targets, _ = case(20, torch.float64)
+    with torch.no_grad():
+        loss, logprobs, _ = fused_token_loss(hidden, weight, targets, lambda x, *_: -x)
+    assert not loss.requires_grad and torch.equal(loss, -logprobs.sum())
+    loss, *_ = fused_token_loss(hidden, weight, targets, lambda x, *_: -x)
+    both = torch.autograd.grad(loss, (hidden, weight))
+    for hidden_needed in (True, False):
+        leaves = hidden.detach().requires_grad_(hidden_needed), weight.detach().requires_grad_(not hidden_needed)
+        loss, *_ = fused_token_loss(*leaves, targets, lambda x, *_: -x)
+        (grad,) = torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])
+        assert torch.equal(grad, both[0 if hidden_needed else 1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cispo.ops.lightning import lightning_attention
+from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
 from cispo.ops.reference import lightning_attention_recurrence
 
 HEADS, DIM = 3, 8
@@ -170,3 +170,27 @@ def test_steep_slopes_and_long_documents_stay_finite() -> None:
     assert torch.isfinite(output).all() and state is not None and torch.isfinite(state).all()
     assert (output - exact).abs().max() <= 1e-5 * exact.abs().max()
     assert (state - exact_state).abs().max() <= 1e-5 * exact_state.abs().max()
+
+
+def test_prefill_and_decode_by_slot_equal_one_pass() -> None:
+    """Two prompts of 30 and 1 tokens, then five tokens each, beside padding; other slots keep what they hold."""
+    lengths, prompts = [35, 6], [30, 1]
+    qkv, cu_seqlens, _ = make(lengths, torch.float64)
+    whole, whole_state = lightning_attention(*qkv, SLOPES, cu_seqlens, output_final_state=True)
+    cache = torch.full((5, HEADS, DIM, DIM), 7.0, dtype=torch.float64)
+    slots, fresh = torch.tensor([3, 1], dtype=torch.int32), torch.tensor([True, True])
+    starts = cu_seqlens[:-1].tolist()
+    q, k, v = convert(qkv, lambda x: torch.cat([x[s : s + n] for s, n in zip(starts, prompts, strict=True)]))
+    bounds = torch.tensor([0, *accumulate(prompts)], dtype=torch.int32)
+    outputs = [lightning_prefill(q, k, v, SLOPES, bounds, cache, slots, fresh)]
+    padded = torch.tensor([3, -1, 1], dtype=torch.int32)
+    for t in range(5):
+        rows = [starts[0] + prompts[0] + t, 0, starts[1] + prompts[1] + t]
+        q, k, v = convert(qkv, lambda x, rows=rows: x[rows])
+        out = lightning_decode(q, k, v, SLOPES, cache, padded)
+        assert not out[1].any()
+        outputs.append(out[[0, 2]])
+    order = [*range(30), 35, *(i for t in range(5) for i in (30 + t, 36 + t))]
+    torch.testing.assert_close(torch.cat(outputs), whole[order], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(cache[slots.long()], whole_state, rtol=1e-10, atol=1e-10)
+    assert bool((cache[[0, 2, 4]] == 7).all())

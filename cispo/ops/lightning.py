@@ -9,6 +9,9 @@ with i, j = 1..n inside a chunk that holds n tokens and S the state at its start
 long as the longest document has chunks; each step serves every document that still has one. Distances are integers
 and no exponent is positive, so nothing overflows however long the document or steep the slope.
 
+That is the form for a CPU, and for dtypes other than bfloat16 and float32; on a GPU `lightning_triton` runs. An engine
+keeps a state a sequence in slots of a cache: `lightning_prefill` and `lightning_decode` read and write them there.
+
 Source: arXiv 2401.04658 (Lightning Attention-2), for any document lengths.
 """
 
@@ -18,6 +21,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cispo.ops.backend import Backend, choose_backend
+
+# Larger heads have no tiles in the table of the kernels.
+_LARGEST_KERNEL_DIM = 256
 
 
 class _Layout(NamedTuple):
@@ -51,14 +59,20 @@ def lightning_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     chunk_size: int = 64,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o_t = q_t S_t with S_t = exp(-s) S_{t-1} + k_t^T v_t, separately in each document and head.
 
     q, k, v [T, H, D]; slopes [H] float32, positive or zero; cu_seqlens [S + 1] int32 (documents may be empty);
     states [S, H, D, D] float32, zero where `initial_state` is None. Computed in float32 whatever the activations
-    (float64 for float64); the output has q's dtype. `chunk_size` is the largest chunk: short documents get shorter
-    ones. Equals `reference.lightning_attention_recurrence`; differentiable in q, k, v and the initial state.
+    (float64 for float64), except that the kernels multiply bfloat16 operands as they are and round scores and states
+    to bfloat16 for it; the output has q's dtype. `chunk_size` is the largest chunk of the torch form: short documents
+    get shorter ones. Equals `reference.lightning_attention_recurrence`; differentiable in q, k, v and initial state.
     """
+    if _uses_kernels(q, k, v, backend):
+        from cispo.ops import lightning_triton
+
+        return lightning_triton.attend(q, k, v, slopes, cu_seqlens, initial_state, output_final_state)
     dtype = torch.promote_types(q.dtype, torch.float32)
     layout = _lay_out(cu_seqlens, q.shape[0], q.shape[-1], chunk_size)
     with torch.autocast(q.device.type, enabled=False):
@@ -75,6 +89,72 @@ def lightning_attention(
             outputs = outputs + (queries * _decay(slopes, place + 1)[:, None, :, None]) @ states
         flat = outputs.permute(1, 2, 0, 3).reshape(-1, *q.shape[1:]).index_select(0, layout.slots)
     return flat.to(q.dtype), final_state if output_final_state else None
+
+
+def lightning_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    cu_seqlens: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    fresh: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`lightning_attention` from and to states in a cache, without gradient; returns the outputs [T, H, D].
+
+    cache [N, H, D, D] float32, dense but for its first stride; slots [S] of any integer dtype, distinct: where document
+    i finds its state and leaves it. fresh [S] bool: documents that start from zero, whatever their slot holds.
+    """
+    if _uses_kernels(q, k, v, backend):
+        from cispo.ops import lightning_triton
+
+        return lightning_triton.prefill(q, k, v, slopes, cu_seqlens, cache, slots, fresh)
+    state = _read(cache, slots, fresh)
+    with torch.no_grad():
+        output, state = lightning_attention(q, k, v, slopes, cu_seqlens, state, True, backend="torch")
+    assert state is not None
+    cache[slots.long()] = state
+    return output
+
+
+def lightning_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    fresh: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """One token of each of S sequences: S = e^-s S + k^T v in the cache, o = q S; without gradient.
+
+    q, k, v [S, H, D]; cache, slots and fresh as in `lightning_prefill`, but negative slots are padding: their outputs
+    are zero. On a GPU it is one launch, the same for every content of the tensors, so a CUDA graph can hold it.
+    """
+    if _uses_kernels(q, k, v, backend):
+        from cispo.ops import lightning_triton
+
+        return lightning_triton.decode(q, k, v, slopes, cache, slots, fresh)
+    used = slots >= 0
+    state = _read(cache, slots[used], None if fresh is None else fresh[used])
+    dtype = state.dtype
+    state = state * torch.exp(-slopes.to(dtype))[:, None, None] + k[used, :, :, None].to(dtype) * v[used, :, None, :]
+    cache[slots[used].long()] = state
+    output = torch.zeros_like(q)
+    output[used] = (q[used, :, None, :].to(dtype) @ state).squeeze(2).to(q.dtype)
+    return output
+
+
+def _read(cache: Tensor, slots: Tensor, fresh: Tensor | None) -> Tensor:
+    state = cache[slots.long()]
+    return state if fresh is None else state.masked_fill(fresh[:, None, None, None], 0)
+
+
+def _uses_kernels(q: Tensor, k: Tensor, v: Tensor, backend: Backend | None) -> bool:
+    return choose_backend(backend, q, k, v) == "triton" and q.shape[-1] <= _LARGEST_KERNEL_DIM
 
 
 def _lay_out(cu_seqlens: Tensor, tokens: int, dim: int, chunk_size: int) -> _Layout:

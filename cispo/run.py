@@ -140,7 +140,7 @@ class Run:
         if len(log.history) < 2:
             return
         # With special tokens: the end of a completion is one that a clip can drop.
-        dropped = controller.dropped_tokens.rows(lambda token: self.task.renderer.tokenizer.decode([token]))
+        dropped = controller.dropped_tokens.rows(lambda token: str(self.task.renderer.tokenizer.decode([token])))
         log.dropped_tokens(dropped)
         picture = self.folder / "learning_curve.png"
         title = f"{self.recipe.name}: {self.algorithm.name}, seed {self.recipe.seed}"

@@ -69,8 +69,8 @@ def named_algorithm(name: str) -> Algorithm:
     known = ALGORITHMS | PRESETS
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"algorithm.name {name!r} is unknown{hint}; there are {', '.join(known)}, or module:NAME")
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}, or module:NAME"
+        raise UserError(f"algorithm.name {name!r} is unknown ({hint})")
     return known[name]
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from cispo.algorithms.words import describe
 from cispo.arms import Arm, Plan, make_plan
 from cispo.assemble import algorithm_of, gpus_of, make_runtime, num_processes
-from cispo.comparison import ArmResult, Comparison, RunResult, assert_equal
+from cispo.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
 from cispo.comparison_report import summary_lines, write_report
 from cispo.config import Recipe, dump_yaml
 from cispo.run import Run, Task, load_task
@@ -199,8 +199,11 @@ async def _run_arm(plan: Plan, arm: Arm, index: int, start: str | None, task: Ta
     partial = folder / "outcome.partial"
     partial.write_text(json.dumps(outcome, indent=1) + "\n")
     os.replace(partial, folder / "outcome.json")
+    if outcome["status"] == "done":
+        # At once, and not when all arms have run: the name may be misspelt.
+        require_metric(_arm_result(plan, arm), plan.metric)
     values = [row[plan.metric] for row in _history(folder) if plan.metric in row]
-    said = outcome.get("sentence") or f"{plan.metric} {values[0]:.3f} -> {values[-1]:.3f}" if values else "no value"
+    said = outcome.get("sentence") or f"{plan.metric} {values[0]:.3f} -> {values[-1]:.3f}"
     screen.print(f"{said} ({outcome['seconds']:.0f} s)")
 
 

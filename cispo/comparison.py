@@ -183,7 +183,7 @@ def summarise(comparison: Comparison) -> Summary:
     assert arms and len({arm.name for arm in arms}) == len(arms), "arms need names of their own"
     for arm in arms:
         assert len({run.seed for run in arm.runs}) == len(arm.runs), f"{arm.name}: a seed appears twice"
-        _require(arm, metric)
+        require_metric(arm, metric)
     finished = [curve(run, metric) for arm in arms for run in arm.runs if run.failure is None]
     span = min((line.completions[-1] for line in finished if line.values), default=None)
     reference = [curve(run, metric) for run in arms[0].runs if run.failure is None]
@@ -272,7 +272,8 @@ def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterable[str
             return
 
 
-def _require(arm: ArmResult, metric: str) -> None:
+def require_metric(arm: ArmResult, metric: str) -> None:
+    """Raises UserError, with close names, where no run of the arm logged the metric."""
     if any(metric in row for run in arm.runs for row in run.history):
         return
     names = sorted({name for run in arm.runs for row in run.history for name in row})

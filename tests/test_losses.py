@@ -23,7 +23,8 @@ from cispo.algorithms.losses import (
     policy_gradient,
     value_loss,
 )
-from cispo.types import LossInputs
+from cispo.algorithms.objective import Objective
+from cispo.types import LossInputs, UserError
 
 INF = float("inf")
 
@@ -354,3 +355,11 @@ def test_value_loss_by_hand():
     losses = value_loss(values, old, returns, torch.tensor([True, True, True]), clip=0.2)
     assert losses.tolist() == pytest.approx([0.5 * 0.81, 0.5 * 0.64, 0.5 * 2.25])
     assert torch.autograd.grad(losses.sum(), values)[0].tolist() == pytest.approx([-0.9, 0, -1.5])
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda x: x.logprobs.mean(), lambda x: policy_gradient(x)._replace(loss=x.logprobs[0])]
+)
+def test_a_loss_that_is_not_per_token_is_refused(wrong: LossFn):
+    with pytest.raises(UserError, match="one loss a token"):
+        Objective(loss=wrong)(BATCH)

@@ -13,7 +13,7 @@ import torch
 
 from cispo.algorithms.corrections import Correction, correction_factors
 from cispo.algorithms.losses import Kl, LossFn, LossOutput, kl_estimate
-from cispo.types import LossInputs
+from cispo.types import LossInputs, UserError
 
 Anchor = Literal["rollout", "old"]
 
@@ -38,6 +38,9 @@ class Objective:
     def __call__(self, x: LossInputs) -> LossOutput:
         """Per-token loss; the correction scales the policy loss and not the KL penalty."""
         result = self.loss(x, **self.settings)
+        if not isinstance(result, LossOutput) or result.loss.shape != x.logprobs.shape:
+            name = getattr(self.loss, "__name__", "the loss")
+            raise UserError(f"{name} must return a LossOutput with one loss a token, not a mean (docs/algorithms.md)")
         loss, weight, extra = result.loss, result.weight, dict(result.extra)
         if self.correction is not None:
             assert x.old_logprobs is not None, "a correction needs old_logprobs"
@@ -50,5 +53,4 @@ class Objective:
             kl = kl_estimate(x.logprobs, x.ref_logprobs, x.mask, self.kl)
             loss = loss + self.kl_coef * kl
             extra["kl/reference"] = kl.detach()
-        assert loss.shape == x.logprobs.shape, "a loss returns one value a token"
         return LossOutput(torch.where(x.mask, loss, 0.0), result.ratio, weight, extra)

@@ -102,6 +102,6 @@ PRESETS: dict[str, Algorithm] = {
         _grpo("verl_grpo", "verl 0.9, adv_estimator=grpo: token mean, dual clip 3, no KL loss", dual_clip=3.0),
         _grpo("trl_grpo", "TRL 1.x, GRPOTrainer: loss_type dapo (token mean), beta 0", std=_TRL_STD),
         _grpo("slime_grpo", "slime 0.3, advantage_estimator=grpo: mean of samples, no KL loss", reduction="sequence"),
-        _grpo("skyrl_grpo", "SkyRL 0.3, grpo: token mean, dual clip 3, KL loss 0.001", kl_coef=0.001, dual_clip=3.0),
+        _grpo("skyrl_grpo", "SkyRL 0.3, grpo with policy_loss_type regular: token mean, KL loss 0.001", kl_coef=0.001),
     )
 }

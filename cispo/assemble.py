@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -277,32 +277,22 @@ def gpus_of(recipe: Recipe, *, critic: bool = False) -> int:
 
 
 async def start_learners(recipe: Recipe, runtime: Runtime, folder: str) -> list[Handle]:
-    device, gpus = _device(recipe)
-    return await runtime.start_ranks(
-        Learner,
-        folder,
-        recipe.learner,
-        name="learner",
-        ranks=recipe.learner.ranks,
-        gpus=gpus,
-        dtype=recipe.policy.dtype,
-        device=device,
-        temperature=recipe.rollout.temperature,
-    )
+    temperature = recipe.rollout.temperature
+    return await _start_ranks(recipe, runtime, Learner, folder, recipe.learner, name="learner", temperature=temperature)
 
 
 async def start_critics(recipe: Recipe, runtime: Runtime, folder: str) -> list[Handle]:
+    return await _start_ranks(recipe, runtime, Critic, folder, recipe.critic, recipe.learner, name="critic")
+
+
+async def _start_ranks(
+    recipe: Recipe, runtime: Runtime, build: Callable[..., Any], *args: Any, name: str, **kwargs: Any
+) -> list[Handle]:
+    """As many ranks as the learner has, each on its device."""
     device, gpus = _device(recipe)
+    ranks, dtype = recipe.learner.ranks, recipe.policy.dtype
     return await runtime.start_ranks(
-        Critic,
-        folder,
-        recipe.critic,
-        recipe.learner,
-        name="critic",
-        ranks=recipe.learner.ranks,
-        gpus=gpus,
-        dtype=recipe.policy.dtype,
-        device=device,
+        build, *args, name=name, ranks=ranks, gpus=gpus, dtype=dtype, device=device, **kwargs
     )
 
 

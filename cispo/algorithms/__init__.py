@@ -73,26 +73,23 @@ class Algorithm:
         return self.kl_coef > 0
 
 
+# The cap is unpublished by MiniMax; ScaleRL (arXiv 2510.13786) found 4, 5 and 8 equivalent.
+_CISPO_WEIGHT = {"ratio_max": 5.0, "ratio_min": 0.0, "mask_low": None, "mask_high": None}
 _PPO_BAND = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
 
 ALGORITHMS: dict[str, Algorithm] = {
-    # The cap is unpublished by MiniMax; ScaleRL (arXiv 2510.13786) found 4, 5 and 8 equivalent.
-    "cispo": Algorithm(
-        name="cispo",
-        loss=cispo,
-        settings={"ratio_max": 5.0, "ratio_min": 0.0, "mask_low": None, "mask_high": None},
-    ),
+    "cispo": Algorithm(name="cispo", loss=cispo, settings=_CISPO_WEIGHT),
     # Eq. 6-7 with DAPO's band in the mask; the weight stays capped.
     "cispo_masked": Algorithm(
         name="cispo_masked",
         loss=cispo,
-        settings={"ratio_max": 5.0, "ratio_min": 0.0, "mask_low": 0.8, "mask_high": 1.28},
+        settings={**_CISPO_WEIGHT, "mask_low": 0.8, "mask_high": 1.28},
     ),
     # MiniMax's agents: per-turn rewards, reward-to-go, a group baseline and no division by the std.
     "cispo_agent": Algorithm(
         name="cispo_agent",
         loss=cispo,
-        settings={"ratio_max": 5.0, "ratio_min": 0.0, "mask_low": None, "mask_high": None},
+        settings=_CISPO_WEIGHT,
         advantage=ADVANTAGES["reward_to_go"],
         reduction="prompt",
         zero_variance="keep",

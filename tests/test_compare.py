@@ -18,6 +18,8 @@ from cispo.types import UserError
 from tests.test_end_to_end import QUICKSTART, ROOT, SMALL
 
 ARMS = ["train.steps=2", "train.eval_every=1", "sft.steps=3", "algorithm.ratio_max=null"]
+# So short a run answers nothing right, so that all rewards of a group are equal.
+ARMS += ["algorithm.zero_variance=keep"]
 
 
 def plan(*items: str, algorithms: str | None = None, updates: str | None = None, **keys: Any) -> Plan:
@@ -188,15 +190,15 @@ def test_a_killed_comparison_loses_nothing_that_ended(tmp_path: Path):
 
 def test_an_arm_that_breaks_does_not_end_the_others(tmp_path: Path):
     (tmp_path / "own.py").write_text(BROKEN)
-    keep = ("algorithm.zero_variance=keep", "algorithm.updates_per_batch=6")
-    out = compare(tmp_path, *keep, "--algorithms", "cispo,own:INFINITE,own:BACKWARDS", "--seeds", "1")
+    updates = "algorithm.updates_per_batch=6"
+    out = compare(tmp_path, updates, "--algorithms", "cispo,own:INFINITE,own:BACKWARDS", "--seeds", "1")
     folder = tmp_path / "quickstart-compare" / "arms"
     outcome = json.loads((folder / "own_INFINITE" / "seed_0" / "outcome.json").read_text())
     assert outcome["status"] == "diverged" and "not finite" in outcome["sentence"]
     assert json.loads((folder / "own_BACKWARDS" / "seed_0" / "outcome.json").read_text())["status"] == "done"
     assert "own:INFINITE" in out and "not finite" in out
     # It would end the same way again, so it is not run again.
-    again = compare(tmp_path, *keep, "--algorithms", "cispo,own:INFINITE,own:BACKWARDS", "--seeds", "1")
+    again = compare(tmp_path, updates, "--algorithms", "cispo,own:INFINITE,own:BACKWARDS", "--seeds", "1")
     assert "3 of 3 runs ended" in again
 
 

@@ -77,7 +77,7 @@ def test_paths_beside_the_recipe(tmp_path: Path):
         ("rollout: {temperature: 0}", r"temperature must be above 0"),
         ("rollout: {max_tokens: 64, max_context: 64}", r"leaves no room"),
         ("rollout: {temperature: 0.7, max_tokens: 4000, max_context: 5000}", r"run_length"),
-        ("rollout: {prompts_per_step: 5}\nalgorithm: {updates_per_batch: 2}", r"multiple"),
+        ("rollout: {prompts_per_step: 5, group_size: 2}\nalgorithm: {updates_per_batch: 11}", r"the 10 completions"),
         ("data: {split: a}", r"key data.source is missing"),
         ("name: a/b", r"name = 'a/b'"),
         ("seed: [1", r"not valid YAML"),

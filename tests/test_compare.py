@@ -15,11 +15,10 @@ import pytest
 
 from cispo.arms import Plan, make_plan
 from cispo.types import UserError
-from tests.test_end_to_end import QUICKSTART, ROOT, SMALL
+from tests.test_end_to_end import QUICKSTART, ROOT, SMALL, VARIED
 
 ARMS = ["train.steps=2", "train.eval_every=1", "sft.steps=3", "algorithm.ratio_max=null"]
-# So short a run answers nothing right, so that all rewards of a group are equal.
-ARMS += ["algorithm.zero_variance=keep"]
+ARMS += [VARIED]
 
 
 def plan(*items: str, algorithms: str | None = None, updates: str | None = None, **keys: Any) -> Plan:
@@ -165,7 +164,7 @@ def test_compare_resume_and_report(tmp_path: Path):
     assert "holds a run of another recipe" in refused
     assert "did you mean 'eval/accuracy'" in compare(tmp_path, *arms, "--plot-only", "--metric", "eval/acuracy", code=2)
     one = compare(tmp_path, "--algorithms", "cispo,ppo", "--seeds", "1", "--metric", "entropy", "--plot-only", "--fit")
-    assert "one seed" in one
+    assert "with 1 seed: there is no interval" in one
 
 
 def test_a_killed_comparison_loses_nothing_that_ended(tmp_path: Path):

@@ -130,7 +130,7 @@ INFINITE = replace(ALGORITHMS["cispo"], name="infinite", loss=infinite, zero_var
 
 
 def test_compare_resume_and_report(tmp_path: Path):
-    """Runs three arms, is killed half-way, continues, and gives what an undisturbed comparison gives."""
+    """Three arms run and are reported; run again, nothing that ended runs anew; stored results are held against."""
     # Entropy, since such short runs answer nothing right: an accuracy of 0 would be equal in any case.
     arms = ("--algorithms", "cispo,cispo,ppo", "--seeds", "2", "--metric", "entropy")
     out = compare(tmp_path, *arms)

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cispo.types import RunError, UserError
@@ -28,6 +29,19 @@ _CPU_ENV = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """What an object takes of a machine.
+
+    Example: Seat(gpus=0.5, bundle=0)
+    """
+
+    gpus: float = 0
+    """A part of one GPU, or whole ones."""
+    bundle: int | None = None
+    """Which of the reserved bundles it sits in."""
+
+
 class Handle(Protocol):
     """Something that lives elsewhere and answers to method names."""
 
@@ -36,17 +50,30 @@ class Handle(Protocol):
         ...
 
 
+_NO_GPU = Seat()
+
+
 class Runtime(Protocol):
     """Starts objects and ends them."""
 
-    async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
+    def gpus(self) -> int:
+        """How many there are."""
+        ...
+
+    async def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        """Reserves resources, a bundle each on one machine, for the seats that name one."""
+        ...
+
+    async def start(
+        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+    ) -> Handle:
         """Builds one object."""
         ...
 
     async def start_ranks(
-        self, build: Callable[..., Any], *args: Any, name: str, ranks: int, gpus: int = 0, **kwargs: Any
+        self, build: Callable[..., Any], *args: Any, name: str, seats: Sequence[Seat], **kwargs: Any
     ) -> list[Handle]:
-        """Builds one object a rank; each also gets rank=, world= and address= (where the ranks meet)."""
+        """Builds one object a seat; each also gets rank=, world= and address= (where the ranks meet)."""
         ...
 
     def close(self) -> None: ...
@@ -69,15 +96,25 @@ class LocalRuntime:
         torch.set_num_threads(1)
         self._handles: list[_LocalHandle] = []
 
-    async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
+    def gpus(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    async def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        pass
+
+    async def start(
+        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+    ) -> Handle:
         self._handles.append(_LocalHandle(build(*args, **kwargs)))
         return self._handles[-1]
 
     async def start_ranks(
-        self, build: Callable[..., Any], *args: Any, name: str, ranks: int, gpus: int = 0, **kwargs: Any
+        self, build: Callable[..., Any], *args: Any, name: str, seats: Sequence[Seat], **kwargs: Any
     ) -> list[Handle]:
-        assert ranks == 1, "one process holds one rank"
-        return [await self.start(build, *args, name=name, gpus=gpus, **kwargs)]
+        assert len(seats) == 1, "one process holds one rank"
+        return [await self.start(build, *args, name=name, seat=seats[0], **kwargs)]
 
     def close(self) -> None:
         for handle in reversed(self._handles):
@@ -149,6 +186,7 @@ class RayRuntime:
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray = ray
         self._actors: list[Any] = []
+        self._group: Any = None
         self._owner = not ray.is_initialized()
         if self._owner:
             self._connect(processes)
@@ -171,25 +209,41 @@ class RayRuntime:
         except ConnectionError:
             raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there") from None
 
-    async def start(self, build: Callable[..., Any], *args: Any, name: str, gpus: int = 0, **kwargs: Any) -> Handle:
-        handle = self._actor(name, gpus)
+    def gpus(self) -> int:
+        return int(self._ray.cluster_resources().get("GPU", 0))
+
+    async def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
+        if bundles:
+            self._group = self._ray.util.placement_group([dict(bundle) for bundle in bundles])
+            await self._group.ready()
+
+    async def start(
+        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+    ) -> Handle:
+        handle = self._actor(name, seat)
         await handle.build(build, args, kwargs)
         return handle
 
     async def start_ranks(
-        self, build: Callable[..., Any], *args: Any, name: str, ranks: int, gpus: int = 0, **kwargs: Any
+        self, build: Callable[..., Any], *args: Any, name: str, seats: Sequence[Seat], **kwargs: Any
     ) -> list[Handle]:
-        handles = [self._actor(f"{name}-{rank}", gpus) for rank in range(ranks)]
+        handles = [self._actor(f"{name}-{rank}", seat) for rank, seat in enumerate(seats)]
         address = await handles[0].wait(handles[0].actor.free_address.remote())
-        places = [{"rank": rank, "world": ranks, "address": address} for rank in range(ranks)]
+        places = [{"rank": rank, "world": len(seats), "address": address} for rank in range(len(seats))]
         await asyncio.gather(
             *(h.build(build, args, {**kwargs, **place}) for h, place in zip(handles, places, strict=True))
         )
         return list(handles)
 
-    def _actor(self, name: str, gpus: int) -> _RayHandle:
-        environment = {"env_vars": {} if gpus else _CPU_ENV}
-        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": environment}
+    def _actor(self, name: str, seat: Seat) -> _RayHandle:
+        environment = {"env_vars": {} if seat.gpus else _CPU_ENV}
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": seat.gpus, "runtime_env": environment}
+        if seat.bundle is not None:
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=seat.bundle
+            )
         # A class of that name, so that `ps` and Ray's tools say which process is which.
         actor = self._ray.remote(type(name, (_Host,), {})).options(**options).remote()
         self._actors.append(actor)
@@ -199,5 +253,8 @@ class RayRuntime:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors.clear()
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
+            self._group = None
         if self._owner:
             self._ray.shutdown()

@@ -5,43 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
-import hashlib
 import json
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
-from cispo.actors import Handle, LocalRuntime, RayRuntime, Runtime
+from cispo.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat
 from cispo.algorithms import ADVANTAGE_KEYS, ALGORITHMS, LOSS_KEYS, Algorithm, Changes, Reduction, resolve
 from cispo.algorithms.advantages import GROUP_RELATIVE
-from cispo.algorithms.objective import Objective
 from cispo.algorithms.presets import PRESETS
 from cispo.config import Data, Recipe
-from cispo.learner.critic import Critic, CriticResult
-from cispo.learner.learner import Learner, UpdateResult
-from cispo.learner.parallel import pick_device
+from cispo.learner.critic import Critic
+from cispo.learner.learner import Learner
 from cispo.loading import load_object
 from cispo.packing import demonstration, pack
+from cispo.placement import Placement, placement_of
 from cispo.policies.base import init_policy, local_folder, save_policy
 from cispo.rollout.engine import make_engine
 from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.rollout.rewards import RewardFunction, RewardRunner
-from cispo.types import Completion, MicroBatch, Prompt, RepetitionStop, Sample, Sampling, UserError
+from cispo.seeds import seed_of
+from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling, UserError
+from cispo.weight_buckets import Transport
 from cispo.weight_sync import make_weights_folder, remove_weights_folder
+from cispo.workers import Workers
 
 # More sequences than this at once gain nothing on one engine and cost cache memory.
 _MAX_SEQUENCES = 512
-
-
-def seed_of(*identity: int | str) -> int:
-    """A seed that depends on what it is for (run seed, purpose, step ...) and never on the order of calls."""
-    text = "/".join(str(part) for part in identity)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 def algorithm_of(recipe: Recipe) -> Algorithm:
@@ -171,10 +163,6 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
             )
 
 
-Columns = Sequence[Sequence[MicroBatch]]
-"""[ranks][micro-batches] of one pass or update."""
-
-
 def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
     """Packs a batch for the recipe's learner ranks: [ranks][micro-batches]."""
     return pack(
@@ -183,73 +171,6 @@ def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) ->
         max_tokens=recipe.rollout.max_tokens,
         tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
         ranks=recipe.learner.ranks,
-    )
-
-
-@dataclass(slots=True, kw_only=True)
-class Workers:
-    """The learner ranks, the critic's and the engines, with the verbs of the training loop."""
-
-    learners: list[Handle]
-    critics: list[Handle]
-    """As many ranks as the learner, or none."""
-    engines: list[Handle]
-    weights_folder: str
-    group_size: int
-
-    async def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        """Shares the prompts over the engines; a group stays together, where prefix caching can share its prompt."""
-        groups = math.ceil(len(prompts) / self.group_size)
-        share = math.ceil(groups / len(self.engines)) * self.group_size
-        parts = [prompts[i : i + share] for i in range(0, len(prompts), share)]
-        answers = await asyncio.gather(
-            *(
-                engine.call("generate", part, sampling, seed_of(seed, number))
-                for number, (engine, part) in enumerate(zip(self.engines, parts, strict=False))
-            )
-        )
-        return [completion for answer in answers for completion in answer]
-
-    async def update(self, columns: Columns, objective: Objective, lr: float) -> list[UpdateResult]:
-        """One optimizer step: rank r trains on columns[r]."""
-        return await _each(self.learners, columns, "update", objective, lr=lr)
-
-    async def logprobs(self, columns: Columns, *, reference: bool = False) -> list[list[Tensor]]:
-        return await _each(self.learners, columns, "logprobs", reference=reference)
-
-    async def update_critic(self, columns: Columns, lr: float) -> list[CriticResult]:
-        return await _each(self.critics, columns, "update", lr=lr)
-
-    async def values(self, columns: Columns) -> list[list[Tensor]]:
-        return await _each(self.critics, columns, "values")
-
-    async def freeze_reference(self) -> None:
-        await asyncio.gather(*(learner.call("freeze_reference") for learner in self.learners))
-
-    async def reset_optimizer(self) -> None:
-        await asyncio.gather(*(learner.call("reset_optimizer") for learner in self.learners))
-
-    async def sync_weights(self, version: int) -> None:
-        """Puts the learner's weights into every engine; returns when they sample with them."""
-        path = await self.publish(version)
-        await asyncio.gather(*(engine.call("update_weights", path, version) for engine in self.engines))
-
-    async def publish(self, version: int) -> str:
-        return await self.learners[0].call("publish", self.weights_folder, version)
-
-    async def start_critic(self, version: int) -> None:
-        """Gives the critic the policy's weights to start from."""
-        path = await self.publish(version)
-        await asyncio.gather(*(critic.call("load_backbone", path) for critic in self.critics))
-
-    async def save(self, folder: Path) -> None:
-        await self.learners[0].call("save", str(folder))
-
-
-async def _each(ranks: Sequence[Handle], columns: Columns, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-    """One call a rank, each with its own column of the batch."""
-    return await asyncio.gather(
-        *(rank.call(method, column, *args, **kwargs) for rank, column in zip(ranks, columns, strict=True))
     )
 
 
@@ -263,42 +184,36 @@ def make_runtime(recipe: Recipe, processes: int) -> Runtime:
     return LocalRuntime() if recipe.runtime == "local" else RayRuntime(processes=processes)
 
 
-def _device(recipe: Recipe) -> tuple[Literal["cpu", "cuda"], int]:
-    """(device of the workers, GPUs of each learner rank)."""
-    on_gpu = pick_device(recipe.device).type == "cuda"
-    return ("cuda", 1) if on_gpu else ("cpu", 0)
-
-
-def gpus_of(recipe: Recipe, *, critic: bool = False) -> int:
-    """GPUs that a run takes; 0 on a CPU."""
-    _, each = _device(recipe)
-    ranks = recipe.learner.ranks * (2 if critic else 1)
-    return each * (ranks + recipe.rollout.engines * recipe.rollout.tensor_parallel)
-
-
-async def start_learners(recipe: Recipe, runtime: Runtime, folder: str) -> list[Handle]:
+async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
     temperature = recipe.rollout.temperature
-    return await _start_ranks(recipe, runtime, Learner, folder, recipe.learner, name="learner", temperature=temperature)
-
-
-async def start_critics(recipe: Recipe, runtime: Runtime, folder: str) -> list[Handle]:
-    return await _start_ranks(recipe, runtime, Critic, folder, recipe.critic, recipe.learner, name="critic")
-
-
-async def _start_ranks(
-    recipe: Recipe, runtime: Runtime, build: Callable[..., Any], *args: Any, name: str, **kwargs: Any
-) -> list[Handle]:
-    """As many ranks as the learner has, each on its device."""
-    device, gpus = _device(recipe)
-    ranks, dtype = recipe.learner.ranks, recipe.policy.dtype
-    return await runtime.start_ranks(
-        build, *args, name=name, ranks=ranks, gpus=gpus, dtype=dtype, device=device, **kwargs
+    return await _start_ranks(
+        recipe, runtime, placement, Learner, folder, recipe.learner, name="learner", temperature=temperature
     )
 
 
-async def start_engines(recipe: Recipe, runtime: Runtime, folder: str) -> list[Handle]:
+async def start_critics(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
+    return await _start_ranks(recipe, runtime, placement, Critic, folder, recipe.critic, recipe.learner, name="critic")
+
+
+async def _start_ranks(
+    recipe: Recipe,
+    runtime: Runtime,
+    placement: Placement,
+    build: Callable[..., Any],
+    *args: Any,
+    name: str,
+    **kwargs: Any,
+) -> list[Handle]:
+    """As many ranks as the learner has, each on its device."""
+    ranks, dtype = recipe.learner.ranks, recipe.policy.dtype
+    seats = [Seat(gpus=placement.rank_gpus, bundle=placement.bundle_of(rank)) for rank in range(ranks)]
+    return await runtime.start_ranks(
+        build, *args, name=name, seats=seats, dtype=dtype, device=placement.device, **kwargs
+    )
+
+
+async def start_engines(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
     rollout = recipe.rollout
-    _, gpus = _device(recipe)
     sequences = math.ceil(rollout.prompts_per_step / rollout.engines) * rollout.group_size
     return await asyncio.gather(
         *(
@@ -307,16 +222,34 @@ async def start_engines(recipe: Recipe, runtime: Runtime, folder: str) -> list[H
                 rollout.engine,
                 folder,
                 name=f"engine-{number}",
-                gpus=gpus * rollout.tensor_parallel,
+                seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of(number)),
                 dtype=recipe.policy.dtype,
                 max_context=rollout.max_context,
                 max_sequences=min(sequences, _MAX_SEQUENCES),
                 tensor_parallel=rollout.tensor_parallel,
+                memory=placement.cache_share,
+                sleeps=placement.sleeps,
                 engine_args=rollout.engine_args,
             )
             for number in range(rollout.engines)
         )
     )
+
+
+def transport_of(recipe: Recipe, placement: Placement) -> Transport | Literal["shared_memory"]:
+    """How weights reach the engines. Raises UserError where the recipe's way does not fit the placement."""
+    wanted, on_gpu = recipe.rollout.weight_sync, placement.device == "cuda"
+    if wanted == "auto":
+        if not on_gpu or recipe.rollout.engine == "torch":
+            return "shared_memory"
+        if recipe.runtime == "local":
+            return "direct"
+        return "cuda_ipc" if placement.bundles else "broadcast"
+    if wanted == "cuda_ipc" and not placement.bundles:
+        raise UserError("rollout.weight_sync cuda_ipc needs learners and engines that share GPUs (rollout.placement)")
+    if wanted == "broadcast" and recipe.runtime == "local":
+        raise UserError("rollout.weight_sync broadcast needs runtime: ray")
+    return wanted
 
 
 @contextlib.asynccontextmanager
@@ -328,13 +261,24 @@ async def running_workers(
     starting: asyncio.Task[list] | None = None
     shared = make_weights_folder(recipe.name)
     try:
-        group_size = recipe.rollout.group_size
-        workers = Workers(learners=[], critics=[], engines=[], weights_folder=str(shared), group_size=group_size)
-        starting = asyncio.create_task(start_engines(recipe, runtime, policy) if engines else _none())
+        placement = placement_of(recipe, available=runtime.gpus(), critic=critic)
+        workers = Workers(
+            learners=[],
+            critics=[],
+            engines=[],
+            weights_folder=str(shared),
+            group_size=recipe.rollout.group_size,
+            transport=transport_of(recipe, placement),
+            verify=recipe.rollout.verify_weights,
+            sleeps=placement.sleeps,
+            tensor_parallel=recipe.rollout.tensor_parallel,
+        )
+        await runtime.reserve(placement.bundles)
+        starting = asyncio.create_task(start_engines(recipe, runtime, policy, placement) if engines else _none())
         if learners:
-            workers.learners = await start_learners(recipe, runtime, policy)
+            workers.learners = await start_learners(recipe, runtime, policy, placement)
         if critic:
-            workers.critics = await start_critics(recipe, runtime, policy)
+            workers.critics = await start_critics(recipe, runtime, policy, placement)
         yield workers, starting
     finally:
         if starting is not None:

@@ -28,10 +28,11 @@ from rich.console import Console
 
 from cispo.algorithms.words import describe
 from cispo.arms import Arm, Plan, make_plan
-from cispo.assemble import algorithm_of, gpus_of, make_runtime, num_processes
+from cispo.assemble import algorithm_of, make_runtime, num_processes
 from cispo.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
 from cispo.comparison_report import summary_lines, write_report
 from cispo.config import Recipe, dump_yaml
+from cispo.placement import gpus_of
 from cispo.run import Run, Task, load_task
 from cispo.screen import Screen, progress_bars
 from cispo.settings_report import write_overview

@@ -69,6 +69,15 @@ class Rollout(Section):
     """How many engines share the prompts of a step."""
     tensor_parallel: Positive = 1
     """GPUs of one engine."""
+    placement: Literal["auto", "separate", "split", "sleep"] = "auto"
+    """Engines on GPUs of their own; on the learners', with the memory split or given back while those work; auto is
+    separate where there are enough GPUs, else split."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of a GPU's memory that the caches of its engines may take, all together."""
+    weight_sync: Literal["auto", "shared_memory", "cuda_ipc", "broadcast"] = "auto"
+    """How weights reach the engines: a file in shared memory, the learner's GPU memory, or NCCL (gloo on CPUs)."""
+    verify_weights: bool = False
+    """Whether engines compare a checksum of the weights that arrive (not with shared_memory)."""
     prompts_per_step: Positive = 16
     """P: prompts of one training step."""
     group_size: Positive = 8

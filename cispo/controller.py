@@ -140,6 +140,7 @@ class Controller:
         position = self.totals.prompts / self.recipe.rollout.prompts_per_step
         rollouts = await self.sample(step)
         sampled = time.perf_counter()
+        await self.workers.rest_engines()
         groups = self.kept(rollouts)
         samples = await self.attach([s for group in groups for s in to_samples(group)])
         samples = with_advantages(groups, samples, self.algorithm)

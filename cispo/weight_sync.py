@@ -1,10 +1,11 @@
-"""How the learner's weights reach the engines of one machine: one safetensors file a version, in shared memory.
+"""How the learner's weights reach the engines: a file in shared memory, or buckets on the device (`weight_buckets`).
 
-    learner: publish_weights(state, folder, version) -> folder/weights-00000007.safetensors
-    engine:  start_weight_update, update_weights({"path": ...}), finish_weight_update     vLLM's own verbs
+    learner: publish_weights(state, folder, version) -> folder/weights-00000007.safetensors    CPU, one machine
+             WeightSender.stage(number)              -> BucketMessage, one after another       GPU, several machines
+    engine:  start_weight_update, update_weights({"message": ...}) ..., finish_weight_update     vLLM's own verbs
 
-The engine maps the file and copies each tensor into its parameter, so a version crosses the processes once. The learner
-never imports vLLM: the receiving class is made where vLLM is already loaded.
+The engine copies each tensor into its parameter, so a version crosses the processes once. The learner never imports
+vLLM: the receiving class is made where vLLM is already loaded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,21 @@ import torch
 from torch import Tensor
 
 from cispo.types import UserError
+from cispo.weight_buckets import BucketMessage, WeightReceiver
 
-TRANSFER_BACKEND = "cispo_shm"
+TRANSFER_BACKEND = "cispo"
 """The name of our receiving side in vLLM's registry of weight transfer engines."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileMessage:
+    """A published version, whole."""
+
+    path: str
+
+
+WeightMessage = FileMessage | BucketMessage
+"""What an engine is told about weights that it may take."""
 
 
 def make_weights_folder(run: str) -> Path:
@@ -95,8 +109,7 @@ def register_transfer_backend() -> None:
 
     Imports vLLM: only for the process that runs an engine.
     """
-    from dataclasses import dataclass
-
+    from vllm.distributed import get_tensor_model_parallel_rank
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
         WeightTransferInitInfo,
@@ -105,32 +118,46 @@ def register_transfer_backend() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     @dataclass
+    class GroupInfo(WeightTransferInitInfo):
+        address: str
+        first_rank: int
+        world: int
+
+    @dataclass
     class UpdateInfo(WeightTransferUpdateInfo):
-        path: str
+        message: WeightMessage
 
-    class SharedMemoryTransfer(WeightTransferEngine[WeightTransferInitInfo, UpdateInfo]):
-        """Copies a published file into the model's parameters, in place; it keeps nothing between updates."""
+    class Transfer(WeightTransferEngine[GroupInfo, UpdateInfo]):
+        """Copies files and buckets into the model's parameters, in place."""
 
-        init_info_cls = WeightTransferInitInfo
+        init_info_cls = GroupInfo
         update_info_cls = UpdateInfo
 
-        def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
-            pass
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.receiver = WeightReceiver(self.device)
+            self.loaded: set[str] = set()
+
+        def init_transfer_engine(self, init_info: GroupInfo) -> None:
+            rank = init_info.first_rank + get_tensor_model_parallel_rank()
+            self.receiver.join_group(init_info.address, rank, init_info.world)
 
         def start_weight_update(self) -> None:
-            pass
-
-        def finish_weight_update(self) -> None:
-            pass
-
-        def shutdown(self) -> None:
-            pass
+            self.loaded = set()
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
+            message = update_info.message
             model: Any = self.model
+            from_file = isinstance(message, FileMessage)
+            weights = mapped_weights(message.path) if from_file else self.receiver.receive(message)
             with torch.no_grad():
-                loaded = model.load_weights(mapped_weights(update_info.path))
-            missing = {name for name, _ in model.named_parameters()} - loaded
-            assert not missing, f"{update_info.path} lacks {sorted(missing)[0]} and {len(missing) - 1} more parameters"
+                self.loaded |= model.load_weights(weights)
 
-    WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, SharedMemoryTransfer)
+        def finish_weight_update(self) -> None:
+            missing = {name for name, _ in self.model.named_parameters()} - self.loaded
+            assert not missing, f"the weights lack {min(missing)} and {len(missing) - 1} more parameters"
+
+        def shutdown(self) -> None:
+            self.receiver.close()
+
+    WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, Transfer)

@@ -24,7 +24,9 @@ from torch import Tensor
 from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning_config import LightningConfig, dump_config
 from cispo.rollout.drafts import Draft, RunCounter, repeats_pattern
-from cispo.rollout.engine import Engine, TorchEngine, VLLMEngine
+from cispo.rollout.engine import Engine
+from cispo.rollout.torch_engine import TorchEngine
+from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Diverged, FinishReason, RepetitionStop, Sampling, UserError
 from cispo.weight_sync import make_weights_folder, mapped_weights, publish_weights, remove_weights_folder
 
@@ -59,8 +61,9 @@ def make_policy(folder: Path, certainty: float = 1.0, **changes: Any) -> Policy:
 def make_engine(kind: str, folder: Path, **engine_args: Any) -> Engine:
     if kind == "torch":
         return TorchEngine(str(folder), dtype="float32", max_context=CONTEXT)
-    sizes = {"max_context": CONTEXT, "max_sequences": 16}
-    return VLLMEngine(str(folder), dtype="float32", seed=0, **sizes, engine_args=engine_args)
+    return VLLMEngine(
+        str(folder), dtype="float32", seed=0, max_context=CONTEXT, max_sequences=16, engine_args=engine_args
+    )
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,22 @@ LAYERS: dict[str, int] = {
     "controller": 6,
     "evaluate": 6,
     "assemble": 5,
+    "workers": 5,
     "actors": 5,
+    "placement": 4,
     "learner.learner": 4,
     "learner.critic": 4,
     "batch": 3,
     "dropped_tokens": 3,
     "learner.sft": 4,
-    "weight_sync": 4,
+    "weight_sync": 3,
+    "weight_buckets": 3,
     "rollout.rollout": 4,
     "rollout.engine": 4,
+    "rollout.vllm_engine": 4,
+    "rollout.vllm_start": 4,
+    "rollout.torch_engine": 4,
+    "rollout.recorder": 3,
     "packing": 3,
     "rollout.prompts": 3,
     "rollout.renderer": 3,
@@ -55,14 +62,21 @@ LAYERS: dict[str, int] = {
     "config": 0,
     "metrics": 0,
     "loading": 0,
+    "seeds": 0,
 }
 """Layer of each module, or of each package whose modules may import one another."""
 
 # Where a heavy library may be imported at all, and the rest of the project does without.
 ONLY_IN = {
     "ray": {"actors"},
-    "vllm": {"policies.vllm_lightning", "policies.vllm_plugin", "rollout.engine", "weight_sync"},
-    "torch.distributed": {"learner.parallel"},
+    "vllm": {
+        "policies.vllm_lightning",
+        "policies.vllm_plugin",
+        "rollout.vllm_engine",
+        "rollout.vllm_start",
+        "weight_sync",
+    },
+    "torch.distributed": {"learner.parallel", "weight_buckets"},
     "triton": {"ops.lightning_kernels", "ops.lightning_triton", "ops.logprobs_triton"},
 }
 

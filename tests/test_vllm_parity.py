@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning_config import LightningConfig, dump_config, parse_config
-from cispo.rollout.engine import VLLMEngine
+from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.weight_sync import make_weights_folder, publish_weights, remove_weights_folder
 

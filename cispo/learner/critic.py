@@ -16,7 +16,7 @@ from cispo.algorithms.losses import value_loss
 from cispo.config import Critic as CriticConfig
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.optim import Optimizer
-from cispo.learner.parallel import join, leave, to_device
+from cispo.learner.parallel import join, leave, release_memory, to_device
 from cispo.policies.base import load_policy
 from cispo.policies.value import ValueModel
 from cispo.types import MicroBatch
@@ -85,6 +85,9 @@ class Critic:
         self.ranks.sum(self.optimizer.gradients())
         norm, taken = self.optimizer.step(lr, max_grad_norm=self.max_grad_norm)
         return CriticResult(loss=total, grad_norm=norm, taken=taken)
+
+    def release_memory(self) -> None:
+        release_memory(self.ranks.device)
 
     def close(self) -> None:
         leave(self.ranks)

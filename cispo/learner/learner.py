@@ -19,11 +19,12 @@ from torch import Tensor
 from cispo.algorithms.objective import Objective
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.optim import Optimizer
-from cispo.learner.parallel import Ranks, join, leave, to_device
+from cispo.learner.parallel import Ranks, host_address, join, leave, release_memory, to_device
 from cispo.ops.logprobs import token_logprobs
 from cispo.policies.base import Policy, PolicyOutput, RouterOutput, load_policy, save_policy
 from cispo.policies.moe import expert_counts, router_aux_loss
 from cispo.types import LossInputs, MicroBatch, UserError
+from cispo.weight_buckets import BucketMessage, Transport, WeightSender
 from cispo.weight_sync import publish_weights
 
 
@@ -72,6 +73,7 @@ class Learner:
         self.policy.gradient_checkpointing = config.gradient_checkpointing
         self.policy.train()
         self.reference: Policy | None = None
+        self._sender: WeightSender | None = None
         if config.router_aux_coef > 0 and self.policy.router_shape == (0, 0):
             raise UserError(f"learner.router_aux_coef {config.router_aux_coef}: the policy has no experts to balance")
         self.reset_optimizer()
@@ -142,6 +144,33 @@ class Learner:
         if self.ranks.rank > 0:
             return None
         return str(publish_weights(self.policy.to_hf(), folder, version))
+
+    @property
+    def sender(self) -> WeightSender:
+        """Buckets of the weights as they are; its buffer is as large as a bucket."""
+        if self._sender is None:
+            self._sender = WeightSender(self.policy.to_hf())
+        return self._sender
+
+    def num_buckets(self) -> int:
+        return len(self.sender.buckets)
+
+    def stage_bucket(self, number: int, transport: Transport, *, check: bool) -> BucketMessage:
+        return self.sender.stage(number, transport, check=check)
+
+    def open_weight_group(self, world: int) -> str:
+        """Opens the group over which the weights go to the engines; returns its address."""
+        return self.sender.open_group(host_address(), world)
+
+    def join_weight_group(self) -> None:
+        self.sender.join_group()
+
+    def broadcast_bucket(self, number: int) -> None:
+        self.sender.broadcast(number)
+
+    def release_memory(self) -> None:
+        """Gives what the allocator keeps back to the device, for engines that wake up."""
+        release_memory(self.ranks.device)
 
     def save(self, folder: str) -> None:
         """Writes the policy in Hugging Face form (rank 0)."""

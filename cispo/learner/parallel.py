@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -66,3 +67,18 @@ def to_device(mb: MicroBatch, device: torch.device) -> MicroBatch:
         return mb
     columns = {field.name: getattr(mb, field.name) for field in fields(mb)}
     return replace(mb, **{k: v.to(device) for k, v in columns.items() if isinstance(v, Tensor)})
+
+
+def host_address() -> str:
+    """This machine's address, as other machines of a cluster reach it; loopback where it has no other."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 1))  # sends nothing: it asks for the route
+            return probe.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+
+
+def release_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

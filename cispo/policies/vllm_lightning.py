@@ -4,10 +4,13 @@
 
 Both conventions come from `LightningConfig`, as in the learner's policy. vLLM sees a hybrid model: a softmax layer owns
 paged keys and values, a lightning layer one [H, D, D] state a sequence. A step of the engine is a flat [T] batch with
-the decodes (one token each) first and the prefills after them.
+the decodes (one token each) first and the prefills after them. A step of decodes alone reads nothing back to the host
+and has shapes that depend on the batch size only, so a CUDA graph can hold it.
 
-The experts are the learner's own `MoE`: vLLM's fused experts are packed when they are loaded on a CPU, and an update
-would silently read as garbage. It is the one module that a fused implementation for CUDA replaces.
+Router and experts are the learner's own `MoE`; in bfloat16 on a GPU, vLLM's fused kernel multiplies with the same two
+weights. vLLM's own layer would pack them when they are loaded, and an update would silently read as garbage.
+
+Tensor parallel: each rank has its share of the heads, of every expert's width and of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,9 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import fused_experts
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -30,7 +38,6 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFuncCalculator,
     MambaStateDtypeCalculator,
-    MambaStateShapeCalculator,
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -40,10 +47,10 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from cispo.ops.lightning import lightning_attention
+from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
 from cispo.policies.layers import SwiGLU
 from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
-from cispo.policies.moe import MoE
+from cispo.policies.moe import MoE, routing_weights
 from cispo.types import UserError
 
 # Recomputed from the config: Hugging Face's buffers, rounded to the checkpoint's dtype, would be worse.
@@ -81,15 +88,17 @@ class LightningAttention(nn.Module, MambaBase):
     def __init__(self, config: LightningConfig, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
         super().__init__()
         self.prefix = prefix
-        self.heads, self.head_dim = config.num_heads, config.head_dim
+        ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        self.heads, self.head_dim = config.num_heads // ranks, config.head_dim
         self.state_dtype = _state_dtype(vllm_config)
         inner = config.num_heads * config.head_dim
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, 3 * inner, bias=False, prefix=f"{prefix}.qkv_proj")
         self.output_gate = ColumnParallelLinear(config.hidden_size, inner, bias=False, prefix=f"{prefix}.output_gate")
         self.out_proj = RowParallelLinear(inner, config.hidden_size, bias=False, prefix=f"{prefix}.out_proj")
-        self.norm = RMSNorm(inner, eps=LIGHTNING_NORM_EPS)
+        norm = RMSNorm if ranks == 1 else ShardedRMSNorm
+        self.norm = norm(inner, eps=LIGHTNING_NORM_EPS)
         # Not a buffer: a buffer would be rounded to the model's dtype.
-        self.slopes = config.slopes(layer).to(self.norm.weight.device)
+        self.slopes = config.slopes(layer).chunk(ranks)[rank].to(self.norm.weight.device)
         self.decay = torch.exp(-self.slopes)[:, None, None]
         layers = vllm_config.compilation_config.static_forward_context
         assert prefix not in layers, f"two layers named {prefix}"
@@ -103,20 +112,43 @@ class LightningAttention(nn.Module, MambaBase):
         return self.state_dtype
 
     def get_state_shape(self) -> tuple[tuple[int, int, int]]:
-        return _state_shape(self.heads, self.head_dim)
+        return ((self.heads, self.head_dim, self.head_dim),)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [T, d] -> [T, d]; rows beyond the scheduled tokens are padding and come out arbitrary."""
         qkv = F.silu(self.qkv_proj(x)[0]).view(-1, self.heads, 3 * self.head_dim)
-        q, k, v = qkv.float().split(self.head_dim, dim=-1)
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        if not x.is_cuda:
+            qkv = qkv.float()
+        q, k, v = qkv.split(self.head_dim, dim=-1)
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, dict):  # None in vLLM's dummy runs, which have no sequences
             batch = metadata[self.prefix]
             assert isinstance(batch, LinearAttentionMetadata)
-            self._attend(q, k, v, batch, out)
+            assert batch.num_decode_tokens == batch.num_decodes, "speculative decoding is not supported"
+            attend = self._attend_by_slot if x.is_cuda else self._attend
+            attend(q, k, v, batch, out)
         out = self.norm(out.view(len(x), -1).to(x.dtype))
         return self.out_proj(torch.sigmoid(self.output_gate(x)[0]) * out)[0]
+
+    def _attend_by_slot(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, out: Tensor) -> None:
+        """The kernels' way: one launch for all decodes, one or two for all prefills, states read and written in place.
+
+        A fresh sequence finds its slot as the last owner left it: its state counts as zero. That includes a prompt of
+        one token, which vLLM counts among the decodes, and the padding of a CUDA graph, which has vLLM's null block.
+        """
+        (cache,) = self.kv_cache
+        decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
+        slots, lengths = batch.state_indices_tensor[:sequences].contiguous(), batch.seq_lens[:sequences]
+        if decodes:
+            part = slice(decodes)
+            fresh = lengths[part] <= 1
+            out[part] = lightning_decode(q[part], k[part], v[part], self.slopes, cache, slots[part], fresh)
+        if batch.num_prefills:
+            part = slice(decodes, decodes + batch.num_prefill_tokens)
+            starts = batch.query_start_loc[decodes : sequences + 1]
+            fresh, bounds = lengths[decodes:] <= starts.diff(), starts - starts[0]
+            out[part] = lightning_prefill(q[part], k[part], v[part], self.slopes, bounds, cache, slots[decodes:], fresh)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, out: Tensor) -> None:
         """Attends over every sequence of the step and leaves the new states in the cache."""
@@ -130,7 +162,6 @@ class LightningAttention(nn.Module, MambaBase):
         fresh = batch.seq_lens[:sequences] <= starts.diff()
         cache.index_fill_(0, slots[fresh], 0)
         if decodes:
-            assert batch.num_decode_tokens == decodes, "speculative decoding is not supported"
             state = cache.index_select(0, slots[:decodes]).float().view(-1, *states.shape[1:])
             out[:decodes] = _decode(q[:decodes], k[:decodes], v[:decodes], self.decay, state)
             cache.index_copy_(0, slots[:decodes], state.to(cache.dtype).flatten(1))
@@ -151,6 +182,30 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> Te
     return torch.bmm(q.flatten(0, 1).unsqueeze(1), state.flatten(0, 1)).view(q.shape)
 
 
+class ShardedRMSNorm(nn.Module):
+    """RMSNorm over all heads where each rank holds some of them: the mean square is that of all ranks."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size // get_tensor_model_parallel_world_size()))
+        set_weight_attrs(self.weight, {"weight_loader": _load_norm_share})
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        square = tensor_model_parallel_all_reduce(wide.square().sum(-1, keepdim=True))
+        return (wide * torch.rsqrt(square / self.size + self.eps) * self.weight.float()).to(x.dtype)
+
+
+def _share(weight: Tensor, dim: int) -> Tensor:
+    """This rank's part of a whole weight."""
+    return weight.chunk(get_tensor_model_parallel_world_size(), dim)[get_tensor_model_parallel_rank()]
+
+
+def _load_norm_share(param: Tensor, loaded_weight: Tensor) -> None:
+    param.data.copy_(_share(loaded_weight, 0))
+
+
 class SoftmaxAttention(nn.Module):
     """Grouped-query attention over vLLM's paged cache; rotary embedding on the first `rotary_dim` of each head."""
 
@@ -160,7 +215,11 @@ class SoftmaxAttention(nn.Module):
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size, head_dim, heads, kv_heads, bias=False, prefix=f"{prefix}.qkv_proj"
         )
-        self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj")
+        self.o_proj = RowParallelLinear(
+            config.num_heads * head_dim, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj"
+        )
+        ranks = get_tensor_model_parallel_world_size()
+        heads, kv_heads = heads // ranks, max(kv_heads // ranks, 1)
         self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         # The table covers what the engine serves, not M1's ten million positions.
         self.rotary_emb = get_rope(
@@ -186,14 +245,26 @@ class SoftmaxAttention(nn.Module):
 
 def _load_expert(param: Tensor, loaded_weight: Tensor, matrix: str | None = None, expert: int | None = None) -> None:
     """Copies one expert's w1, w2 or w3, or all experts at once; vLLM's reloading needs the first name to be `param`."""
-    if expert is None:
-        target = param.data
-    elif matrix == "w2":
+    if expert is not None:
         target = param.data[expert]
+        if matrix == "w2":
+            weight = _share(loaded_weight, 1)
+        else:
+            target, weight = target.chunk(2)[0 if matrix == "w1" else 1], _share(loaded_weight, 0)
+    elif param.shape[1] == loaded_weight.shape[1]:  # down_proj
+        target, weight = param.data, _share(loaded_weight, 2)
     else:
-        target = param.data[expert].chunk(2)[0 if matrix == "w1" else 1]
-    assert target.shape == loaded_weight.shape, f"an expert's {tuple(loaded_weight.shape)} for {tuple(target.shape)}"
-    target.copy_(loaded_weight)
+        target, weight = param.data, torch.cat([_share(half, 1) for half in loaded_weight.chunk(2, 1)], 1)
+    assert target.shape == weight.shape, f"an expert's {tuple(weight.shape)} for {tuple(target.shape)}"
+    target.copy_(weight)
+
+
+def _load_rows(param: Tensor, loaded_weight: Tensor) -> None:
+    param.data.copy_(_share(loaded_weight, 0))
+
+
+def _load_columns(param: Tensor, loaded_weight: Tensor) -> None:
+    param.data.copy_(_share(loaded_weight, 1))
 
 
 class LightningLayer(nn.Module):
@@ -204,12 +275,17 @@ class LightningLayer(nn.Module):
         hidden = config.hidden_size
         attention = LightningAttention if config.lightning_layers[layer] else SoftmaxAttention
         self.self_attn = attention(config, vllm_config, layer, f"{prefix}.self_attn")
-        self.mlp = MoE(hidden, config.intermediate_size, config.num_experts, config.experts_per_token)
+        self.ranks = get_tensor_model_parallel_world_size()
+        width = config.intermediate_size // self.ranks
+        self.mlp = MoE(hidden, width, config.num_experts, config.experts_per_token)
         for parameter in self.mlp.experts.parameters():
             set_weight_attrs(parameter, {"weight_loader": _load_expert})
         self.shared_mlp = self.coefficient = None
         if config.shared_size:
-            self.shared_mlp = SwiGLU(hidden, config.shared_size)
+            self.shared_mlp = SwiGLU(hidden, config.shared_size // self.ranks)
+            for name, parameter in self.shared_mlp.named_parameters():
+                load = _load_columns if name.startswith("down") else _load_rows
+                set_weight_attrs(parameter, {"weight_loader": load})
             self.coefficient = nn.Linear(hidden, 1, bias=False)
         self.input_layernorm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -227,11 +303,17 @@ class LightningLayer(nn.Module):
         return alpha * (normed if self.postnorm else x) + beta * self._experts(normed)
 
     def _experts(self, x: Tensor) -> Tensor:
-        out, _, _ = self.mlp(x)
-        if self.shared_mlp is None or self.coefficient is None:
-            return out
-        share = torch.sigmoid(F.linear(x.float(), self.coefficient.weight.float())).to(x.dtype)
-        return out * (1 - share) + self.shared_mlp(x) * share
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            probs, chosen = self.mlp.gate(x)
+            experts = self.mlp.experts
+            weights = routing_weights(probs, chosen)
+            out = fused_experts(x, experts.gate_up_proj, experts.down_proj, weights, chosen.int())
+        else:
+            out, _, _ = self.mlp(x)
+        if self.shared_mlp is not None and self.coefficient is not None:
+            share = torch.sigmoid(F.linear(x.float(), self.coefficient.weight.float())).to(x.dtype)
+            out = out * (1 - share) + self.shared_mlp(x) * share
+        return out if self.ranks == 1 else tensor_model_parallel_all_reduce(out)
 
 
 class LightningModel(nn.Module):
@@ -259,9 +341,8 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        if get_tensor_model_parallel_world_size() > 1:
-            raise UserError("tensor_parallel above 1 is not supported by the lightning policy")
         config = resolve_config(vllm_config.model_config)
+        _check_shares(config, get_tensor_model_parallel_world_size())
         self.model = LightningModel(config, vllm_config, f"{prefix}.model" if prefix else "model")
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         if config.tie_word_embeddings:
@@ -313,7 +394,8 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int, int]]:
         config = resolve_config(vllm_config.model_config)
-        return _state_shape(config.num_heads, config.head_dim)
+        heads = config.num_heads // vllm_config.parallel_config.tensor_parallel_size
+        return ((heads, config.head_dim, config.head_dim),)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
@@ -326,5 +408,17 @@ def _state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
     )
 
 
-def _state_shape(heads: int, head_dim: int) -> tuple[tuple[int, int, int]]:
-    return MambaStateShapeCalculator.linear_attention_state_shape(num_heads=heads, tp_size=1, head_dim=head_dim)
+def _check_shares(config: LightningConfig, ranks: int) -> None:
+    """Raises UserError where the policy cannot be cut into `ranks` equal parts."""
+    sizes = {
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "shared_intermediate_size": config.shared_size or 0,
+    }
+    for name, size in sizes.items():
+        if size % ranks:
+            raise UserError(f"tensor_parallel {ranks} does not divide the policy's {name} {size}")
+    if config.num_kv_heads % ranks and ranks % config.num_kv_heads:
+        raise UserError(
+            f"tensor_parallel {ranks} and the policy's num_key_value_heads {config.num_kv_heads} do not fit"
+        )

@@ -1,0 +1,156 @@
+"""How an engine of vLLM is configured and built: arguments by device, cache size, our policy and weight transfer.
+
+Imports vLLM when called, which takes about 9 s in a new process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cispo.types import UserError
+from cispo.weight_sync import TRANSFER_BACKEND, register_transfer_backend
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+    from vllm.config import VllmConfig
+
+# Read when vLLM and torch are imported. One process holds the whole engine: the two that vLLM would spawn import it
+# again, 20 s. Without compilation the sampler's helpers start 2 s sooner and run as fast.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
+    """Builds the engine; `memory` is the share of a GPU's memory that its cache may take.
+
+    Raises UserError where vLLM refuses the model or an argument.
+    """
+    import torch._dynamo
+
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    torch._dynamo.config.disable = True  # the environment is read once, perhaps before now
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that a CPU has no Triton
+
+    from vllm import EngineArgs, LLMEngine, ModelRegistry
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    from cispo.policies.vllm_lightning import LightningForCausalLM
+    from cispo.policies.vllm_plugin import ARCHITECTURES, register
+
+    device = current_platform.device_type
+    if device == "cpu" and arguments["tensor_parallel_size"] > 1:
+        raise UserError("tensor_parallel above 1 needs GPUs")
+    register()
+    for architecture in ARCHITECTURES:
+        # The class itself: to look at the lazy one, vLLM starts a process of its own, 8 s on a new machine.
+        ModelRegistry.register_model(architecture, LightningForCausalLM)
+    register_transfer_backend()
+    transfer = WeightTransferConfig(backend=TRANSFER_BACKEND)
+    unknown = arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)}
+    if unknown:
+        raise UserError(f"rollout.engine_args: vLLM's engine has no argument {min(unknown)!r}")
+    by_device = _cuda_arguments(arguments) if device == "cuda" else {"enforce_eager": True}
+    settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **arguments})
+    try:
+        config = settings.create_engine_config()
+    except ValueError as error:
+        raise UserError(f"vLLM refuses {arguments['model']}: {_reason(error)}") from error
+    if device == "cpu":
+        _check_cpu(config)
+    if config.cache_config.kv_cache_memory_bytes is None and "gpu_memory_utilization" not in arguments:
+        config.cache_config.kv_cache_memory_bytes = min(_cache_bytes(config), _free_bytes(device, memory))
+    return LLMEngine.from_vllm_config(config, disable_log_stats=settings.disable_log_stats)
+
+
+def _cuda_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole decode steps as CUDA graphs, captured without compiling, which would take minutes; float32 runs eagerly.
+
+    float32 is for checks: its grouped products read sizes on the host, which a graph cannot hold.
+    """
+    common = {
+        "worker_extension_cls": "cispo.rollout.recorder.RecorderExtension",
+        # The cache has a size of its own, and several engines may start on one GPU at a time.
+        "gpu_memory_utilization": 0.01,
+    }
+    if arguments["dtype"] == "float32":
+        return common | {"enforce_eager": True}
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    sizes = _graph_sizes(arguments["max_num_seqs"])
+    return common | {"compilation_config": graphs | {"cudagraph_capture_sizes": sizes}}
+
+
+def _graph_sizes(sequences: int) -> list[int]:
+    """Batch sizes that get a graph; others are padded to the next, by a quarter at most above 8."""
+    sizes = {1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32), *range(256, 1025, 64)}
+    return sorted({size for size in sizes if size < sequences} | {sequences})
+
+
+def _reason(error: ValueError) -> str:
+    """The first complaint, on one line, with the argument that it is about."""
+    from pydantic import ValidationError
+
+    text = str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        text = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
+    return " ".join(text.split())
+
+
+def _check_cpu(config: VllmConfig) -> None:
+    """UserError where vLLM's attention on a CPU cannot run the model."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    model, sizes = config.model_config, CPUAttentionBackend.get_supported_head_sizes()
+    if not model.use_mla and model.get_head_size() not in sizes:
+        raise UserError(f"head_dim {model.get_head_size()} cannot be sampled on a CPU, which takes one of {sizes}")
+
+
+def _free_bytes(device: str, memory: float) -> int:
+    """What a cache may take: a share of a GPU's memory, a quarter of what is free on a CPU."""
+    import psutil
+
+    if device == "cpu":
+        return psutil.virtual_memory().available // 4
+    return int(torch.cuda.get_device_properties(0).total_memory * memory)
+
+
+def _cache_bytes(config: VllmConfig) -> int:
+    """Memory for `max_num_seqs` sequences of full length.
+
+    A page holds one block of keys and values of a softmax layer, or the state of one sequence in a linear layer, which
+    vLLM pads to whole blocks. Short of pages, vLLM preempts sequences and recomputes them.
+    """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.utils.torch_utils import get_dtype_size
+
+    model, parallel = config.model_config, config.parallel_config
+    softmax = model.get_num_layers_by_block_type(parallel, "attention")
+    linear = model.get_num_layers(parallel) - softmax
+    block = config.cache_config.block_size
+    token_bytes = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * get_dtype_size(model.dtype)
+    if linear:
+        policy: Any = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)[0]
+        shapes = policy.get_mamba_state_shape_from_config(config)
+        dtypes = policy.get_mamba_state_dtype_from_config(config)
+        state = sum(math.prod(s) * get_dtype_size(d) for s, d in zip(shapes, dtypes, strict=True))
+        block *= math.ceil(state / (block * token_bytes))
+        # vLLM puts layers of a kind into groups of one size and pads the last group.
+        group = min(softmax, linear) or linear
+        softmax, linear = (math.ceil(layers / group) * group for layers in (softmax, linear))
+    # With prefix caching a sequence keeps the states of up to three blocks.
+    states = linear * (3 if config.cache_config.enable_prefix_caching else 1)
+    pages = softmax * math.ceil(model.max_model_len / block) + states
+    return (config.scheduler_config.max_num_seqs + 1) * pages * block * token_bytes

@@ -1,0 +1,11 @@
+"""Seeds come from identities, never from the order of calls."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def seed_of(*identity: int | str) -> int:
+    """A seed that depends on what it is for (run seed, purpose, step ...) and never on the order of calls."""
+    text = "/".join(str(part) for part in identity)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())

@@ -1,0 +1,209 @@
+"""Generation: tokens a second with the log-probability of every sampled token, beside plain vLLM.
+
+    python scripts/bench_rollout.py --model FOLDER [--engines 1,2,4] [--sequences 512] [--tokens 512] [--skip-peer]
+    python scripts/bench_rollout.py --hybrid [--context 512,8192]           the 30 M hybrid beside a dense Qwen3
+
+The first form shares `sequences` completions of exactly `tokens` tokens over engines in processes of their own, on one
+GPU or CPU; the peer is `vllm.LLM.generate` with `logprobs=0`, the way TRL samples. The second builds both policies from
+random weights, with as many active parameters a token, and lets one engine decode at each context. bfloat16 on a GPU;
+medians of three calls after one that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cispo.actors import RayRuntime, Seat
+from cispo.policies.base import init_policy, save_policy
+from cispo.rollout.engine import make_engine
+from cispo.types import RepetitionStop, Sampling
+
+PROMPT = 48
+VOCABULARY = 4096
+SHARED = {"vocab_size": VOCABULARY, "hidden_size": 512, "num_attention_heads": 8, "head_dim": 64}
+SHARED |= {"num_hidden_layers": 8, "max_position_embeddings": 16384}
+# A token passes two of eight experts of width 704: as many parameters as one dense layer of width 1408, and the
+# hybrid's lightning layers have a gate more (5 d^2 against 4), which the dense model gets back as width.
+HYBRID = SHARED | {
+    "model_type": "minimax",
+    "num_key_value_heads": 8,
+    "intermediate_size": 704,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+}
+DENSE = SHARED | {"model_type": "qwen3", "num_key_value_heads": 8, "intermediate_size": 1408 + 128}
+
+
+class PlainVLLM:
+    """vLLM as TRL drives it."""
+
+    def __init__(self, model: str, *, dtype: str, max_context: int, max_sequences: int, memory: float) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=model,
+            dtype=dtype,
+            max_model_len=max_context,
+            max_num_seqs=max_sequences,
+            gpu_memory_utilization=memory,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+        )
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> int:
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+
+        params = SamplingParams(max_tokens=sampling.max_tokens, ignore_eos=True, logprobs=0, detokenize=False)
+        inputs: Any = [tokens_input(list(prompt)) for prompt in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    def close(self) -> None:
+        del self.llm
+
+
+def plain_vllm(model: str, **settings: Any) -> PlainVLLM:
+    return PlainVLLM(model, **settings)
+
+
+async def tokens_per_second(
+    build: Callable[..., Any],
+    args: Sequence[Any],
+    engines: int,
+    prompts: int,
+    length: int,
+    tokens: int,
+    decode_only: bool = False,
+    **kwargs: Any,
+) -> float:
+    """Of `engines` actors on one device that share the prompts; `decode_only` takes the prompts' time off."""
+    runtime = RayRuntime(processes=engines)
+    try:
+        gpus = 0.9 / engines if torch.cuda.is_available() else 0
+        share = prompts // engines
+        handles = await asyncio.gather(
+            *(
+                runtime.start(build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), max_sequences=share, **kwargs)
+                for i in range(engines)
+            )
+        )
+        generator = torch.Generator().manual_seed(0)
+        asked = torch.randint(3, 4000, (prompts, length), generator=generator).tolist()
+
+        async def seconds(tokens: int) -> float:
+            sampling = Sampling(max_tokens=tokens, eos_ids=(), repetition=RepetitionStop(run_length=0))
+            times = []
+            for seed in range(4):
+                started = time.perf_counter()
+                parts = (asked[i * share : (i + 1) * share] for i in range(engines))
+                await asyncio.gather(
+                    *(h.call("generate", part, sampling, seed) for h, part in zip(handles, parts, strict=True))
+                )
+                times.append(time.perf_counter() - started)
+            return statistics.median(times[1:])
+
+        if decode_only:
+            return prompts * (tokens - 1) / (await seconds(tokens) - await seconds(1))
+        return prompts * tokens / await seconds(tokens)
+    finally:
+        runtime.close()
+
+
+def ours(
+    model: str, engines: int, prompts: int, length: int, tokens: int, dtype: str, decode_only: bool = False
+) -> float:
+    settings: dict[str, Any] = {"tensor_parallel": 1, "sleeps": False, "engine_args": {}, "memory": 0.6 / engines}
+    context = length + tokens
+    return asyncio.run(
+        tokens_per_second(
+            make_engine,
+            ("vllm", model),
+            engines,
+            prompts,
+            length,
+            tokens,
+            decode_only,
+            dtype=dtype,
+            max_context=context,
+            **settings,
+        )
+    )
+
+
+def peer(model: str, prompts: int, length: int, tokens: int, dtype: str) -> float:
+    context = length + tokens
+    settings: dict[str, Any] = {"dtype": dtype, "max_context": context, "memory": 0.5}
+    return asyncio.run(tokens_per_second(plain_vllm, (model,), 1, prompts, length, tokens, **settings))
+
+
+def against_vllm(arguments: argparse.Namespace, dtype: str) -> None:
+    sequences, tokens = arguments.sequences, arguments.tokens
+    print(f"{arguments.model}: {sequences} completions of {tokens} tokens, {dtype}, log-probability of every token")
+    base = None if arguments.skip_peer else peer(arguments.model, sequences, PROMPT, tokens, dtype)
+    if base:
+        print(f"  vLLM's LLM.generate, logprobs=0     {base:9,.0f} tokens/s", flush=True)
+    for engines in map(int, arguments.engines.split(",")):
+        speed = ours(arguments.model, engines, sequences, PROMPT, tokens, dtype)
+        ratio = f"   {speed / base:.2f} x" if base else ""
+        print(
+            f"  ours, {engines} engine{'s' if engines > 1 else ' '}                     {speed:9,.0f} tokens/s{ratio}",
+            flush=True,
+        )
+
+
+def hybrid_against_dense(arguments: argparse.Namespace, dtype: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"hybrid": HYBRID, "dense": DENSE}
+        for name, config in models.items():
+            policy = init_policy(config, seed=0)
+            total = sum(p.numel() for p in policy.parameters())
+            experts = sum(p.numel() for n, p in policy.named_parameters() if ".experts." in n)
+            active = total - experts * (1 - 2 / 8) - 2 * VOCABULARY * 512
+            print(
+                f"{name}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token beside the vocabulary's"
+            )
+            save_policy(policy, Path(folder) / name)
+        for context in map(int, arguments.context.split(",")):
+            sequences = arguments.sequences if context <= 1024 else arguments.sequences // 8
+            length = max(context - 256, PROMPT) if context > 1024 else PROMPT
+            tokens = context - length
+            speeds = {n: ours(f"{folder}/{n}", 1, sequences, length, tokens, dtype, True) for n in models}
+            print(
+                f"{sequences} sequences, prompt {length}, decoding {tokens} tokens: hybrid {speeds['hybrid']:,.0f}, "
+                f"dense {speeds['dense']:,.0f} tokens/s, {speeds['hybrid'] / speeds['dense']:.2f} x",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a policy")
+    parser.add_argument("--engines", default="1,2,4")
+    parser.add_argument("--sequences", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--skip-peer", action="store_true")
+    parser.add_argument("--hybrid", action="store_true", help="the hybrid beside a dense policy")
+    parser.add_argument("--context", default="512,8192", help="prompt and completion together, with --hybrid")
+    arguments = parser.parse_args()
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    if arguments.hybrid:
+        hybrid_against_dense(arguments, dtype)
+    elif arguments.model:
+        against_vllm(arguments, dtype)
+    else:
+        parser.error("give --model FOLDER or --hybrid")
+
+
+if __name__ == "__main__":
+    main()

@@ -270,6 +270,22 @@ def test_conventions_equal_learner(variant: str, weights: Path, tmp_path: Path) 
         assert difference(engine, second, RAGGED[:12]) <= TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["original", "tied"])
+def test_tensor_parallel_equals_learner(variant: str, weights: Path, tmp_path: Path) -> None:
+    """Two ranks: heads, experts, the shared expert, the output norm and the vocabulary are cut, and updated whole."""
+    changes = VARIANTS["original"] if variant == "original" else {"tie_word_embeddings": True, "num_kv_heads": 1}
+    first, second = (init_policy(lightning(**changes), seed) for seed in range(2))
+    save_policy(first, tmp_path)
+    engine = VLLMEngine(str(tmp_path), dtype="float32", max_context=640, max_sequences=12, tensor_parallel=2, seed=0)
+    try:
+        assert difference(engine, first, RAGGED[:12]) <= TOLERANCE
+        engine.update_weights(str(publish_weights(second.to_hf(), weights, 1)), 1)
+        assert difference(engine, second, RAGGED[:12]) <= TOLERANCE
+    finally:
+        engine.close()
+
+
 def test_fused_expert_names_and_hugging_face_buffers_load(
     tiny: tuple[Path, list[Policy]], weights: Path, tmp_path: Path
 ) -> None:

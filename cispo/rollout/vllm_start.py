@@ -28,6 +28,7 @@ _ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
@@ -38,7 +39,8 @@ def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
     """
     import torch._dynamo
 
-    for name, value in _ENVIRONMENT.items():
+    exact = {"TRITON_F32_DEFAULT": "ieee"} if arguments["dtype"] == "float32" else {}
+    for name, value in (_ENVIRONMENT | exact).items():
         os.environ.setdefault(name, value)
     torch._dynamo.config.disable = True  # the environment is read once, perhaps before now
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that a CPU has no Triton
@@ -51,8 +53,6 @@ def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
     from cispo.policies.vllm_plugin import ARCHITECTURES, register
 
     device = current_platform.device_type
-    if device == "cpu" and arguments["tensor_parallel_size"] > 1:
-        raise UserError("tensor_parallel above 1 needs GPUs")
     register()
     for architecture in ARCHITECTURES:
         # The class itself: to look at the lazy one, vLLM starts a process of its own, 8 s on a new machine.

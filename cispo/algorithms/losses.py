@@ -7,7 +7,7 @@ exactly nothing, even if their values are NaN: they are replaced before any arit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,23 @@ class LossOutput(NamedTuple):
 
 
 LossFn = Callable[..., LossOutput]
+AnyLoss = TypeVar("AnyLoss", bound=LossFn)
+
+_PER_TOKEN: list[LossFn] = []
+
+
+def per_token(loss: AnyLoss) -> AnyLoss:
+    """Declares that a loss takes each token by itself: entry t of all it returns follows from entry t of its inputs.
+
+    The learner then runs it inside the LM head's pass, some rows at a time. A loss that is not declared always sees
+    whole sequences.
+    """
+    _PER_TOKEN.append(loss)
+    return loss
+
+
+def is_per_token(loss: LossFn) -> bool:
+    return any(loss is declared for declared in _PER_TOKEN)
 
 
 def _inputs(x: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,6 +66,7 @@ def _log_ratio(x: LossInputs) -> tuple[Tensor, Tensor]:
     return logprobs, log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
+@per_token
 def cispo(
     x: LossInputs,
     *,
@@ -74,6 +92,7 @@ def cispo(
     return LossOutput(-weight * advantages * logprobs, ratio, weight)
 
 
+@per_token
 def clipped_surrogate(
     x: LossInputs, *, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> LossOutput:
@@ -122,12 +141,14 @@ def ppo_drops(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: 
     return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
 
 
+@per_token
 def policy_gradient(x: LossInputs) -> LossOutput:
     """REINFORCE: -A * logprob, without an importance weight (Williams 1992)."""
     logprobs, ratio, advantages = _inputs(x)
     return LossOutput(-advantages * logprobs, ratio.detach(), x.mask.to(logprobs.dtype))
 
 
+@per_token
 def negative_log_likelihood(x: LossInputs) -> LossOutput:
     """-logprob: supervised fine-tuning as a policy loss with weight 1 and advantage 1."""
     logprobs = torch.where(x.mask, x.logprobs, 0.0)

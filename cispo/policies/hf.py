@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
 
 from cispo.policies.base import PolicyOutput
-from cispo.policies.layers import causal_attention
+from cispo.policies.attention import Documents, causal_attention
 from cispo.types import UserError
 
 ATTENTION = "cispo_packed"
@@ -49,16 +49,16 @@ def _packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form transformers calls: query [1, H, T, D], key and value [1, K, T, D], to [1, T, H, D]."""
     asked = [name for name in _UNSUPPORTED_ATTENTION if kwargs.get(name) is not None]
-    if cu_seq_lens_q is None or asked:
+    if documents is None or asked:
         reason = f"uses {asked[0]}" if asked else "does not pass on where documents start"
         raise UserError(f"{type(module).__name__} cannot run on packed tokens: it {reason}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return causal_attention(q, k, v, cu_seq_lens_q, scaling)[None], None
+    return causal_attention(q, k, v, documents, scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)
@@ -110,12 +110,15 @@ class HFPolicy(nn.Module):
     def router_shape(self) -> tuple[int, int]:
         return 0, 0
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
+    ) -> PolicyOutput:
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `longest` as in `Policy.forward`."""
         if not len(tokens):  # transformers' reshapes refuse an empty row
             return PolicyOutput(tokens[:, None] * self.lm_head_weight[:1])
+        documents = Documents(cu_seqlens, len(tokens), longest)
         output = self.model.base_model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, cu_seq_lens_q=cu_seqlens
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, documents=documents
         )
         return PolicyOutput(output.last_hidden_state[0])
 

@@ -1,5 +1,8 @@
 """AdamW on float32 master weights, and the learning-rate schedule."""
 
+# pyright: reportPrivateImportUsage=false
+# torch has its operations on lists of tensors under names with an underscore, and documents them.
+
 from __future__ import annotations
 
 import math

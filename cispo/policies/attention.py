@@ -1,7 +1,9 @@
-"""Causal softmax attention over packed documents, and what it needs to know of them, worked out once a forward pass.
+"""Causal softmax attention over packed documents, in two forms.
 
-    varlen    flash attention's own form for packed documents: bfloat16 and float16 on a GPU; nothing is padded
+    varlen    flash attention's own for packed documents, nothing padded: bfloat16 and float16 on a GPU
     padded    documents of similar length in one batch, padded on the right: every other device and dtype
+
+What a form needs to know of the documents is worked out once a forward pass, for all layers (`Documents`).
 """
 
 from __future__ import annotations

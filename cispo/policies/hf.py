@@ -26,8 +26,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
 
-from cispo.policies.base import PolicyOutput
 from cispo.policies.attention import Documents, causal_attention
+from cispo.policies.base import PolicyOutput
+from cispo.policies.layers import RMSNorm
 from cispo.types import UserError
 
 ATTENTION = "cispo_packed"
@@ -38,6 +39,7 @@ _CONVOLUTION_KEYS = ("conv_L_cache", "sconv_kernel_size")
 _LOGIT_SCALE_KEYS = (
     "logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier"
 )  # fmt: skip
+_PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
 
@@ -77,6 +79,7 @@ class HFPolicy(nn.Module):
                 _without_dropout(config), dtype=dtype, attn_implementation=ATTENTION
             )
         self.model.tie_weights()
+        _take_own_norms(self.model)
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise UserError(_refusal(config, "its output head is not a plain matrix"))
@@ -149,6 +152,20 @@ class HFPolicy(nn.Module):
                 missing.remove(place)
         if missing:
             raise UserError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
+
+
+def _take_own_norms(model: nn.Module) -> None:
+    """Puts our RMSNorm where the model's is the plain one, on the same weight.
+
+    Theirs is seven operations that keep a float32 copy of the activations for the backward pass.
+    """
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__ in _PLAIN_NORMS:
+                assert isinstance(norm.weight, nn.Parameter)
+                own = RMSNorm(len(norm.weight), vars(norm)["variance_epsilon"])
+                own.weight = norm.weight
+                setattr(parent, name, own)
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> HFPolicy:

@@ -58,7 +58,7 @@ class Experts(nn.Module):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows x [R, d] times their experts' weights [E, n, d], to [R, n]; ends [E] int32: behind each expert's last row."""
+    """Rows x [R, d] times their experts' weights [E, n, d], to [R, n]; ends [E] int32: where each one's rows end."""
     # grouped_mm has no double and wants rows, of the output's gradient too, that are a multiple of 16 bytes.
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype == torch.float64 or not aligned:

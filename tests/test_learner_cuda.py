@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.algorithms.losses import LossOutput, cispo, clipped_surrogate
+from cispo.algorithms.losses import LossOutput, cispo, clipped_surrogate, gspo
 from cispo.algorithms.objective import Objective
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.learner import BatchLoss, Learner
@@ -71,6 +71,8 @@ OBJECTIVES = {
         loss=clipped_surrogate, settings={"clip_low": 0.2, "clip_high": 0.2}, anchor="old", kl_coef=0.1
     ),
 }
+
+GSPO = Objective(loss=gspo, settings={"clip_low": 3e-4, "clip_high": 4e-4}, anchor="old")
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -312,8 +314,8 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_micro_batch_is_queued_without_waiting(folder: Path, objective: str):
+@pytest.mark.parametrize("objective", [*OBJECTIVES.values(), GSPO], ids=[*OBJECTIVES, "gspo"])
+def test_a_micro_batch_is_queued_without_waiting(folder: Path, objective: Objective):
     """Forward, loss, backward and collection of a pack above 4,096 tokens, in bfloat16."""
     learner = Learner(str(folder), LearnerConfig(), dtype="bfloat16", device=GPU)
     (columns,) = pack(samples(500, 40), reduction="token", max_tokens=500, tokens_per_micro_batch=16384)
@@ -325,7 +327,7 @@ def test_a_micro_batch_is_queued_without_waiting(folder: Path, objective: str):
             mb = to_device(columns[0], learner.ranks.device)
             output = learner.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)
             loss, reported = micro_batch_loss(
-                output.hidden, learner.policy.lm_head_weight, mb, OBJECTIVES[objective], temperature=1.0
+                output.hidden, learner.policy.lm_head_weight, mb, objective, temperature=1.0
             )
             loss.backward()
             learner.optimizer.collect()

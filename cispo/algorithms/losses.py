@@ -184,8 +184,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 def sequence_means(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[T]: the mean of x [T] over the unmasked tokens of each token's own sequence."""
+    assert len(cu_seqlens), "there are no sequences here: the loss that asks for them is declared per_token"
     lengths = cu_seqlens.diff().long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+    # Told the size of its output, it does not read the lengths from a GPU.
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=len(x))
     sums = x.new_zeros(len(lengths)).index_add(0, sequence, torch.where(mask, x, 0.0))
     counts = x.new_zeros(len(lengths)).index_add(0, sequence, mask.to(x.dtype))
     return (sums / counts.clamp(min=1))[sequence]

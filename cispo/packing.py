@@ -136,7 +136,9 @@ def _flatten(samples: Sequence[Sample], weights: Sequence[float], places: Sequen
         targets=torch.cat([s.token_ids[1:] for s in samples]),
         positions=torch.cat([torch.arange(int(n)) for n in lengths]),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
+        longest=int(lengths.max()),
         loss_mask=mask,
+        trained=mask.nonzero()[:, 0],
         rollout_logprobs=torch.cat([s.rollout_logprobs[1:] for s in samples]),
         # Passes that only read logprobs or values come before there are advantages.
         advantages=torch.zeros(len(mask)) if advantages is None else advantages,

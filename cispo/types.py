@@ -208,7 +208,8 @@ class MicroBatch:
     The shift is done once, here: position t holds the input `tokens[t]`, the token to predict `targets[t]`, and the
     mask, logprobs, advantage and weight of that *target*.
 
-    Example: the Sample above packs into tokens [4, 5, 9], targets [5, 9, 2], loss_mask [F, T, T], cu_seqlens [0, 3].
+    Example: the Sample above packs into tokens [4, 5, 9], targets [5, 9, 2], loss_mask [F, T, T],
+    trained [1, 2], cu_seqlens [0, 3].
     """
 
     tokens: Tensor
@@ -219,8 +220,12 @@ class MicroBatch:
     """[T] int64, restarting at 0 with each sequence."""
     cu_seqlens: Tensor
     """[S + 1] int32: where each sequence starts; the last is T."""
+    longest: int
+    """Tokens of the longest sequence. Known here, where it costs nothing: a GPU would have to be waited for."""
     loss_mask: Tensor
     """[T] bool."""
+    trained: Tensor
+    """[N] int64: where `loss_mask` is True."""
     rollout_logprobs: Tensor
     """[T] float32."""
     advantages: Tensor
@@ -250,5 +255,6 @@ class LossInputs:
     advantages: Tensor
     mask: Tensor
     cu_seqlens: Tensor
+    """[S + 1]; empty for a loss that is declared `per_token`, which may be given some tokens of a micro-batch only."""
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

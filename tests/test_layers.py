@@ -46,6 +46,7 @@ LAYERS: dict[str, int] = {
     "rollout.drafts": 3,
     "learner.parallel": 3,
     "learner.optim": 3,
+    "learner.loss": 3,
     "policies": 2,
     "algorithms": 2,
     "settings_report": 2,

@@ -81,9 +81,10 @@ def test_grouped_linear_in_bfloat16_and_float32(counts: list[int]) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(sum(counts), 24), torch.randn(4, 40, 24)
     expected = torch.cat([rows @ w.T for rows, w in zip(x.split(counts), weight, strict=True)])
-    actual = grouped_linear(x, weight, torch.tensor(counts))
+    ends = torch.tensor(counts).cumsum(0).int()
+    actual = grouped_linear(x, weight, ends)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    coarse = grouped_linear(x.bfloat16(), weight.bfloat16(), torch.tensor(counts))
+    coarse = grouped_linear(x.bfloat16(), weight.bfloat16(), ends)
     assert coarse.dtype == torch.bfloat16
     # Three roundings to 8 bits of values near 5.
     torch.testing.assert_close(coarse.float(), expected, rtol=0.02, atol=0.1)

@@ -28,6 +28,11 @@ class Correction:
     low: float
     high: float
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the factor of a token follows from that token alone."""
+        return self.kind != "sequence_mask"
+
     def words(self) -> str:
         return {
             "tis": f"policy loss times min(rho, {self.high:g}) (truncated importance sampling)",

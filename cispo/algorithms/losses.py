@@ -7,7 +7,7 @@ exactly nothing, even if their values are NaN: they are replaced before any arit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,23 @@ class LossOutput(NamedTuple):
 
 
 LossFn = Callable[..., LossOutput]
+AnyLoss = TypeVar("AnyLoss", bound=LossFn)
+
+_PER_TOKEN: list[LossFn] = []
+
+
+def per_token(loss: AnyLoss) -> AnyLoss:
+    """Declares that a loss takes each token by itself: entry t of all it returns follows from entry t of its inputs.
+
+    The learner then runs it inside the LM head's pass, some rows at a time. A loss that is not declared always sees
+    whole sequences.
+    """
+    _PER_TOKEN.append(loss)
+    return loss
+
+
+def is_per_token(loss: LossFn) -> bool:
+    return any(loss is declared for declared in _PER_TOKEN)
 
 
 def _inputs(x: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,6 +66,7 @@ def _log_ratio(x: LossInputs) -> tuple[Tensor, Tensor]:
     return logprobs, log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
 
+@per_token
 def cispo(
     x: LossInputs,
     *,
@@ -74,6 +92,7 @@ def cispo(
     return LossOutput(-weight * advantages * logprobs, ratio, weight)
 
 
+@per_token
 def clipped_surrogate(
     x: LossInputs, *, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> LossOutput:
@@ -122,12 +141,14 @@ def ppo_drops(ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: 
     return ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
 
 
+@per_token
 def policy_gradient(x: LossInputs) -> LossOutput:
     """REINFORCE: -A * logprob, without an importance weight (Williams 1992)."""
     logprobs, ratio, advantages = _inputs(x)
     return LossOutput(-advantages * logprobs, ratio.detach(), x.mask.to(logprobs.dtype))
 
 
+@per_token
 def negative_log_likelihood(x: LossInputs) -> LossOutput:
     """-logprob: supervised fine-tuning as a policy loss with weight 1 and advantage 1."""
     logprobs = torch.where(x.mask, x.logprobs, 0.0)
@@ -163,8 +184,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 def sequence_means(x: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[T]: the mean of x [T] over the unmasked tokens of each token's own sequence."""
+    assert len(cu_seqlens), "there are no sequences here: the loss that asks for them is declared per_token"
     lengths = cu_seqlens.diff().long()
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
+    # Told the size of its output, it does not read the lengths from a GPU.
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=len(x))
     sums = x.new_zeros(len(lengths)).index_add(0, sequence, torch.where(mask, x, 0.0))
     counts = x.new_zeros(len(lengths)).index_add(0, sequence, mask.to(x.dtype))
     return (sums / counts.clamp(min=1))[sequence]

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from cispo.algorithms.corrections import Correction, correction_factors
-from cispo.algorithms.losses import Kl, LossFn, LossOutput, kl_estimate
+from cispo.algorithms.losses import Kl, LossFn, LossOutput, is_per_token, kl_estimate
 from cispo.types import LossInputs, UserError
 
 Anchor = Literal["rollout", "old"]
@@ -34,6 +34,11 @@ class Objective:
     kl_coef: float = 0.0
     """Factor of KL(policy || reference) in the loss; 0 is none."""
     correction: Correction | None = None
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token's loss follows from that token alone, as the loss declares (`losses.per_token`)."""
+        return is_per_token(self.loss) and (self.correction is None or self.correction.per_token)
 
     def __call__(self, x: LossInputs) -> LossOutput:
         """Per-token loss; the correction scales the policy loss and not the KL penalty."""

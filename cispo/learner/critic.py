@@ -70,20 +70,22 @@ class Critic:
     def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """V of the state in which each trained token was sampled, [T] a micro-batch, 0 where masked."""
         batches = [to_device(mb, self.ranks.device) for mb in micro_batches]
-        return [torch.where(mb.loss_mask, self._forward(mb), 0.0).cpu() for mb in batches]
+        values = [torch.where(mb.loss_mask, self._forward(mb), 0.0) for mb in batches]
+        return [column.cpu() for column in values]
 
     def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> CriticResult:
         """One optimizer step on this rank's micro-batches; every rank must call it, also with none."""
-        total = 0.0
+        shares = []
         for mb in (to_device(mb, self.ranks.device) for mb in micro_batches):
             assert mb.values is not None and mb.returns is not None, "values and returns are not attached"
             losses = value_loss(self._forward(mb), mb.values, mb.returns, mb.loss_mask, clip=self.config.value_clip)
             loss = (losses * mb.loss_weights).sum()
             loss.backward()
             self.optimizer.collect()
-            total += float(loss.detach())
+            shares.append(loss.detach())
         self.ranks.sum(self.optimizer.gradients())
         norm, taken = self.optimizer.step(lr, max_grad_norm=self.max_grad_norm)
+        total = float(torch.stack(shares).double().sum()) if shares else 0.0
         return CriticResult(loss=total, grad_norm=norm, taken=taken)
 
     def release_memory(self) -> None:
@@ -93,4 +95,4 @@ class Critic:
         leave(self.ranks)
 
     def _forward(self, mb: MicroBatch) -> Tensor:
-        return self.model(mb.tokens, mb.positions, mb.cu_seqlens)
+        return self.model(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)

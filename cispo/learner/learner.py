@@ -11,19 +11,19 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cispo.algorithms.objective import Objective
 from cispo.config import Learner as LearnerConfig
+from cispo.learner.loss import Columns, micro_batch_loss, spread, trained_logprobs
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Ranks, host_address, join, leave, release_memory, to_device
-from cispo.ops.logprobs import token_logprobs
-from cispo.policies.base import Policy, PolicyOutput, RouterOutput, load_policy, save_policy
+from cispo.policies.base import Policy, load_policy, save_policy
 from cispo.policies.moe import expert_counts, router_aux_loss
-from cispo.types import LossInputs, MicroBatch, UserError
+from cispo.types import MicroBatch, UserError
 from cispo.weight_buckets import BucketMessage, Transport, WeightSender
 from cispo.weight_sync import publish_weights
 
@@ -38,6 +38,15 @@ class BatchLoss:
     tokens: Mapping[str, Tensor]
     """[N] over this rank's trained tokens: targets, logprobs, rollout_logprobs, advantages, ratio, weight, entropy,
     old_logprobs where they are attached, and what else the objective reports."""
+
+
+class ExpertLoad(NamedTuple):
+    """How often each expert is chosen over the whole batch."""
+
+    counts: Tensor
+    """[layers, E]."""
+    tokens: float
+    """The tokens that were counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,43 +110,45 @@ class Learner:
         return UpdateResult(batch=batch, grad_norm=norm, taken=taken)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> BatchLoss:
-        """Leaves the gradient of the whole batch, summed over micro-batches and ranks, in the optimizer."""
+        """Leaves the gradient of the whole batch, summed over micro-batches and ranks, in the optimizer.
+
+        Nothing is read from the device before the last micro-batch is queued: a GPU never waits for this loop.
+        """
         batches = [to_device(mb, self.ranks.device) for mb in micro_batches]
-        counts = self._global_expert_counts(batches) if self.config.router_aux_coef > 0 else None
-        total, total_aux, tokens = 0.0, 0.0, []
-        for mb in batches:
-            output, logprobs, entropy = self._forward(self.policy, mb)
-            result = objective(_loss_inputs(mb, logprobs, objective))
-            value = (result.loss * mb.loss_weights).sum()
-            total += float(value.detach())
-            if counts is not None:
-                aux = self._aux_loss(output.router, mb, counts)
-                total_aux += float(aux.detach())
-                value = value + self.config.router_aux_coef * aux
-            value.backward()
-            self.optimizer.collect()
-            columns = {
-                "targets": mb.targets,
-                "logprobs": logprobs.detach(),
-                "rollout_logprobs": mb.rollout_logprobs,
-                "advantages": mb.advantages,
-                "ratio": result.ratio,
-                "weight": result.weight,
-                "entropy": entropy,
-                **({} if mb.old_logprobs is None else {"old_logprobs": mb.old_logprobs}),
-                **result.extra,
-            }
-            tokens.append({name: column[mb.loss_mask].cpu() for name, column in columns.items()})
+        load = self._expert_load(batches) if self.config.router_aux_coef > 0 else None
+        results = [self._backward(mb, objective, load) for mb in batches]
         self.ranks.sum(self.optimizer.gradients())
-        merged = {name: torch.cat([t[name] for t in tokens]) for name in tokens[0]} if tokens else {}
-        return BatchLoss(loss=total, aux_loss=total_aux, tokens=merged)
+        columns = [columns for _, _, columns in results]
+        merged = {name: torch.cat([c[name] for c in columns]).cpu() for name in columns[0]} if columns else {}
+        return BatchLoss(
+            loss=_total([loss for loss, _, _ in results]),
+            aux_loss=_total([aux for _, aux, _ in results if aux is not None]),
+            tokens={**_given(micro_batches), **merged},
+        )
+
+    def _backward(
+        self, mb: MicroBatch, objective: Objective, load: ExpertLoad | None
+    ) -> tuple[Tensor, Tensor | None, Columns]:
+        """One micro-batch's gradients into the optimizer; (loss, balancing loss, columns) on the device."""
+        output = self.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)
+        loss, columns = micro_batch_loss(
+            output.hidden, self.policy.lm_head_weight, mb, objective, temperature=self.temperature
+        )
+        total, aux = loss, None
+        if load is not None:
+            aux = router_aux_loss([r.probs for r in output.router], self._balanced(mb), load.counts, load.tokens)
+            total = loss + self.config.router_aux_coef * aux
+        total.backward()
+        self.optimizer.collect()
+        return loss.detach(), None if aux is None else aux.detach(), columns
 
     @torch.no_grad()
     def logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
         """Log-probability of every trained token by policy or reference, [T] a micro-batch, 0 where masked."""
         policy = self.reference if reference else self.policy
         assert policy is not None, "freeze_reference comes first"
-        return [self._forward(policy, to_device(mb, self.ranks.device))[1].cpu() for mb in micro_batches]
+        batches = [to_device(mb, self.ranks.device) for mb in micro_batches]
+        return [column.cpu() for column in [self._logprobs(policy, mb) for mb in batches]]
 
     def publish(self, folder: str, version: int) -> str | None:
         """Writes the weights where the engines read them; rank 0 returns the path, the others None."""
@@ -180,54 +191,42 @@ class Learner:
     def close(self) -> None:
         leave(self.ranks)
 
-    def _forward(self, policy: Policy, mb: MicroBatch) -> tuple[PolicyOutput, Tensor, Tensor]:
-        """(policy output, logprobs [T], entropy [T]); the LM head runs for trained tokens only."""
-        output = policy(mb.tokens, mb.positions, mb.cu_seqlens)
-        picked, entropies = token_logprobs(
-            output.hidden[mb.loss_mask],
-            policy.lm_head_weight,
-            mb.targets[mb.loss_mask],
-            temperature=self.temperature,
-        )
-        zeros = picked.new_zeros(mb.tokens.shape[0])
-        return output, zeros.masked_scatter(mb.loss_mask, picked), zeros.masked_scatter(mb.loss_mask, entropies)
+    def _logprobs(self, policy: Policy, mb: MicroBatch) -> Tensor:
+        """[T]: 0 where masked."""
+        hidden = policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest).hidden
+        return spread(trained_logprobs(hidden, policy.lm_head_weight, mb, temperature=self.temperature)[0], mb)
 
     def _balanced(self, mb: MicroBatch) -> Tensor:
         """[T] bool: the tokens that the balancing loss counts."""
         return mb.loss_mask if self.config.router_aux_tokens == "completion" else torch.ones_like(mb.loss_mask)
 
     @torch.no_grad()
-    def _global_expert_counts(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """How often each expert is chosen over the whole batch, [layers, E + 1]; the last column is the tokens counted.
+    def _expert_load(self, batches: Sequence[MicroBatch]) -> ExpertLoad:
+        """The load of the whole batch, over all ranks.
 
-        The balancing loss needs the global counts before the first backward pass, hence a forward pass of its own.
+        The balancing loss needs it before the first backward pass, hence a forward pass of its own.
         """
         layers, experts = self.policy.router_shape
         counts = torch.zeros(layers, experts + 1, device=self.ranks.device)
         for mb in batches:
             mask = self._balanced(mb)
-            router = self.policy(mb.tokens, mb.positions, mb.cu_seqlens).router
+            router = self.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest).router
             counts[:, :-1] += torch.stack([expert_counts(r.chosen, mask, experts) for r in router])
             counts[:, -1] += mask.sum()
         self.ranks.sum([counts])
-        return counts
-
-    def _aux_loss(self, router: Sequence[RouterOutput], mb: MicroBatch, counts: Tensor) -> Tensor:
-        """This micro-batch's share of the balancing loss, averaged over the layers."""
-        num_tokens = max(float(counts[0, -1]), 1.0)
-        return router_aux_loss([r.probs for r in router], self._balanced(mb), counts[:, :-1], num_tokens)
+        return ExpertLoad(counts[:, :-1], max(float(counts[0, -1]), 1.0))
 
 
-def _loss_inputs(mb: MicroBatch, logprobs: Tensor, objective: Objective) -> LossInputs:
-    anchor = mb.rollout_logprobs if objective.anchor == "rollout" else mb.old_logprobs
-    assert anchor is not None, "old_logprobs are not attached"
-    return LossInputs(
-        logprobs=logprobs,
-        anchor_logprobs=anchor,
-        rollout_logprobs=mb.rollout_logprobs,
-        advantages=mb.advantages,
-        mask=mb.loss_mask,
-        cu_seqlens=mb.cu_seqlens,
-        old_logprobs=mb.old_logprobs,
-        ref_logprobs=mb.ref_logprobs,
-    )
+def _given(micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    """[N] each: what came with the trained tokens, from where it still lies."""
+    names = ["targets", "rollout_logprobs", "advantages"]
+    if any(mb.old_logprobs is not None for mb in micro_batches):
+        names.append("old_logprobs")
+    if not micro_batches:
+        return {}
+    return {name: torch.cat([getattr(mb, name).index_select(0, mb.trained) for mb in micro_batches]) for name in names}
+
+
+def _total(losses: Sequence[Tensor]) -> float:
+    """The sum of scalars, read from the device at once."""
+    return float(torch.stack(list(losses)).double().sum()) if losses else 0.0

@@ -62,11 +62,12 @@ def leave(ranks: Ranks) -> None:
 
 
 def to_device(mb: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on the device; itself on a CPU."""
+    """The micro-batch with its tensors on the device; itself on a CPU. A GPU gets them without being waited for."""
     if device.type == "cpu":
         return mb
     columns = {field.name: getattr(mb, field.name) for field in fields(mb)}
-    return replace(mb, **{k: v.to(device) for k, v in columns.items() if isinstance(v, Tensor)})
+    moved = {k: v.pin_memory().to(device, non_blocking=True) for k, v in columns.items() if isinstance(v, Tensor)}
+    return replace(mb, **moved)
 
 
 def host_address() -> str:

@@ -124,7 +124,8 @@ class TritonHead:
     def chunk_rows(rows: int, weight: Tensor) -> int:
         """Rows a chunk: as equal as can be, multiples of 128, within the budget."""
         most = max(128, _CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
-        chunks = max(1, triton.cdiv(rows, most))
+        rows = max(1, rows)
+        chunks = triton.cdiv(rows, most)
         return triton.cdiv(triton.cdiv(rows, chunks), 128) * 128
 
     def forward(self, part: slice, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:

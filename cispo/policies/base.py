@@ -69,8 +69,13 @@ class Policy(Protocol):
         """(MoE layers, experts of each); (0, 0) for a dense policy."""
         ...
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32: where each document starts, then T."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
+    ) -> PolicyOutput:
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32: where each document starts, then T.
+
+        `longest` is the length of the longest document; without it, it is read from the device.
+        """
         ...
 
     def to_hf(self) -> dict[str, Tensor]:
@@ -85,7 +90,9 @@ class Policy(Protocol):
         """The config.json that goes with `to_hf`."""
         ...
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput: ...
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
+    ) -> PolicyOutput: ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
 

@@ -26,8 +26,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
 
+from cispo.policies.attention import Documents, causal_attention
 from cispo.policies.base import PolicyOutput
-from cispo.policies.layers import causal_attention
+from cispo.policies.layers import RMSNorm
 from cispo.types import UserError
 
 ATTENTION = "cispo_packed"
@@ -38,6 +39,7 @@ _CONVOLUTION_KEYS = ("conv_L_cache", "sconv_kernel_size")
 _LOGIT_SCALE_KEYS = (
     "logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier"
 )  # fmt: skip
+_PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
 
@@ -49,16 +51,16 @@ def _packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form transformers calls: query [1, H, T, D], key and value [1, K, T, D], to [1, T, H, D]."""
     asked = [name for name in _UNSUPPORTED_ATTENTION if kwargs.get(name) is not None]
-    if cu_seq_lens_q is None or asked:
+    if documents is None or asked:
         reason = f"uses {asked[0]}" if asked else "does not pass on where documents start"
         raise UserError(f"{type(module).__name__} cannot run on packed tokens: it {reason}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return causal_attention(q, k, v, cu_seq_lens_q, scaling)[None], None
+    return causal_attention(q, k, v, documents, scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)
@@ -77,6 +79,7 @@ class HFPolicy(nn.Module):
                 _without_dropout(config), dtype=dtype, attn_implementation=ATTENTION
             )
         self.model.tie_weights()
+        _take_own_norms(self.model)
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise UserError(_refusal(config, "its output head is not a plain matrix"))
@@ -110,12 +113,15 @@ class HFPolicy(nn.Module):
     def router_shape(self) -> tuple[int, int]:
         return 0, 0
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
+    ) -> PolicyOutput:
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `longest` as in `Policy.forward`."""
         if not len(tokens):  # transformers' reshapes refuse an empty row
             return PolicyOutput(tokens[:, None] * self.lm_head_weight[:1])
+        documents = Documents(cu_seqlens, len(tokens), longest)
         output = self.model.base_model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, cu_seq_lens_q=cu_seqlens
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, documents=documents
         )
         return PolicyOutput(output.last_hidden_state[0])
 
@@ -146,6 +152,20 @@ class HFPolicy(nn.Module):
                 missing.remove(place)
         if missing:
             raise UserError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
+
+
+def _take_own_norms(model: nn.Module) -> None:
+    """Puts our RMSNorm where the model's is the plain one, on the same weight.
+
+    Theirs is seven operations that keep a float32 copy of the activations for the backward pass.
+    """
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__ in _PLAIN_NORMS:
+                assert isinstance(norm.weight, nn.Parameter)
+                own = RMSNorm(len(norm.weight), vars(norm)["variance_epsilon"])
+                own.weight = norm.weight
+                setattr(parent, name, own)
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> HFPolicy:

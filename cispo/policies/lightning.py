@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cispo.ops.lightning import lightning_attention
+from cispo.policies.attention import Documents, causal_attention
 from cispo.policies.base import PolicyOutput, RouterOutput
-from cispo.policies.layers import RMSNorm, SwiGLU, apply_rotary, causal_attention, rotary_table
+from cispo.policies.layers import RMSNorm, SwiGLU, apply_rotary, rotary_table
 from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, dump_config
 from cispo.policies.moe import MoE
 from cispo.types import UserError
@@ -45,13 +46,13 @@ class LightningAttention(nn.Module):
         with torch.device("cpu"):  # real values also where the weights are built on the meta device
             self.slopes = config.slopes(layer)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
         if self.slopes.device != x.device:
             self.slopes = self.slopes.to(x.device)
         # Interleaved per head: q, k and v of head 0, then of head 1, ...
         heads = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, 3 * self.head_dim))
         q, k, v = heads.split(self.head_dim, dim=-1)
-        attended, _ = lightning_attention(q, k, v, self.slopes, cu_seqlens)
+        attended, _ = lightning_attention(q, k, v, self.slopes, documents.cu_seqlens)
         return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(attended.flatten(1)))
 
 
@@ -67,9 +68,9 @@ class SoftmaxAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        attended = causal_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, cu_seqlens)
+        attended = causal_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, documents)
         return self.o_proj(attended.flatten(1))
 
 
@@ -90,11 +91,11 @@ class Layer(nn.Module):
         self.attention_factors = config.attention_factors(layer)
         self.mlp_factors = config.mlp_alpha, config.mlp_beta
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, documents: Documents, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, d] to x [T, d] and the router's probs [T, E] and chosen [T, k]."""
         normed = self.input_layernorm(x)
         rotary = () if self.lightning else (cos, sin)
-        x = self._residual(x, normed, self.self_attn(normed, cu_seqlens, *rotary), self.attention_factors)
+        x = self._residual(x, normed, self.self_attn(normed, documents, *rotary), self.attention_factors)
         normed = self.post_attention_layernorm(x)
         branch, probs, chosen = self.mlp(normed)
         if self.shared_mlp is not None and self.coefficient is not None:
@@ -138,17 +139,20 @@ class LightningPolicy(nn.Module):
     def router_shape(self) -> tuple[int, int]:
         return len(self.layers), self.config.num_experts
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
+    ) -> PolicyOutput:
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `longest` as in `Policy.forward`."""
+        documents = Documents(cu_seqlens, len(tokens), longest)
         cos, sin = rotary_table(positions, self.config.rotary_dim, self.config.rope_theta)
         x = self.embed_tokens(tokens)
         router = []
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                outputs = checkpoint(layer, x, cu_seqlens, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                outputs = checkpoint(layer, x, documents, cos, sin, use_reentrant=False, preserve_rng_state=False)
                 assert outputs is not None
             else:
-                outputs = layer(x, cu_seqlens, cos, sin)
+                outputs = layer(x, documents, cos, sin)
             x, probs, chosen = outputs
             router.append(RouterOutput(probs, chosen))
         return PolicyOutput(self.norm(x), tuple(router))

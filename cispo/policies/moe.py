@@ -19,8 +19,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, d] to probs [T, E], at least float32, and chosen [T, k] int64, most probable first."""
-        logits = F.linear(x, self.weight)
-        probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        # The product is float32 too: logits rounded to bfloat16 make ties, and ties are chosen either way.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        probs = F.linear(x.to(wide), self.weight.to(wide)).softmax(-1)
         return probs, probs.topk(self.top_k, dim=-1).indices
 
 
@@ -34,7 +35,10 @@ def routing_weights(probs: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts in two fused weights: gate_up_proj [E, 2I, d], gate first, and down_proj [E, d, I]."""
+    """E SwiGLU experts in two fused weights: gate_up_proj [E, 2I, d], gate first, and down_proj [E, d, I].
+
+    On a GPU in bfloat16 no shape and no launch depends on what is chosen, so that a CUDA graph can hold it.
+    """
 
     def __init__(self, hidden: int, width: int, num_experts: int) -> None:
         super().__init__()
@@ -44,24 +48,23 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum over k of weights[t, k] * expert[chosen[t, k]](x[t]): x [T, d], chosen and weights [T, k], to [T, d]."""
         tokens, k = chosen.shape
-        expert_of_row = chosen.flatten()
-        order = expert_of_row.argsort(stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=x.device)
-        counts = torch.bincount(expert_of_row, minlength=len(self.gate_up_proj))
-        gate, up = grouped_linear(x.index_select(0, order // k), self.gate_up_proj, counts).chunk(2, dim=-1)
-        rows = grouped_linear(F.silu(gate) * up, self.down_proj, counts)
+        expert_of_row, order = chosen.flatten().sort(stable=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        experts = torch.arange(len(self.gate_up_proj), device=x.device)
+        ends = torch.searchsorted(expert_of_row, experts, right=True, out_int32=True)
+        gate, up = grouped_linear(x.index_select(0, order // k), self.gate_up_proj, ends).chunk(2, dim=-1)
+        rows = grouped_linear(F.silu(gate) * up, self.down_proj, ends)
         return (rows.index_select(0, place).view(tokens, k, x.shape[-1]) * weights[..., None]).sum(1).to(x.dtype)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows x [R, d] times their experts' weights [E, n, d], to [R, n]: the first counts[0] rows use expert 0, ..."""
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows x [R, d] times their experts' weights [E, n, d], to [R, n]; ends [E] int32: where each one's rows end."""
     # grouped_mm has no double and wants rows, of the output's gradient too, that are a multiple of 16 bytes.
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
     if x.dtype == torch.float64 or not aligned:
-        groups = x.split(counts.tolist())
+        groups = x.tensor_split(ends[:-1].long().cpu())
         return torch.cat([F.linear(rows, w) for rows, w in zip(groups, weight.unbind(), strict=True)])
-    return F.grouped_mm(x, weight.to(x.dtype).transpose(-1, -2), offs=counts.cumsum(0).int())
+    return F.grouped_mm(x, weight.to(x.dtype).transpose(-1, -2), offs=ends)
 
 
 class MoE(nn.Module):
@@ -83,7 +86,8 @@ def expert_counts(chosen: Tensor, mask: Tensor, num_experts: int) -> Tensor:
 
     Counts add up over micro-batches and ranks.
     """
-    return torch.bincount(chosen[mask].flatten(), minlength=num_experts).float()
+    experts = torch.arange(num_experts, device=chosen.device)
+    return ((chosen[..., None] == experts) & mask[:, None, None]).sum((0, 1)).float()
 
 
 def aux_loss(probs: Tensor, mask: Tensor, counts: Tensor, num_tokens: float) -> Tensor:

@@ -1,0 +1,123 @@
+"""Causal softmax attention over packed documents, in two forms.
+
+    varlen    flash attention's own for packed documents, nothing padded: bfloat16 and float16 on a GPU
+    padded    documents of similar length in one batch, padded on the right: every other device and dtype
+
+What a form needs to know of the documents is worked out once a forward pass, for all layers (`Documents`).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AttentionForm = Literal["varlen", "padded"]
+
+
+class Padding(NamedTuple):
+    """Documents as padded batches."""
+
+    batches: list[Tensor]
+    """[documents, width] int64 each: the token of each place, T behind a document's end."""
+    places: Tensor
+    """[T] int64: where each token is among the rows of all batches."""
+
+
+class Documents:
+    """Where the documents of a pack start: made once for all layers, so that a GPU is asked for lengths once at most.
+
+    cu_seqlens [S + 1] int32, documents may be empty. `longest` saves asking for the longest one's length.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
+        self.cu_seqlens, self.tokens = cu_seqlens, tokens
+        self._longest = longest
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document, or a bound on it."""
+        return int(self.cu_seqlens.diff().max()) if self._longest is None else self._longest
+
+    @cached_property
+    def padding(self) -> Padding:
+        cu_seqlens = self.cu_seqlens.long()
+        lengths, starts = cu_seqlens.diff(), cu_seqlens[:-1]
+        batches = []
+        for documents in _similar_lengths(lengths):
+            steps = torch.arange(int(lengths[documents].max()), device=lengths.device)
+            inside = steps < lengths[documents, None]
+            batches.append(torch.where(inside, starts[documents, None] + steps, self.tokens))
+        owner = torch.cat([batch.flatten() for batch in batches])
+        places = torch.empty(self.tokens + 1, dtype=torch.long, device=owner.device)
+        places[owner] = torch.arange(len(owner), device=owner.device)
+        return Padding(batches, places[: self.tokens])
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    scale: float | None = None,
+    form: AttentionForm | None = None,
+) -> Tensor:
+    """Causal softmax attention inside each document, [T, H, D]; nothing crosses from one document to another.
+
+    q [T, H, D]; k, v [T, K, D] with H a multiple of K (arXiv 2305.13245); scale is 1 / sqrt(D) where None. Tests name
+    the `form`.
+    """
+    if not len(q):
+        return q.new_zeros(*q.shape[:2], v.shape[-1])
+    if (form or _choose_form(q)) == "varlen":
+        # Kernels swap heads and queries where the bound is 1, and then take no empty documents: 2 is a bound as well.
+        longest = max(documents.longest, 2)
+        starts = documents.cu_seqlens
+        # The operation that `torch.nn.attention.varlen` wraps, whose own arguments change from release to release.
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+        )[0]
+    # The causal mask alone keeps padding out, since it is on the right: a row of zeros.
+    q, k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (q, k, v))
+    outputs = []
+    for batch in documents.padding.batches:
+        padded = [x.index_select(0, batch.flatten()).unflatten(0, batch.shape) for x in (q, k, v)]
+        outputs.append(_attend(padded[0], padded[1], padded[2], scale).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, documents.padding.places)
+
+
+def _choose_form(q: Tensor) -> AttentionForm:
+    """varlen where flash attention takes the tensors."""
+    suited = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return "varlen" if suited and _has_flash(q.device) else "padded"
+
+
+@lru_cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _similar_lengths(lengths: Tensor) -> list[Tensor]:
+    """Documents in groups whose lengths are within a factor of two, so that padding at most doubles a group."""
+    groups = []
+    upper = int(lengths.max()) if len(lengths) else 0
+    while upper > 0:
+        group = ((lengths <= upper) & (lengths > upper // 2)).nonzero().squeeze(1)
+        if len(group):
+            groups.append(group)
+        upper //= 2
+    return groups
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of a padded batch, [documents, width, heads, D] in and out."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda:
+        # In float32 no kernel for a GPU groups heads: torch would fall back to holding all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)

@@ -1,0 +1,341 @@
+"""The learner on a GPU against the same learner on a CPU in float32: losses, gradients, columns, steps; no waits.
+
+In float32 a GPU sums in another order (1e-4 of a gradient's norm). In bfloat16 activations are rounded to 8 bits at
+every layer: the bounds are twice what that does to the same policies on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cispo.algorithms.losses import LossOutput, cispo, clipped_surrogate, gspo
+from cispo.algorithms.objective import Objective
+from cispo.config import Learner as LearnerConfig
+from cispo.learner.learner import BatchLoss, Learner
+from cispo.learner.loss import micro_batch_loss
+from cispo.learner.optim import Optimizer
+from cispo.learner.parallel import to_device
+from cispo.packing import pack
+from cispo.policies.attention import Documents, causal_attention
+from cispo.policies.base import init_policy, save_policy
+from cispo.policies.layers import RMSNorm
+from cispo.policies.moe import MoE
+from cispo.types import LossInputs, MicroBatch, Sample
+from tests.tiny_policies import bounds
+
+GPU = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.06,
+}
+HYBRID = {
+    **SHAPE,
+    "model_type": "minimax",
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+CONFIGS = {
+    "hybrid": HYBRID,
+    "qwen3": {**SHAPE, "model_type": "qwen3", "tie_word_embeddings": True},
+    "llama": {**SHAPE, "model_type": "llama", "tie_word_embeddings": False},
+}
+
+
+def whole(x: LossInputs, *, ratio_max: float) -> LossOutput:
+    """CISPO that does not say that it is per token."""
+    return cispo(x, ratio_max=ratio_max)
+
+
+OBJECTIVES = {
+    "fused": Objective(loss=cispo, settings={"ratio_max": 1.5}),
+    "whole": Objective(loss=whole, settings={"ratio_max": 1.5}),
+    "fused, kl": Objective(
+        loss=clipped_surrogate, settings={"clip_low": 0.2, "clip_high": 0.2}, anchor="old", kl_coef=0.1
+    ),
+}
+
+GSPO = Objective(loss=gspo, settings={"clip_low": 3e-4, "clip_high": 4e-4}, anchor="old")
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights that bfloat16 holds exactly, so that only activations are rounded."""
+    made = tmp_path_factory.mktemp("policy")
+    save_policy(init_policy(CONFIGS[request.param], seed=0, dtype=torch.bfloat16), made)
+    return made
+
+
+def samples(longest: int = 150, count: int = 12) -> list[Sample]:
+    """Ragged samples, two of them with a single token to train and one with none."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for number in range(count):
+        length = int(torch.randint(4, longest, (), generator=generator)) if number > 1 else 2
+        mask = torch.arange(length) >= max(1, length // 3)
+        near = torch.where(mask, -5.8 + 0.5 * torch.randn(3, length, generator=generator), torch.nan)
+        made.append(
+            Sample(
+                token_ids=torch.randint(320, (length,), generator=generator),
+                loss_mask=mask if number != 5 else torch.zeros_like(mask),
+                rollout_logprobs=near[0],
+                old_logprobs=near[1],
+                ref_logprobs=near[2],
+                advantages=mask * float(torch.randn((), generator=generator)),
+                group_id=number // 4,
+                index=number % 4,
+            )
+        )
+    return made
+
+
+def micro_batches(budget: int = 300) -> list[MicroBatch]:
+    """Several packs; the last has nothing to train on."""
+    given = samples()
+    (columns,) = pack(given, reduction="prompt", max_tokens=150, tokens_per_micro_batch=budget)
+    (empty,) = pack([given[5]], reduction="prompt", max_tokens=150, tokens_per_micro_batch=budget)
+    assert len(columns) > 2 and not len(empty[0].trained)
+    return [*columns, *empty]
+
+
+def trained(
+    folder: Path, objective: Objective, dtype: Any, device: str, **config: Any
+) -> tuple[BatchLoss, dict[str, Tensor]]:
+    learner = Learner(str(folder), LearnerConfig(**config), dtype=dtype, device=device)
+    batch = learner.forward_backward(micro_batches(), objective)
+    learner.optimizer.gradients()
+    grads = {
+        name: m.grad.cpu()
+        for (name, _), m in zip(learner.policy.named_parameters(), learner.optimizer.masters, strict=True)
+        if m.grad is not None
+    }
+    return batch, grads
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    assert actual.shape == expected.shape and bool(actual.isfinite().all())
+    return float(((actual - expected).norm() / expected.norm().clamp(min=1e-12)).detach())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_learns_what_a_cpu_does(folder: Path, dtype: Any, objective: str):
+    checked_against_cpu(folder, dtype, objective)
+
+
+@pytest.mark.parametrize("config", [{"gradient_checkpointing": True}, {"router_aux_coef": 0.1}], ids=["again", "aux"])
+def test_a_gpu_learns_what_a_cpu_does_with(folder: Path, config: dict[str, Any]):
+    if "router_aux_coef" in config and '"minimax"' not in (folder / "config.json").read_text():
+        pytest.skip("a dense policy has no experts to balance")
+    checked_against_cpu(folder, "float32", "fused", **config)
+
+
+def checked_against_cpu(folder: Path, dtype: Any, objective: str, **config: Any) -> None:
+    expected, grads = trained(folder, OBJECTIVES[objective], "float32", "cpu", **config)
+    batch, actual = trained(folder, OBJECTIVES[objective], dtype, GPU, **config)
+    exact = dtype == "float32"
+    assert batch.loss == pytest.approx(expected.loss, rel=1e-4 if exact else 0.02, abs=1e-5 if exact else 5e-3)
+    assert batch.aux_loss == pytest.approx(expected.aux_loss, rel=1e-4)
+    assert batch.tokens.keys() == expected.tokens.keys()
+    assert all(column.device.type == "cpu" for column in batch.tokens.values())
+    for name in ("targets", "rollout_logprobs", "advantages", "old_logprobs"):
+        assert torch.equal(batch.tokens[name], expected.tokens[name]), name
+    for name in ("logprobs", "entropy"):
+        difference = (batch.tokens[name] - expected.tokens[name]).abs()
+        assert float(difference.max()) <= (1e-4 if exact else 0.12), name
+        assert float(difference.mean()) <= (1e-5 if exact else 0.01), name
+    if exact:
+        # A token at the edge of a clip may fall on either side.
+        for name in batch.tokens.keys() - {"weight"}:
+            assert error(batch.tokens[name].float(), expected.tokens[name].float()) <= 1e-4, name
+    together = error(*(torch.cat([g[name].flatten() for name in grads]) for g in (actual, grads)))
+    assert together <= (1e-4 if exact else 0.04), together
+    for name, gradient in grads.items():
+        # A router's gradient is that of the few tokens near a tie, some of which bfloat16 sends elsewhere.
+        rounded = 0.25 if name.endswith("gate.weight") else 0.05
+        assert error(actual[name], gradient) <= (1e-3 if exact else rounded), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_move_weights_and_masters_alike(folder: Path, dtype: Any):
+    learner = Learner(str(folder), LearnerConfig(), dtype=dtype, device=GPU)
+    before = [p.detach().clone() for p in learner.policy.parameters()]
+    results = [learner.update(micro_batches(), OBJECTIVES["fused"], lr=1e-2) for _ in range(2)]
+    assert all(result.taken and result.grad_norm > 0 for result in results)
+    for parameter, master, old in zip(learner.optimizer.parameters, learner.optimizer.masters, before, strict=True):
+        assert master.dtype == torch.float32 and torch.equal(parameter, master.to(parameter.dtype))
+        assert not torch.equal(parameter, old)
+
+
+def test_the_fused_optimizer_is_the_plain_one():
+    """Gradients from 1e-18, far below bfloat16's eps of 1e-15 beside them, to 1: the same masters within 1e-6."""
+    torch.manual_seed(0)
+    shapes = [(64, 48), (48,), (7,), (130, 3)]
+    weights = [torch.randn(shape).bfloat16() for shape in shapes]
+    steps = [[torch.randn(shape) * 10.0 ** -(6 * n) for n, shape in enumerate(shapes)] for _ in range(4)]
+    masters = []
+    for device in ("cpu", GPU):
+        parameters = [torch.nn.Parameter(w.clone().to(device)) for w in weights]
+        optimizer = Optimizer(parameters, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.1)
+        for gradients in steps:
+            for _ in range(2):
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient.to(device, torch.bfloat16)
+                optimizer.collect()
+            norm, taken = optimizer.step(1e-3, max_grad_norm=1.0)
+            assert taken and norm > 1
+        masters.append([m.detach().cpu() for m in optimizer.masters])
+    for ours, plain in zip(*reversed(masters), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 1, 130, 64, 0, 17], [1, 0, 1, 1], [300]])
+@pytest.mark.parametrize("dim", [64, 32])
+def test_flash_attention_on_documents(lengths: list[int], dim: int):
+    """Grouped heads, empty documents, documents of one token: output and gradients of the padded form in float32."""
+    torch.manual_seed(0)
+    total = sum(lengths)
+    leaves = [torch.randn(total, heads, dim).bfloat16().requires_grad_() for heads in (6, 2, 2)]
+    weight = torch.randn(total, 6, dim)
+    results = []
+    for device, dtype, form in (("cpu", torch.float32, "padded"), (GPU, torch.bfloat16, "varlen")):
+        q, k, v = (leaf.to(device, dtype) for leaf in leaves)
+        documents = Documents(bounds(lengths).to(device), total, max(lengths))
+        output = causal_attention(q, k, v, documents, form=form)  # type: ignore[arg-type]
+        loss = (output.float() * weight.to(device)).sum()
+        results.append([x.float().cpu() for x in (output, *torch.autograd.grad(loss, leaves))])
+    for expected, actual in zip(*results, strict=True):
+        # Of a single key, the gradients of queries and keys are zero.
+        assert float((actual - expected).norm()) <= 0.02 * max(float(expected.norm()), 1.0)
+
+
+def test_padded_attention_in_float32():
+    torch.manual_seed(0)
+    lengths = [5, 0, 1, 130, 64]
+    leaves = [torch.randn(200, heads, 64, requires_grad=True) for heads in (6, 2, 2)]
+    results = []
+    for device in ("cpu", GPU):
+        documents = Documents(bounds(lengths).to(device), 200)
+        output = causal_attention(*(leaf.to(device) for leaf in leaves), documents)  # type: ignore[arg-type]
+        results.append([output.cpu(), *torch.autograd.grad(output.square().sum(), leaves)])
+    for expected, actual in zip(*results, strict=True):
+        assert error(actual, expected) <= 1e-5
+
+
+def test_norm_rounds_once():
+    """bfloat16 in and out, float32 between: what the same norm gives in float32, rounded."""
+    torch.manual_seed(0)
+    norm = RMSNorm(576, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    norm = norm.bfloat16()
+    x = torch.randn(300, 576).bfloat16()
+    expected = F.rms_norm(x.float(), (576,), norm.weight.float(), 1e-5).bfloat16()
+    actual = norm.to(GPU)(x.to(GPU)).cpu()
+    assert float((actual == expected).float().mean()) > 0.99, "only what is halfway between two numbers may differ"
+    torch.testing.assert_close(actual, expected, rtol=0.01, atol=0)
+
+
+def test_experts_fit_into_a_graph():
+    """No shape, launch or wait depends on what is chosen: a captured forward pass is right for other tokens."""
+    torch.manual_seed(0)
+    moe = MoE(128, 96, 8, 2)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    moe = moe.to(GPU, torch.bfloat16).requires_grad_(False)
+    tokens = torch.randn(3, 96, 128, device=GPU, dtype=torch.bfloat16)
+    tokens[2] = tokens[2, 0]  # all of them to the same two experts
+    expected = [moe(x) for x in tokens]
+    place = tokens[0].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        moe(place)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = moe(place)
+    for x, outputs in zip(tokens, expected, strict=True):
+        place.copy_(x)
+        graph.replay()
+        for actual, output in zip(results, outputs, strict=True):
+            assert torch.equal(actual, output)
+
+
+def test_experts_equal_those_of_a_cpu():
+    """bfloat16 against float32 on a CPU with the same choices, gradients included; two experts are idle."""
+    torch.manual_seed(0)
+    moe = MoE(128, 96, 6, 2)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    moe = moe.bfloat16()
+    x = torch.randn(77, 128).bfloat16()
+    chosen = torch.randint(4, (77, 2))
+    weights = torch.rand(77, 2)
+    results = []
+    for device, dtype in (("cpu", torch.float32), (GPU, torch.bfloat16)):
+        moe.zero_grad()
+        copy = MoE(128, 96, 6, 2)
+        copy.load_state_dict(moe.state_dict())
+        copy = copy.to(device, dtype)
+        output = copy.experts(x.to(device, dtype), chosen.to(device), weights.to(device))
+        output.float().square().sum().backward()
+        grads = [p.grad for p in copy.experts.parameters() if p.grad is not None]
+        results.append([y.detach().float().cpu() for y in (output, *grads)])
+    for expected, actual in zip(*results, strict=True):
+        assert error(actual, expected) <= 0.02
+    assert not any(bool(gradient[4:].any()) for gradient in results[1][1:])
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever reads from the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES.values(), GSPO], ids=[*OBJECTIVES, "gspo"])
+def test_a_micro_batch_is_queued_without_waiting(folder: Path, objective: Objective):
+    """Forward, loss, backward and collection of a pack above 4,096 tokens, in bfloat16."""
+    learner = Learner(str(folder), LearnerConfig(), dtype="bfloat16", device=GPU)
+    (columns,) = pack(samples(500, 40), reduction="token", max_tokens=500, tokens_per_micro_batch=16384)
+    assert len(columns[0].tokens) > 4096
+    for attempt in range(2):
+        # The first one compiles kernels and moves the decay slopes.
+        torch.cuda.synchronize()
+        with no_waiting() if attempt else nullcontext():
+            mb = to_device(columns[0], learner.ranks.device)
+            output = learner.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)
+            loss, reported = micro_batch_loss(
+                output.hidden, learner.policy.lm_head_weight, mb, objective, temperature=1.0
+            )
+            loss.backward()
+            learner.optimizer.collect()
+    assert all(bool(column.isfinite().all()) for column in reported.values())
+
+
+def test_logprobs_of_a_gpu(folder: Path):
+    cpu, gpu = (Learner(str(folder), LearnerConfig(), device=device) for device in ("cpu", GPU))
+    for expected, actual in zip(cpu.logprobs(micro_batches()), gpu.logprobs(micro_batches()), strict=True):
+        assert actual.device.type == "cpu" and actual.shape == expected.shape
+        assert float((actual - expected).abs().max()) <= 1e-4

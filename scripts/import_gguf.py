@@ -2,8 +2,8 @@
 
     python scripts/import_gguf.py FILE.gguf FOLDER [float32|bfloat16]
 
-Needs `pip install --no-deps gguf`. The weights are what the file's quantisation left of them: a policy from a 4-bit file
-is a little worse than the original, and no longer 4-bit.
+Needs `pip install --no-deps gguf`. The weights are what the file's quantisation left of them: a policy from a 4-bit
+file is a little worse than the original, and no smaller.
 """
 
 from __future__ import annotations

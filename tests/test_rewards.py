@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cispo.rollout.prompts import load_rows
+from cispo.rollout.prompts import in_split, load_rows
 from cispo.types import UserError
 from rewards import gym, sorting, steps
 from rewards.exact import exact_match
@@ -182,6 +182,21 @@ def test_gym_teacher_errs_as_often_as_it_is_told_to() -> None:
     assert changed == [int(err) for err in errs]
     with pytest.raises(UserError, match="rubiks_cube has no single right answer"):
         list(gym.demonstrations("rubiks_cube", size=1, seed=0))
+
+
+def test_few_shot_solves_training_problems_before_the_question() -> None:
+    sums: dict[str, Any] = {"task": "chain_sum", "size": 100, "seed": 1, "question": "{expression} = ?", "max_terms": 2}
+    rows = list(gym.few_shot(**sums, split="test", shots=2, answer="{expression} = {answer}"))
+    train = {row["expression"] for row in gym.few_shot(**sums, shots=0)}
+    for row in rows:
+        *solved, question = row["messages"]
+        assert question == {"role": "user", "content": f"{row['expression']} = ?"} and row["expression"] not in train
+        assert [message["role"] for message in solved] == ["user", "assistant"] * 2
+        assert solved == rows[0]["messages"][:-1]
+        for asked, answered in zip(solved[::2], solved[1::2], strict=True):
+            left, right = answered["content"].split(" = ")
+            assert asked["content"] == f"{left} = ?" and eval(left) == int(right)
+            assert not in_split(f"State the final answer to the following arithmetic problem: {left} =", "test")
 
 
 # The quickstart's task

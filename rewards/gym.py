@@ -1,4 +1,4 @@
-"""reasoning-gym's own verifiers as a reward, and an imperfect teacher for a warm-up on any of its tasks.
+"""reasoning-gym's own verifiers as a reward, prompts with solved examples, and an imperfect teacher for a warm-up.
 
 The rows come from the source "reasoning_gym:TASK". Beware of the raw scores: in countdown a wrong answer scores 0.05
 and none at all 0.01, and many tasks give partial credit, so that averages of them are not shares of solved problems.
@@ -32,6 +32,31 @@ def score(
         return float(value == 1.0)
     floor = max(_raw_score(verifier, None, item), _raw_score(verifier, "", item))
     return max(0.0, (value - floor) / (1.0 - floor)) if floor < 1.0 else 0.0
+
+
+def few_shot(
+    task: str,
+    size: int,
+    seed: int,
+    question: str = "{question}",
+    answer: str = "{answer}",
+    shots: int = 4,
+    split: str = "train",
+    **params: Any,
+) -> Iterator[dict[str, Any]]:
+    """Rows of a split whose `messages` hold solved training problems before the question.
+
+    They show a weak model the form of an answer, where words alone do not. `question` and `answer` are templates with
+    the columns of "reasoning_gym:TASK". The solved problems are the same for every row and split.
+    """
+    source, key = f"reasoning_gym:{task}", "few_shot"
+    solved = load_rows(source, "train", {"size": shots, "seed": 0, **params}, None, key) if shots else []
+    before: list[dict[str, str]] = []
+    for row in solved:
+        before.append({"role": "user", "content": question.format_map(row)})
+        before.append({"role": "assistant", "content": answer.format_map(row)})
+    for row in load_rows(source, split, {"size": size, "seed": seed, **params}, None, key):
+        yield {**row, "messages": [*before, {"role": "user", "content": question.format_map(row)}]}
 
 
 def demonstrations(task: str, size: int, seed: int, noise: float = 0.7, **params: Any) -> Iterator[dict[str, Any]]:

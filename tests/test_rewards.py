@@ -6,12 +6,13 @@ import math
 import pickle
 import threading
 import time
+from typing import Any
 
 import pytest
 
-from cispo.rollout.prompts import load_rows
+from cispo.rollout.prompts import in_split, load_rows
 from cispo.types import UserError
-from rewards import gym, sorting
+from rewards import gym, sorting, steps
 from rewards.exact import exact_match
 from rewards.format import boxed, boxed_exact, extract_boxed, think_format
 from rewards.math import math_equal
@@ -183,6 +184,21 @@ def test_gym_teacher_errs_as_often_as_it_is_told_to() -> None:
         list(gym.demonstrations("rubiks_cube", size=1, seed=0))
 
 
+def test_few_shot_solves_training_problems_before_the_question() -> None:
+    sums: dict[str, Any] = {"task": "chain_sum", "size": 100, "seed": 1, "question": "{expression} = ?", "max_terms": 2}
+    rows = list(gym.few_shot(**sums, split="test", shots=2, answer="{expression} = {answer}"))
+    train = {row["expression"] for row in gym.few_shot(**sums, shots=0)}
+    for row in rows:
+        *solved, question = row["messages"]
+        assert question == {"role": "user", "content": f"{row['expression']} = ?"} and row["expression"] not in train
+        assert [message["role"] for message in solved] == ["user", "assistant"] * 2
+        assert solved == rows[0]["messages"][:-1]
+        for asked, answered in zip(solved[::2], solved[1::2], strict=True):
+            left, right = answered["content"].split(" = ")
+            assert asked["content"] == f"{left} = ?" and eval(left) == int(right)
+            assert not in_split(f"State the final answer to the following arithmetic problem: {left} =", "test")
+
+
 # The quickstart's task
 
 
@@ -206,3 +222,42 @@ def test_sorting_teacher_errs_as_often_as_it_is_told_to() -> None:
     assert abs(sum(changed) / 5000 - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 5000)
     assert not any(sorting.demonstrations(size=0, seed=1))
     assert all(r["completion"] == a for r, a in zip(sorting.demonstrations(200, 1, noise=0.0), right, strict=False))
+
+
+# Sums, worked out
+
+
+CHAIN: dict[str, Any] = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 2}
+
+
+def test_sums_are_worked_out_line_by_line() -> None:
+    assert steps.worked("36 - 8 + 73") == "36-8=28\n28+73=101"
+    assert steps.worked("1 - 9 - 2") == "1-9=-8\n-8-2=-10"
+    rows = list(steps.problems(size=200, seed=2, **CHAIN))
+    assert rows == list(steps.problems(size=200, seed=2, **CHAIN)) != list(steps.problems(size=200, seed=3, **CHAIN))
+    for row in rows:
+        assert eval(row["prompt"].removesuffix("=")) == int(row["answer"])
+        solution = steps.worked(row["expression"])
+        assert all(eval(left) == int(right) for left, right in (line.split("=") for line in solution.split("\n")))
+        assert len(solution.split("\n")) == 3 and numeric(solution, row["answer"]) == 1.0
+
+
+def test_sums_to_practise_on_and_to_be_tested_on_are_disjoint() -> None:
+    small: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    train = {row["prompt"] for row in steps.problems(size=80, seed=1, **small)}
+    assert train.isdisjoint(row["prompt"] for row in steps.problems(size=80, seed=1, split="test", **small))
+
+
+def test_a_slip_is_one_wrong_digit_that_the_rest_follows() -> None:
+    rows = list(steps.demonstrations(size=3000, seed=1, noise=0.6, **CHAIN))
+    slips = [
+        sum(eval(left) != int(right) for left, right in (line.split("=") for line in row["completion"].split("\n")))
+        for row in rows
+    ]
+    assert set(slips) == {0, 1}
+    # Four standard deviations of a share among 3,000.
+    assert abs(sum(slips) / 3000 - 0.6) < 4 * math.sqrt(0.6 * 0.4 / 3000)
+    for row, slip in zip(rows, slips, strict=True):
+        lines = row["completion"].split("\n")
+        assert all(b.startswith(a.split("=")[1]) for a, b in zip(lines, lines[1:], strict=False))
+        assert numeric(row["completion"], row["answer"]) == 1.0 - slip

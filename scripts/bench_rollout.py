@@ -1,12 +1,12 @@
 """Generation: tokens a second with the log-probability of every sampled token, beside plain vLLM.
 
     python scripts/bench_rollout.py --model FOLDER [--engines 1,2,4] [--sequences 512] [--tokens 512] [--skip-peer]
-    python scripts/bench_rollout.py --hybrid [--context 512,8192]           the 30 M hybrid beside a dense Qwen3
+    python scripts/bench_rollout.py --hybrid [--context 512,8192]           recipes/lightning_30m beside a dense Qwen3
 
 The first form shares `sequences` completions of exactly `tokens` tokens over engines in processes of their own, on one
 GPU or CPU; the peer is `vllm.LLM.generate` with `logprobs=0`, the way TRL samples. The second builds both policies from
-random weights, with as many active parameters a token, and lets one engine decode at each context. bfloat16 on a GPU;
-medians of three calls after one that is not counted.
+random weights, with as many parameters a token, and lets one engine decode up to each context; the time of the prompts
+is taken off. bfloat16 on a GPU; medians of three calls after one that is not counted.
 """
 
 from __future__ import annotations
@@ -23,25 +23,14 @@ from typing import Any
 import torch
 
 from cispo.actors import RayRuntime, Seat
-from cispo.policies.base import init_policy, save_policy
+from cispo.config import load_recipe
+from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.rollout.engine import make_engine
 from cispo.types import RepetitionStop, Sampling
 
 PROMPT = 48
+RECIPE = Path(__file__).parents[1] / "recipes" / "lightning_30m.yaml"
 VOCABULARY = 4096
-SHARED = {"vocab_size": VOCABULARY, "hidden_size": 512, "num_attention_heads": 8, "head_dim": 64}
-SHARED |= {"num_hidden_layers": 8, "max_position_embeddings": 16384}
-# A token passes two of eight experts of width 704: as many parameters as one dense layer of width 1408, and the
-# hybrid's lightning layers have a gate more (5 d^2 against 4), which the dense model gets back as width.
-HYBRID = SHARED | {
-    "model_type": "minimax",
-    "num_key_value_heads": 8,
-    "intermediate_size": 704,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
-}
-DENSE = SHARED | {"model_type": "qwen3", "num_key_value_heads": 8, "intermediate_size": 1408 + 128}
 
 
 class PlainVLLM:
@@ -162,26 +151,60 @@ def against_vllm(arguments: argparse.Namespace, dtype: str) -> None:
         )
 
 
+def hybrid_config() -> dict[str, Any]:
+    """The recipe's policy with room for long contexts; random weights small enough for bfloat16 to follow."""
+    config = load_recipe(RECIPE).policy.config
+    assert config is not None
+    return config | {"vocab_size": VOCABULARY, "max_position_embeddings": 16384, "initializer_range": 0.02}
+
+
+def dense_config(hybrid: dict[str, Any]) -> dict[str, Any]:
+    """A Qwen3 of the same depth and width whose layers have as many parameters as a token passes in the hybrid.
+
+    A lightning layer has a gate beside q, k, v and o; a token passes its top-k experts: the dense layer is that wide.
+    """
+    size, layers = hybrid["hidden_size"], hybrid["num_hidden_layers"]
+    inner = hybrid["num_attention_heads"] * hybrid["head_dim"]
+    gates = hybrid["layer_types"].count("linear_attention") * size * inner
+    experts = hybrid["num_experts_per_tok"] * hybrid["intermediate_size"]
+    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    shape = {key: hybrid[key] for key in (*kept, "max_position_embeddings", "initializer_range")}
+    return shape | {
+        "model_type": "qwen3",
+        "intermediate_size": round((experts + gates / layers / (3 * size)) / 64) * 64,
+    }
+
+
+def active_parameters(policy: Policy, config: dict[str, Any]) -> float:
+    """Parameters of the layers that one token passes."""
+    layers = {name: p.numel() for name, p in policy.named_parameters() if ".layers." in f".{name}"}
+    experts = sum(size for name, size in layers.items() if ".experts." in name)
+    idle = 1 - config.get("num_experts_per_tok", 1) / config.get("num_local_experts", 1)
+    return sum(layers.values()) - experts * idle
+
+
 def hybrid_against_dense(arguments: argparse.Namespace, dtype: str) -> None:
+    hybrid = hybrid_config()
+    models = {"hybrid": hybrid, "dense": dense_config(hybrid)}
     with tempfile.TemporaryDirectory() as folder:
-        models = {"hybrid": HYBRID, "dense": DENSE}
         for name, config in models.items():
             policy = init_policy(config, seed=0)
-            total = sum(p.numel() for p in policy.parameters())
-            experts = sum(p.numel() for n, p in policy.named_parameters() if ".experts." in n)
-            active = total - experts * (1 - 2 / 8) - 2 * VOCABULARY * 512
+            active = active_parameters(policy, config)
             print(
-                f"{name}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active a token beside the vocabulary's"
+                f"{name}: {active / 1e6:.1f} M parameters a token in {config['num_hidden_layers']} layers", flush=True
             )
             save_policy(policy, Path(folder) / name)
         for context in map(int, arguments.context.split(",")):
-            sequences = arguments.sequences if context <= 1024 else arguments.sequences // 8
             length = max(context - 256, PROMPT) if context > 1024 else PROMPT
             tokens = context - length
-            speeds = {n: ours(f"{folder}/{n}", 1, sequences, length, tokens, dtype, True) for n in models}
+            speeds = {
+                name: ours(f"{folder}/{name}", 1, arguments.sequences, length, tokens, dtype, decode_only=True)
+                for name in models
+            }
             print(
-                f"{sequences} sequences, prompt {length}, decoding {tokens} tokens: hybrid {speeds['hybrid']:,.0f}, "
-                f"dense {speeds['dense']:,.0f} tokens/s, {speeds['hybrid'] / speeds['dense']:.2f} x",
+                f"{arguments.sequences} sequences, prompt {length}, decoding {tokens} tokens: "
+                f"hybrid {speeds['hybrid']:,.0f}, dense {speeds['dense']:,.0f} tokens/s, "
+                f"{speeds['hybrid'] / speeds['dense']:.2f} x",
                 flush=True,
             )
 

@@ -41,7 +41,7 @@ class PlainVLLM:
 
         self.llm = LLM(
             model=model,
-            dtype=dtype,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
             max_model_len=max_context,
             max_num_seqs=max_sequences,
             gpu_memory_utilization=memory,

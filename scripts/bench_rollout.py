@@ -197,16 +197,17 @@ def hybrid_against_dense(arguments: argparse.Namespace, dtype: str) -> None:
         for context in map(int, arguments.context.split(",")):
             length = max(context - 256, PROMPT) if context > 1024 else PROMPT
             tokens = context - length
-            speeds = {
-                name: ours(f"{folder}/{name}", 1, arguments.sequences, length, tokens, dtype, decode_only=True)
-                for name in models
-            }
-            print(
-                f"{arguments.sequences} sequences, prompt {length}, decoding {tokens} tokens: "
-                f"hybrid {speeds['hybrid']:,.0f}, dense {speeds['dense']:,.0f} tokens/s, "
-                f"{speeds['hybrid'] / speeds['dense']:.2f} x",
-                flush=True,
-            )
+            for engines in map(int, arguments.engines.split(",")):
+                speeds = {
+                    name: ours(f"{folder}/{name}", engines, arguments.sequences, length, tokens, dtype, True)
+                    for name in models
+                }
+                print(
+                    f"{arguments.sequences} sequences on {engines} engine(s), prompt {length}, decoding {tokens} tokens: "
+                    f"hybrid {speeds['hybrid']:,.0f}, dense {speeds['dense']:,.0f} tokens/s, "
+                    f"{speeds['hybrid'] / speeds['dense']:.2f} x",
+                    flush=True,
+                )
 
 
 def main() -> None:

@@ -73,6 +73,7 @@ ONLY_IN = {
     "vllm": {
         "policies.vllm_lightning",
         "policies.vllm_plugin",
+        "policies.vllm_shares",
         "rollout.vllm_engine",
         "rollout.vllm_start",
         "weight_sync",

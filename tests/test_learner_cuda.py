@@ -169,8 +169,8 @@ def checked_against_cpu(folder: Path, dtype: Any, objective: str, **config: Any)
     together = error(*(torch.cat([g[name].flatten() for name in grads]) for g in (actual, grads)))
     assert together <= (1e-4 if exact else 0.04), together
     for name, gradient in grads.items():
-        # A router's gradient is that of the few tokens near a tie, some of which bfloat16 sends elsewhere.
-        rounded = 0.25 if name.endswith("gate.weight") else 0.05
+        # A router's gradient is that of the few tokens near a tie, some of which bfloat16 sends to other experts.
+        rounded = 0.25 if name.endswith("gate.weight") else 0.1 if ".experts." in name else 0.05
         assert error(actual[name], gradient) <= (1e-3 if exact else rounded), name
 
 

@@ -164,9 +164,9 @@ MODES: dict[str, tuple[dict[str, Any], list[list[int]], str]] = {
     "one_shot": ({"enable_chunked_prefill": False}, RAGGED, ""),
     "chunked": ({"max_num_batched_tokens": 64}, RAGGED, ""),
     "prefix_cache": ({"enable_prefix_caching": True}, SHARED + RAGGED[:12], "hits"),
-    "preempted": ({"num_gpu_blocks_override": 45}, CROSSING + RAGGED[:8], "preemptions"),
+    "preempted": ({"num_gpu_blocks_override": 26}, CROSSING + RAGGED[:8], "preemptions"),
     "prefix_cache_preempted": (
-        {"enable_prefix_caching": True, "num_gpu_blocks_override": 36},
+        {"enable_prefix_caching": True, "num_gpu_blocks_override": 20},
         SHARED + RAGGED[:12],
         "hits and preemptions",
     ),

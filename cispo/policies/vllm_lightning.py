@@ -16,8 +16,9 @@ Tensor parallel: each rank has its share of the heads, of every expert's width a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ from cispo.ops.lightning import lightning_attention, lightning_decode, lightning
 from cispo.policies.layers import SwiGLU
 from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
 from cispo.policies.moe import MoE, routing_weights
+from cispo.policies.vllm_shares import ShardedRMSNorm, check_shares, load_columns, load_expert, load_rows
 from cispo.types import UserError
 
 # Recomputed from the config: Hugging Face's buffers, rounded to the checkpoint's dtype, would be worse.
@@ -82,24 +84,18 @@ def checkpoint_target(name: str) -> tuple[str, tuple[str | int, ...]]:
     return name, ()
 
 
-class LightningAttention(nn.Module, MambaBase):
-    """Lightning attention with its output norm and gate; the state of each sequence lives in vLLM's cache, fp32."""
+class LightningStates(nn.Module, MambaBase):
+    """The states of several lightning layers, [layers, H, D, D] float32 a sequence: to vLLM, one layer of its cache.
 
-    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
+    vLLM sorts layers into groups of one size and one kind, and asks each group's manager about every sequence in every
+    step: with as many holders as softmax layers there are two groups, with one for each lightning layer four or more.
+    """
+
+    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.prefix = prefix
-        ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        self.heads, self.head_dim = config.num_heads // ranks, config.head_dim
         self.state_dtype = _state_dtype(vllm_config)
-        inner = config.num_heads * config.head_dim
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, 3 * inner, bias=False, prefix=f"{prefix}.qkv_proj")
-        self.output_gate = ColumnParallelLinear(config.hidden_size, inner, bias=False, prefix=f"{prefix}.output_gate")
-        self.out_proj = RowParallelLinear(inner, config.hidden_size, bias=False, prefix=f"{prefix}.out_proj")
-        norm = RMSNorm if ranks == 1 else ShardedRMSNorm
-        self.norm = norm(inner, eps=LIGHTNING_NORM_EPS)
-        # Not a buffer: a buffer would be rounded to the model's dtype.
-        self.slopes = config.slopes(layer).chunk(ranks)[rank].to(self.norm.weight.device)
-        self.decay = torch.exp(-self.slopes)[:, None, None]
+        self.state_shape = _state_shape(config, get_tensor_model_parallel_world_size())
         layers = vllm_config.compilation_config.static_forward_context
         assert prefix not in layers, f"two layers named {prefix}"
         layers[prefix] = self
@@ -111,8 +107,41 @@ class LightningAttention(nn.Module, MambaBase):
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return self.state_dtype
 
-    def get_state_shape(self) -> tuple[tuple[int, int, int]]:
-        return ((self.heads, self.head_dim, self.head_dim),)
+    def get_state_shape(self) -> tuple[tuple[int, ...]]:
+        return self.state_shape
+
+    def of(self, place: int) -> Tensor:
+        """The cache of one layer, [slots, H, D, D]: dense but for its first stride."""
+        (states,) = self.kv_cache
+        return states[:, place]
+
+
+def states_per_holder(config: LightningConfig) -> tuple[int, int]:
+    """(holders, lightning layers of each): as many holders as there are softmax layers, or fewer; at least one."""
+    lightning = sum(config.lightning_layers)
+    each = -(-lightning // max(len(config.lightning_layers) - lightning, 1))
+    return -(-lightning // max(each, 1)), each
+
+
+class LightningAttention(nn.Module):
+    """Lightning attention with its output norm and gate; the state of each sequence lives in vLLM's cache, fp32."""
+
+    def __init__(self, config: LightningConfig, layer: int, states: Sequence[LightningStates], prefix: str) -> None:
+        super().__init__()
+        holder, self.place = divmod(sum(config.lightning_layers[:layer]), states_per_holder(config)[1])
+        # In a tuple: the holder is the model's, not a part of this layer.
+        self.holder = (states[holder],)
+        ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        self.heads, self.head_dim = config.num_heads // ranks, config.head_dim
+        inner = config.num_heads * config.head_dim
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, 3 * inner, bias=False, prefix=f"{prefix}.qkv_proj")
+        self.output_gate = ColumnParallelLinear(config.hidden_size, inner, bias=False, prefix=f"{prefix}.output_gate")
+        self.out_proj = RowParallelLinear(inner, config.hidden_size, bias=False, prefix=f"{prefix}.out_proj")
+        norm = RMSNorm if ranks == 1 else ShardedRMSNorm
+        self.norm = norm(inner, eps=LIGHTNING_NORM_EPS)
+        # Not a buffer: a buffer would be rounded to the model's dtype.
+        self.slopes = config.slopes(layer).chunk(ranks)[rank].to(self.norm.weight.device)
+        self.decay = torch.exp(-self.slopes)[:, None, None]
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [T, d] -> [T, d]; rows beyond the scheduled tokens are padding and come out arbitrary."""
@@ -123,21 +152,23 @@ class LightningAttention(nn.Module, MambaBase):
         out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, dict):  # None in vLLM's dummy runs, which have no sequences
-            batch = metadata[self.prefix]
+            (holder,) = self.holder
+            batch = metadata[holder.prefix]
             assert isinstance(batch, LinearAttentionMetadata)
             assert batch.num_decode_tokens == batch.num_decodes, "speculative decoding is not supported"
             attend = self._attend_by_slot if x.is_cuda else self._attend
-            attend(q, k, v, batch, out)
+            attend(q, k, v, batch, holder.of(self.place), out)
         out = self.norm(out.view(len(x), -1).to(x.dtype))
         return self.out_proj(torch.sigmoid(self.output_gate(x)[0]) * out)[0]
 
-    def _attend_by_slot(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, out: Tensor) -> None:
+    def _attend_by_slot(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, cache: Tensor, out: Tensor
+    ) -> None:
         """The kernels' way: one launch for all decodes, one or two for all prefills, states read and written in place.
 
         A fresh sequence finds its slot as the last owner left it: its state counts as zero. That includes a prompt of
         one token, which vLLM counts among the decodes, and the padding of a CUDA graph, which has vLLM's null block.
         """
-        (cache,) = self.kv_cache
         decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
         slots, lengths = batch.state_indices_tensor[:sequences].contiguous(), batch.seq_lens[:sequences]
         if decodes:
@@ -150,9 +181,10 @@ class LightningAttention(nn.Module, MambaBase):
             fresh, bounds = lengths[decodes:] <= starts.diff(), starts - starts[0]
             out[part] = lightning_prefill(q[part], k[part], v[part], self.slopes, bounds, cache, slots[decodes:], fresh)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, out: Tensor) -> None:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, states: Tensor, out: Tensor
+    ) -> None:
         """Attends over every sequence of the step and leaves the new states in the cache."""
-        (states,) = self.kv_cache
         # One row a state: torch copies rows several times faster than [H, D, D] blocks.
         cache = states.view(len(states), -1)
         decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
@@ -182,34 +214,10 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> Te
     return torch.bmm(q.flatten(0, 1).unsqueeze(1), state.flatten(0, 1)).view(q.shape)
 
 
-class ShardedRMSNorm(nn.Module):
-    """RMSNorm over all heads where each rank holds some of them: the mean square is that of all ranks."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.size, self.eps = size, eps
-        self.weight = nn.Parameter(torch.ones(size // get_tensor_model_parallel_world_size()))
-        set_weight_attrs(self.weight, {"weight_loader": _load_norm_share})
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        square = tensor_model_parallel_all_reduce(wide.square().sum(-1, keepdim=True))
-        return (wide * torch.rsqrt(square / self.size + self.eps) * self.weight.float()).to(x.dtype)
-
-
-def _share(weight: Tensor, dim: int) -> Tensor:
-    """This rank's part of a whole weight."""
-    return weight.chunk(get_tensor_model_parallel_world_size(), dim)[get_tensor_model_parallel_rank()]
-
-
-def _load_norm_share(param: Tensor, loaded_weight: Tensor) -> None:
-    param.data.copy_(_share(loaded_weight, 0))
-
-
 class SoftmaxAttention(nn.Module):
     """Grouped-query attention over vLLM's paged cache; rotary embedding on the first `rotary_dim` of each head."""
 
-    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
+    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.qkv_proj = QKVParallelLinear(
@@ -243,48 +251,33 @@ class SoftmaxAttention(nn.Module):
         return self.o_proj(self.attn(q, k, v))[0]
 
 
-def _load_expert(param: Tensor, loaded_weight: Tensor, matrix: str | None = None, expert: int | None = None) -> None:
-    """Copies one expert's w1, w2 or w3, or all experts at once; vLLM's reloading needs the first name to be `param`."""
-    if expert is not None:
-        target = param.data[expert]
-        if matrix == "w2":
-            weight = _share(loaded_weight, 1)
-        else:
-            target, weight = target.chunk(2)[0 if matrix == "w1" else 1], _share(loaded_weight, 0)
-    elif param.shape[1] == loaded_weight.shape[1]:  # down_proj
-        target, weight = param.data, _share(loaded_weight, 2)
-    else:
-        target, weight = param.data, torch.cat([_share(half, 1) for half in loaded_weight.chunk(2, 1)], 1)
-    assert target.shape == weight.shape, f"an expert's {tuple(weight.shape)} for {tuple(target.shape)}"
-    target.copy_(weight)
-
-
-def _load_rows(param: Tensor, loaded_weight: Tensor) -> None:
-    param.data.copy_(_share(loaded_weight, 0))
-
-
-def _load_columns(param: Tensor, loaded_weight: Tensor) -> None:
-    param.data.copy_(_share(loaded_weight, 1))
-
-
 class LightningLayer(nn.Module):
     """Attention and experts with scaled residuals; the residual branches off after the norm (postnorm) or before it."""
 
-    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, layer: int, prefix: str) -> None:
+    def __init__(
+        self,
+        config: LightningConfig,
+        vllm_config: VllmConfig,
+        layer: int,
+        states: Sequence[LightningStates],
+        prefix: str,
+    ) -> None:
         super().__init__()
         hidden = config.hidden_size
-        attention = LightningAttention if config.lightning_layers[layer] else SoftmaxAttention
-        self.self_attn = attention(config, vllm_config, layer, f"{prefix}.self_attn")
+        if config.lightning_layers[layer]:
+            self.self_attn = LightningAttention(config, layer, states, f"{prefix}.self_attn")
+        else:
+            self.self_attn = SoftmaxAttention(config, vllm_config, f"{prefix}.self_attn")
         self.ranks = get_tensor_model_parallel_world_size()
         width = config.intermediate_size // self.ranks
         self.mlp = MoE(hidden, width, config.num_experts, config.experts_per_token)
         for parameter in self.mlp.experts.parameters():
-            set_weight_attrs(parameter, {"weight_loader": _load_expert})
+            set_weight_attrs(parameter, {"weight_loader": load_expert})
         self.shared_mlp = self.coefficient = None
         if config.shared_size:
             self.shared_mlp = SwiGLU(hidden, config.shared_size // self.ranks)
             for name, parameter in self.shared_mlp.named_parameters():
-                load = _load_columns if name.startswith("down") else _load_rows
+                load = load_columns if name.startswith("down") else load_rows
                 set_weight_attrs(parameter, {"weight_loader": load})
             self.coefficient = nn.Linear(hidden, 1, bias=False)
         self.input_layernorm = RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -322,8 +315,14 @@ class LightningModel(nn.Module):
     def __init__(self, config: LightningConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
+        holders, each = states_per_holder(config)
+        lightning = [layer for layer, kind in enumerate(config.lightning_layers) if kind]
+        # Named by the first of its layers: vLLM reads a layer's number from its name.
+        names = [f"{prefix}.layers.{lightning[holder * each]}.states" for holder in range(holders)]
+        self.states = nn.ModuleList(LightningStates(config, vllm_config, name) for name in names)
+        states = cast(Sequence[LightningStates], self.states)
         self.layers = nn.ModuleList(
-            LightningLayer(config, vllm_config, i, f"{prefix}.layers.{i}") for i in range(config.num_layers)
+            LightningLayer(config, vllm_config, i, states, f"{prefix}.layers.{i}") for i in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -342,7 +341,7 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = resolve_config(vllm_config.model_config)
-        _check_shares(config, get_tensor_model_parallel_world_size())
+        check_shares(config, get_tensor_model_parallel_world_size())
         self.model = LightningModel(config, vllm_config, f"{prefix}.model" if prefix else "model")
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         if config.tie_word_embeddings:
@@ -392,10 +391,9 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
         return _state_dtype(vllm_config)
 
     @classmethod
-    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int, int]]:
-        config = resolve_config(vllm_config.model_config)
-        heads = config.num_heads // vllm_config.parallel_config.tensor_parallel_size
-        return ((heads, config.head_dim, config.head_dim),)
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...]]:
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        return _state_shape(resolve_config(vllm_config.model_config), ranks)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
@@ -408,17 +406,5 @@ def _state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
     )
 
 
-def _check_shares(config: LightningConfig, ranks: int) -> None:
-    """Raises UserError where the policy cannot be cut into `ranks` equal parts."""
-    sizes = {
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
-        "shared_intermediate_size": config.shared_size or 0,
-    }
-    for name, size in sizes.items():
-        if size % ranks:
-            raise UserError(f"tensor_parallel {ranks} does not divide the policy's {name} {size}")
-    if config.num_kv_heads % ranks and ranks % config.num_kv_heads:
-        raise UserError(
-            f"tensor_parallel {ranks} and the policy's num_key_value_heads {config.num_kv_heads} do not fit"
-        )
+def _state_shape(config: LightningConfig, ranks: int) -> tuple[tuple[int, ...]]:
+    return ((states_per_holder(config)[1], config.num_heads // ranks, config.head_dim, config.head_dim),)

@@ -136,6 +136,8 @@ def _cache_bytes(config: VllmConfig) -> int:
     from vllm.model_executor.models import ModelRegistry
     from vllm.utils.torch_utils import get_dtype_size
 
+    from cispo.policies.vllm_lightning import LightningForCausalLM, resolve_config, states_per_holder
+
     model, parallel = config.model_config, config.parallel_config
     softmax = model.get_num_layers_by_block_type(parallel, "attention")
     linear = model.get_num_layers(parallel) - softmax
@@ -145,6 +147,8 @@ def _cache_bytes(config: VllmConfig) -> int:
         policy: Any = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)[0]
         shapes = policy.get_mamba_state_shape_from_config(config)
         dtypes = policy.get_mamba_state_dtype_from_config(config)
+        if issubclass(policy, LightningForCausalLM):
+            linear = states_per_holder(resolve_config(model))[0]
         state = sum(math.prod(s) * get_dtype_size(d) for s, d in zip(shapes, dtypes, strict=True))
         block *= math.ceil(state / (block * token_bytes))
         # vLLM puts layers of a kind into groups of one size and pads the last group.

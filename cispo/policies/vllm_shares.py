@@ -1,0 +1,79 @@
+"""Tensor parallelism of the lightning policy in vLLM: which share of each weight a rank has, and a norm over all heads.
+
+Projections and the vocabulary are cut by vLLM's own layers; here is what those do not know: experts by their width, the
+shared expert too, and the norm of a lightning layer, whose mean square is that of every rank's heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.utils import set_weight_attrs
+
+from cispo.policies.lightning_config import LightningConfig
+from cispo.types import UserError
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMSNorm over all heads where each rank holds some of them: the mean square is that of all ranks."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.ones(size // get_tensor_model_parallel_world_size()))
+        set_weight_attrs(self.weight, {"weight_loader": load_rows})
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        square = tensor_model_parallel_all_reduce(wide.square().sum(-1, keepdim=True))
+        return (wide * torch.rsqrt(square / self.size + self.eps) * self.weight.float()).to(x.dtype)
+
+
+def share(weight: Tensor, dim: int) -> Tensor:
+    """This rank's part of a whole weight."""
+    return weight.chunk(get_tensor_model_parallel_world_size(), dim)[get_tensor_model_parallel_rank()]
+
+
+def load_expert(param: Tensor, loaded_weight: Tensor, matrix: str | None = None, expert: int | None = None) -> None:
+    """Copies one expert's w1, w2 or w3, or all experts at once; vLLM's reloading needs the first name to be `param`."""
+    if expert is not None:
+        target = param.data[expert]
+        if matrix == "w2":
+            weight = share(loaded_weight, 1)
+        else:
+            target, weight = target.chunk(2)[0 if matrix == "w1" else 1], share(loaded_weight, 0)
+    elif param.shape[1] == loaded_weight.shape[1]:  # down_proj
+        target, weight = param.data, share(loaded_weight, 2)
+    else:
+        target, weight = param.data, torch.cat([share(half, 1) for half in loaded_weight.chunk(2, 1)], 1)
+    assert target.shape == weight.shape, f"an expert's {tuple(weight.shape)} for {tuple(target.shape)}"
+    target.copy_(weight)
+
+
+def load_rows(param: Tensor, loaded_weight: Tensor) -> None:
+    param.data.copy_(share(loaded_weight, 0))
+
+
+def load_columns(param: Tensor, loaded_weight: Tensor) -> None:
+    param.data.copy_(share(loaded_weight, 1))
+
+
+def check_shares(config: LightningConfig, ranks: int) -> None:
+    """Raises UserError where the policy cannot be cut into `ranks` equal parts."""
+    sizes = {
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.intermediate_size,
+        "shared_intermediate_size": config.shared_size or 0,
+    }
+    for name, size in sizes.items():
+        if size % ranks:
+            raise UserError(f"tensor_parallel {ranks} does not divide the policy's {name} {size}")
+    if config.num_kv_heads % ranks and ranks % config.num_kv_heads:
+        raise UserError(
+            f"tensor_parallel {ranks} and the policy's num_key_value_heads {config.num_kv_heads} do not fit"
+        )

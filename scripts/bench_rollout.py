@@ -203,7 +203,7 @@ def hybrid_against_dense(arguments: argparse.Namespace, dtype: str) -> None:
                     for name in models
                 }
                 print(
-                    f"{arguments.sequences} sequences on {engines} engine(s), prompt {length}, decoding {tokens} tokens: "
+                    f"{arguments.sequences} sequences on {engines} engine(s), prompt {length}, {tokens} tokens each: "
                     f"hybrid {speeds['hybrid']:,.0f}, dense {speeds['dense']:,.0f} tokens/s, "
                     f"{speeds['hybrid'] / speeds['dense']:.2f} x",
                     flush=True,

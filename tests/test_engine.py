@@ -159,6 +159,12 @@ def test_the_context_bounds_a_completion(engine: Engine) -> None:
     assert {c.finish_reason for c in completions} == {FinishReason.LENGTH}
 
 
+def test_a_limit_for_each_completion(engine: Engine) -> None:
+    prompts = [[5] * n for n in (CONTEXT - 7, 3, 3)]
+    completions = engine.generate(prompts, PLAIN, seed=0, limits=[9, 1, 30])
+    assert [len(c.token_ids) for c in completions] == [7, 1, 30]
+
+
 @pytest.mark.parametrize("run_length", [4, 30])
 def test_run_of_near_certain_tokens_ends_a_completion(certain_engine: Engine, run_length: int) -> None:
     rule = RepetitionStop(run_length=run_length, probability=0.99)

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# On a CPU, so few tokens (a decode step) go through all of few experts sooner than they are sorted by expert.
+_FEW_TOKENS = 64
+
 
 class Router(nn.Module):
     """Chooses k experts for each token; `weight` is [E, d]."""
@@ -47,6 +50,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum over k of weights[t, k] * expert[chosen[t, k]](x[t]): x [T, d], chosen and weights [T, k], to [T, d]."""
+        if not x.is_cuda and len(x) <= _FEW_TOKENS and len(self.gate_up_proj) <= 2 * chosen.shape[1]:
+            return self._every_expert(x, chosen, weights)
         tokens, k = chosen.shape
         expert_of_row, order = chosen.flatten().sort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
@@ -55,6 +60,14 @@ class Experts(nn.Module):
         gate, up = grouped_linear(x.index_select(0, order // k), self.gate_up_proj, ends).chunk(2, dim=-1)
         rows = grouped_linear(F.silu(gate) * up, self.down_proj, ends)
         return (rows.index_select(0, place).view(tokens, k, x.shape[-1]) * weights[..., None]).sum(1).to(x.dtype)
+
+    def _every_expert(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The same from two products with all experts, where those not chosen have the weight 0."""
+        tokens, experts = len(x), len(self.gate_up_proj)
+        shares = weights.new_zeros(tokens, experts).scatter_add(1, chosen, weights)
+        gate, up = F.linear(x, self.gate_up_proj.flatten(0, 1)).unflatten(1, (experts, -1)).chunk(2, dim=-1)
+        inner = (F.silu(gate) * up * shares[..., None]).flatten(1).to(x.dtype)
+        return F.linear(inner, self.down_proj.transpose(0, 1).flatten(1))
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

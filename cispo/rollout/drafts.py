@@ -80,14 +80,17 @@ class Draft:
         )
 
 
-def start_drafts(prompts: Sequence[Sequence[int]], sampling: Sampling, max_context: int) -> list[Draft]:
+def start_drafts(
+    prompts: Sequence[Sequence[int]], sampling: Sampling, max_context: int, limits: Sequence[int] | None = None
+) -> list[Draft]:
     """An empty draft a prompt. Raises UserError on a prompt that leaves no room, or a rule that cannot be applied."""
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {index} is empty")
         if len(prompt) >= max_context:
             raise UserError(f"prompt {index} has {len(prompt)} tokens: no room to answer in max_context {max_context}")
-    limits = [min(sampling.max_tokens, max_context - len(prompt)) for prompt in prompts]
+    asked = limits or [sampling.max_tokens] * len(prompts)
+    limits = [min(most, max_context - len(prompt)) for most, prompt in zip(asked, prompts, strict=True)]
     run_length = sampling.repetition.run_length
     if 0 < run_length <= max(limits, default=0) and not _draws_from_the_policy(sampling):
         raise UserError(

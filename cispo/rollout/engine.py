@@ -21,10 +21,13 @@ from cispo.weight_sync import WeightMessage
 class Engine(Protocol):
     """Samples completions from one version of the policy."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
+    ) -> list[Completion]:
         """Samples one completion a prompt, in order; the same batch and seed give the same tokens.
 
-        Raises UserError on a prompt that leaves no room for a token, naming its index.
+        `limits` is the most tokens of each completion, in place of the one number in `sampling`. Raises UserError on
+        a prompt that leaves no room for a token, naming its index.
         """
         ...
 

@@ -28,8 +28,10 @@ class TorchEngine:
     def version(self) -> int:
         return self._version
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        drafts = start_drafts(prompts, sampling, self._max_context)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
+    ) -> list[Completion]:
+        drafts = start_drafts(prompts, sampling, self._max_context, limits)
         with torch.no_grad(), seeded(seed):
             while active := [i for i, draft in enumerate(drafts) if draft.reason is None]:
                 logits = self._logits([[*prompts[i], *drafts[i].tokens] for i in active])

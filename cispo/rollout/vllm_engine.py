@@ -95,8 +95,10 @@ class VLLMEngine:
     def version(self) -> int:
         return self._version
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        drafts = start_drafts(prompts, sampling, self._max_context)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
+    ) -> list[Completion]:
+        drafts = start_drafts(prompts, sampling, self._max_context, limits)
         # Seed the process: on a CPU a per-request seed ends vLLM's engine when a prompt is prefilled in parts.
         with seeded(seed):
             requests = self._add(prompts, drafts, sampling, seed)

@@ -1,0 +1,351 @@
+"""One training step of CISPO beside the same step of TRL's GRPOTrainer(loss_type="cispo"): seconds and their ratio.
+
+    python scripts/bench_step.py [--policies dense,hybrid] [--lengths 32,16-512] [--steps 8]          a CPU, one thread
+    python scripts/bench_step.py --device cuda --model FOLDER --prompts 64 --group 8 --tokens 512     a GPU
+
+Ours is `Controller.step` of a recipe: vLLM samples, reward functions score, the learner updates, the engine gets the
+weights, metrics and samples are logged. Theirs is what `GRPOTrainer.train` does between two steps. Each side lives in a
+process of its own, and both get the same environment, initial weights, prompts, reward and number of tokens. On a CPU
+the sides take turns, step by step; on a GPU one side ends before the other starts, so that each has the card to itself.
+
+Completions have the same lengths on both sides. A policy with random weights would end where it likes, so the end of a
+sequence ends nothing and completion i has `lengths[i]` tokens in every step. Ours: `limits` of `Engine.generate`. TRL
+on a CPU: a logits processor bans the token until the length is reached and forces it there; on a GPU, where TRL samples
+with vLLM too, `ignore_eos`.
+
+Generation includes the update of the engine's weights, learning everything from advantages to the optimizer's step; the
+rest of a step is rewards and logging. The first step warms up and is left out.
+
+TRL is not among the project's dependencies: `pip install --target DIR --no-deps trl==1.16.0`, and DIR on PYTHONPATH.
+Without it, or with --skip-peer, ours is measured alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "recipes" / "tokenizers" / "chars"
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+POLICIES: dict[str, dict[str, Any]] = {
+    "dense": {"model_type": "qwen3", "intermediate_size": 384, "tie_word_embeddings": True, **COMMON},
+    "hybrid": {
+        "model_type": "minimax",
+        "architectures": ["MiniMaxForCausalLM"],
+        "intermediate_size": 96,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "block_size": 64,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        **COMMON,
+    },
+}
+
+
+class Seconds(NamedTuple):
+    """What one step took."""
+
+    step: float
+    generation: float
+    learning: float
+    processor: float
+    """Processor time of the step: what a busy machine does not stretch."""
+
+
+class Clock:
+    """Starts when it is made."""
+
+    def __init__(self) -> None:
+        self.wall, self.processor = time.perf_counter(), time.process_time()
+
+    def read(self, generation: float, learning: float) -> Seconds:
+        step = time.perf_counter() - self.wall
+        return Seconds(step, generation, learning, time.process_time() - self.processor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What both sides are given."""
+
+    model: str
+    """Folder with the first weights and a tokenizer."""
+    device: str
+    prompts: int
+    group: int
+    lengths: tuple[int, ...]
+    """Tokens of each completion of a step, [prompts * group]."""
+    steps: int
+    lr: float
+    folder: str
+    """Where a side may write."""
+    memory: float
+    """Share of a GPU's memory for the engine."""
+    peer_batch: int
+    """Completions of one forward pass of TRL's trainer."""
+
+    @property
+    def context(self) -> int:
+        """Longest prompt, about 14 tokens, and completion."""
+        return max(self.lengths) + 32
+
+
+def problems(size: int) -> list[dict[str, str]]:
+    """Prompts of 9 to 13 characters."""
+    rng = random.Random(0)
+    return [{"prompt": f"count {rng.randint(1, 10 ** rng.randint(1, 5))}: "} for _ in range(size)]
+
+
+def digit_share(completion: str, **_: Any) -> float:
+    """The share of digits: it varies from one random completion to the next."""
+    return sum(c.isdigit() for c in completion) / max(len(completion), 1)
+
+
+# Ours
+
+
+class Limited:
+    """An engine's handle that asks for completions of the given lengths."""
+
+    def __init__(self, engine: Any, lengths: Sequence[int]) -> None:
+        self.engine, self.lengths = engine, lengths
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if method == "generate":
+            kwargs["limits"] = self.lengths
+        return await self.engine.call(method, *args, **kwargs)
+
+
+def recipe_of(job: Job) -> Any:
+    from cispo.config import parse_recipe
+
+    cuda = job.device == "cuda"
+    rollout = {
+        "prompts_per_step": job.prompts,
+        "group_size": job.group,
+        "max_context": job.context,
+        "max_tokens": max(job.lengths),
+        "gpu_memory": job.memory,
+    }
+    return parse_recipe(
+        {
+            "device": job.device,
+            "runtime": "local",
+            "policy": {"model": job.model, "dtype": "bfloat16" if cuda else "float32"},
+            "data": {"source": "bench_step:problems", "args": {"size": 512}},
+            "reward": {"functions": [{"fn": "bench_step:digit_share"}]},
+            "rollout": rollout,
+            "algorithm": {"name": "cispo", "ratio_max": 5.0, "zero_variance": "keep"},
+            "learner": {"lr": job.lr, "tokens_per_micro_batch": 32768 if cuda else 8192},
+        }
+    )
+
+
+def run_ours(job: Job, pipe: Connection) -> None:
+    """Steps of the controller, one for each message."""
+    asyncio.run(_steps(job, pipe))
+
+
+async def _steps(job: Job, pipe: Connection) -> None:
+    from rich.console import Console
+
+    from cispo.assemble import algorithm_of, rewards_of, running_workers, sampling_of
+    from cispo.controller import Controller
+    from cispo.rollout.prompts import PromptSource
+    from cispo.run import load_task
+    from cispo.runfolder import RunLog
+    from cispo.screen import Screen
+
+    recipe = recipe_of(job)
+    task = load_task(recipe)
+    log, rewards = RunLog(Path(job.folder)), rewards_of(recipe, task.prompts)
+    with contextlib.closing(log), contextlib.closing(rewards):
+        async with running_workers(recipe, job.model) as (workers, engines):
+            workers.engines = [Limited(engine, job.lengths) for engine in await engines]
+            controller = Controller(
+                recipe=recipe,
+                algorithm=algorithm_of(recipe),
+                workers=workers,
+                renderer=task.renderer,
+                sampling=replace(sampling_of(recipe, task.renderer), eos_ids=()),
+                rewards=rewards,
+                train_prompts=PromptSource(task.prompts, 0),
+                eval_prompts=[],
+                log=log,
+                screen=Screen(Console(quiet=True)),
+            )
+            await controller.sync_weights()
+            pipe.send("ready")
+            for step in range(1, job.steps + 1):
+                pipe.recv()
+                clock = Clock()
+                metrics = await controller.step(step)
+                log.metrics(step, metrics)
+                generation = metrics["time/rollout"] - metrics["time/reward"] + metrics["time/sync"]
+                pipe.send(clock.read(generation, metrics["time/learn"]))
+
+
+# Both sides
+
+
+Side = Callable[[Job, Connection], None]
+
+
+class Contestant:
+    """One side in a process of its own."""
+
+    def __init__(self, run: Side, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=run, args=(job, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.pipe.recv()
+
+    def step(self) -> Seconds:
+        self.pipe.send("go")
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.process.join()
+
+
+def measure(sides: dict[str, Side], job: Job) -> dict[str, list[Seconds]]:
+    """Every side's steps but the first: in turns on a CPU, one side after the other on a GPU."""
+    turns = [[name] for name in sides] if job.device == "cuda" else [list(sides)]
+    seconds: dict[str, list[Seconds]] = {name: [] for name in sides}
+    for names in turns:
+        running = {}
+        for name in names:
+            folder = tempfile.mkdtemp(dir=job.folder)
+            running[name] = Contestant(sides[name], replace(job, folder=folder))
+        for _ in range(job.steps):
+            for name, side in running.items():
+                seconds[name].append(side.step())
+        for side in running.values():
+            side.close()
+    return {name: steps[1:] for name, steps in seconds.items()}
+
+
+def report(title: str, seconds: dict[str, list[Seconds]]) -> None:
+    """A row for each part of a step: median and minimum of both sides, and their ratios."""
+    print(f"\n{title}")
+    heads = "".join(f"{name:>20}" for name in seconds) + ("      ratio" if len(seconds) > 1 else "")
+    print(f"{'seconds: median, min':<22}{heads}", flush=True)
+    parts: dict[str, Callable[[Seconds], float]] = {
+        "step": lambda s: s.step,
+        "step, processor time": lambda s: s.processor,
+        "generation": lambda s: s.generation,
+        "learning": lambda s: s.learning,
+        "rest": lambda s: s.step - s.generation - s.learning,
+    }
+    for part, pick in parts.items():
+        values = [[pick(s) for s in steps] for steps in seconds.values()]
+        figures = [(statistics.median(v), min(v)) for v in values]
+        cells = "".join(f"{median:>12.3f}{least:>8.3f}" for median, least in figures)
+        if len(figures) == 2:
+            cells += "".join(f"{a / b:>7.2f}" for a, b in zip(*figures, strict=True))
+        print(f"{part:<22}{cells}", flush=True)
+
+
+def lengths_of(text: str, count: int) -> tuple[int, ...]:
+    """`count` lengths: all alike for "32", uniform at random for "16-512"."""
+    low, _, high = text.partition("-")
+    rng = random.Random(0)
+    return tuple(rng.randint(int(low), int(high or low)) for _ in range(count))
+
+
+def prepare_model(source: Path | None, config: dict[str, Any], folder: Path) -> Path:
+    """The source, or a copy that has what it lacks: random weights, and a tokenizer of one token a character."""
+    from cispo.policies.base import init_policy, save_policy
+
+    if source is None or not any(source.glob("*.safetensors")):
+        if source is not None:
+            config = json.loads((source / "config.json").read_text())
+        save_policy(init_policy(config, seed=0), folder)
+        tokenizer = source if source is not None and (source / "tokenizer.json").exists() else TOKENIZER
+        for file in tokenizer.glob("*token*"):
+            shutil.copy(file, folder)
+        return folder
+    return source
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--policies", default="dense,hybrid", help="tiny policies; --model wins")
+    parser.add_argument("--model", type=Path, help="a policy's folder; without weights in it they are random")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--lengths", default="32,16-512", help="tokens of the completions; one table each")
+    parser.add_argument("--tokens", help="the same, for one table")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps")
+    parser.add_argument("--lr", type=float, help="learning rate: 1e-3, with --model 1e-6")
+    parser.add_argument("--memory", type=float, default=0.3, help="share of a GPU's memory for each side's engine")
+    parser.add_argument("--peer-batch", type=int, help="completions of a forward pass of TRL (all of them; on a GPU 8)")
+    parser.add_argument("--skip-peer", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    from cispo.actors import _CPU_ENV
+
+    args = arguments()
+    sides: dict[str, Side] = {"ours": run_ours}
+    if not args.skip_peer and importlib.util.find_spec("trl") is None:
+        print("trl is not installed (see --help), so ours is measured alone.")
+    elif not args.skip_peer:
+        from bench_step_trl import run_peer
+
+        sides["TRL"] = run_peer
+    if args.device == "cpu":
+        os.environ.update(_CPU_ENV)  # both sides inherit it
+    count = args.prompts * args.group
+    for name in [str(args.model)] if args.model else args.policies.split(","):
+        for lengths in [args.tokens] if args.tokens else args.lengths.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                model = prepare_model(args.model, POLICIES.get(name, {}), Path(folder) / "model")
+                job = Job(
+                    model=str(model),
+                    device=args.device,
+                    prompts=args.prompts,
+                    group=args.group,
+                    lengths=lengths_of(lengths, count),
+                    steps=args.steps + 1,
+                    lr=args.lr or (1e-6 if args.model else 1e-3),
+                    folder=folder,
+                    memory=args.memory,
+                    peer_batch=args.peer_batch or (8 if args.device == "cuda" else count),
+                )
+                report(f"{name}, {count} completions of {lengths} tokens", measure(sides, job))
+
+
+if __name__ == "__main__":
+    main()

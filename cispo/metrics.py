@@ -53,14 +53,15 @@ def importance_metrics(tokens: Mapping[str, Tensor], would_drop: Mapping[str, Te
 def mismatch_metrics(learner: Tensor, engine: Tensor) -> dict[str, float]:
     """How far the learner's log-probabilities are from the engine's for the same policy and tokens, [N] each.
 
-    k1 and k3 estimate KL(engine || learner) (k3 = r - 1 - log r with r = learner / engine), prob_pearson correlates the
-    probabilities, token_mult_prob_error is the mean of exp(|difference|).
+    logprob_mean and logprob_max are of |difference|, token_mult_prob_error is the mean of its exponential. k1 and k3
+    estimate KL(engine || learner) (k3 = r - 1 - log r with r = learner / engine), prob_pearson correlates probabilities.
     """
     learner, engine = learner.double(), engine.double()
     gap = learner - engine
     return {
         "mismatch/kl_k1": float(-gap.mean()),
         "mismatch/kl_k3": float((gap.exp() - 1 - gap).mean()),
+        "mismatch/logprob_mean": float(gap.abs().mean()),
         "mismatch/logprob_max": float(gap.abs().max()),
         "mismatch/prob_pearson": _pearson(learner.exp(), engine.exp()),
         "mismatch/token_mult_prob_error": float(gap.abs().exp().mean()),

@@ -27,12 +27,15 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import random
 import shutil
 import statistics
+import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +81,10 @@ class Seconds(NamedTuple):
     learning: float
     processor: float
     """Processor time of the step: what a busy machine does not stretch."""
+    sync: float = math.nan
+    """Of the generation, putting the weights into the engines; TRL does not tell."""
+    mismatch: float = math.nan
+    """Mean |sampler - learner| log-probability of the sampled tokens; on a CPU, TRL does not tell."""
 
 
 class Clock:
@@ -110,6 +117,8 @@ class Job:
     """Share of a GPU's memory for the engine."""
     peer_batch: int
     """Completions of one forward pass of TRL's trainer."""
+    engines: int
+    """Ours, on a GPU; each a process beside the learner's."""
 
     @property
     def context(self) -> int:
@@ -153,17 +162,19 @@ def recipe_of(job: Job) -> Any:
         "max_context": job.context,
         "max_tokens": max(job.lengths),
         "gpu_memory": job.memory,
+        "engines": job.engines if cuda else 1,
+        "placement": "split",
     }
     return parse_recipe(
         {
             "device": job.device,
-            "runtime": "local",
+            "runtime": "ray" if cuda else "local",
             "policy": {"model": job.model, "dtype": "bfloat16" if cuda else "float32"},
             "data": {"source": "bench_step:problems", "args": {"size": 512}},
             "reward": {"functions": [{"fn": "bench_step:digit_share"}]},
             "rollout": rollout,
             "algorithm": {"name": "cispo", "ratio_max": 5.0, "zero_variance": "keep"},
-            "learner": {"lr": job.lr, "tokens_per_micro_batch": 32768 if cuda else 8192},
+            "learner": {"lr": job.lr, "tokens_per_micro_batch": 16384 if cuda else 8192},
         }
     )
 
@@ -188,7 +199,9 @@ async def _steps(job: Job, pipe: Connection) -> None:
     log, rewards = RunLog(Path(job.folder)), rewards_of(recipe, task.prompts)
     with contextlib.closing(log), contextlib.closing(rewards):
         async with running_workers(recipe, job.model) as (workers, engines):
-            workers.engines = [Limited(engine, job.lengths) for engine in await engines]
+            workers.engines = await engines
+            if job.device == "cpu":
+                workers.engines = [Limited(engine, job.lengths) for engine in workers.engines]
             controller = Controller(
                 recipe=recipe,
                 algorithm=algorithm_of(recipe),
@@ -209,7 +222,9 @@ async def _steps(job: Job, pipe: Connection) -> None:
                 metrics = await controller.step(step)
                 log.metrics(step, metrics)
                 generation = metrics["time/rollout"] - metrics["time/reward"] + metrics["time/sync"]
-                pipe.send(clock.read(generation, metrics["time/learn"]))
+                seconds = clock.read(generation, metrics["time/learn"])
+                sync, mismatch = metrics["time/sync"], metrics["mismatch/logprob_mean"]
+                pipe.send(seconds._replace(sync=sync, mismatch=mismatch))
 
 
 # Both sides
@@ -237,6 +252,29 @@ class Contestant:
         self.process.join()
 
 
+class MemoryWatch:
+    """The most memory that a GPU was seen to give out, asked every fifth of a second."""
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not self._stop.wait(0.2):
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            self.peak = max(self.peak, float(done.stdout.split()[0]) / 1024)
+
+
 def measure(sides: dict[str, Side], job: Job) -> dict[str, list[Seconds]]:
     """Every side's steps but the first: in turns on a CPU, one side after the other on a GPU."""
     turns = [[name] for name in sides] if job.device == "cuda" else [list(sides)]
@@ -246,9 +284,12 @@ def measure(sides: dict[str, Side], job: Job) -> dict[str, list[Seconds]]:
         for name in names:
             folder = tempfile.mkdtemp(dir=job.folder)
             running[name] = Contestant(sides[name], replace(job, folder=folder))
-        for _ in range(job.steps):
-            for name, side in running.items():
-                seconds[name].append(side.step())
+        with MemoryWatch() if job.device == "cuda" else contextlib.nullcontext() as watch:
+            for _ in range(job.steps):
+                for name, side in running.items():
+                    seconds[name].append(side.step())
+        if watch is not None:
+            print(f"{names[0]}: {watch.peak:.1f} GiB of the GPU in use at most", flush=True)
         for side in running.values():
             side.close()
     return {name: steps[1:] for name, steps in seconds.items()}
@@ -265,6 +306,7 @@ def report(title: str, seconds: dict[str, list[Seconds]]) -> None:
         "generation": lambda s: s.generation,
         "learning": lambda s: s.learning,
         "rest": lambda s: s.step - s.generation - s.learning,
+        "weights to engines": lambda s: s.sync,
     }
     for part, pick in parts.items():
         values = [[pick(s) for s in steps] for steps in seconds.values()]
@@ -273,6 +315,10 @@ def report(title: str, seconds: dict[str, list[Seconds]]) -> None:
         if len(figures) == 2:
             cells += "".join(f"{a / b:>7.2f}" for a, b in zip(*figures, strict=True))
         print(f"{part:<22}{cells}", flush=True)
+    for name, steps in seconds.items():
+        mismatch = statistics.fmean(s.mismatch for s in steps)
+        if math.isfinite(mismatch):
+            print(f"{name}: mean |sampler - learner| log-probability {mismatch:.2e}", flush=True)
 
 
 def lengths_of(text: str, count: int) -> tuple[int, ...]:
@@ -309,7 +355,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="measured steps")
     parser.add_argument("--lr", type=float, help="learning rate: 1e-3, with --model 1e-6")
     parser.add_argument("--memory", type=float, default=0.3, help="share of a GPU's memory for each side's engine")
-    parser.add_argument("--peer-batch", type=int, help="completions of a forward pass of TRL (all of them; on a GPU 8)")
+    parser.add_argument(
+        "--peer-batch", type=int, help="completions of a forward pass of TRL (all of them; on a GPU 64)"
+    )
+    parser.add_argument("--engines", type=int, default=2, help="of ours, on a GPU")
     parser.add_argument("--skip-peer", action="store_true")
     return parser.parse_args()
 
@@ -342,7 +391,8 @@ def main() -> None:
                     lr=args.lr or (1e-6 if args.model else 1e-3),
                     folder=folder,
                     memory=args.memory,
-                    peer_batch=args.peer_batch or (8 if args.device == "cuda" else count),
+                    peer_batch=args.peer_batch or (64 if args.device == "cuda" else count),
+                    engines=args.engines,
                 )
                 report(f"{name}, {count} completions of {lengths} tokens", measure(sides, job))
 

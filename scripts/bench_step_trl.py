@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -46,7 +47,7 @@ def run_peer(job: Job, pipe: Connection) -> None:
         save_strategy="no",
         temperature=1.0,
         disable_tqdm=True,
-        gradient_checkpointing=False,
+        gradient_checkpointing=cuda,
         **own,
     )
     trainer = _timed_trainer(pipe)(
@@ -77,7 +78,9 @@ def _timed_trainer(pipe: Connection) -> type[Any]:
         def report(self) -> None:
             if self.clock is not None:
                 seconds = self.clock.read(self.generating, 0.0)
-                pipe.send(seconds._replace(learning=seconds.step - self.sampling))
+                last = self.state.log_history[-1] if self.state.log_history else {}
+                mismatch = last.get("sampling/sampling_logp_difference/mean", math.nan)
+                pipe.send(seconds._replace(learning=seconds.step - self.sampling, mismatch=mismatch))
 
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()

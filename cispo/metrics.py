@@ -54,7 +54,7 @@ def mismatch_metrics(learner: Tensor, engine: Tensor) -> dict[str, float]:
     """How far the learner's log-probabilities are from the engine's for the same policy and tokens, [N] each.
 
     logprob_mean and logprob_max are of |difference|, token_mult_prob_error is the mean of its exponential. k1 and k3
-    estimate KL(engine || learner) (k3 = r - 1 - log r with r = learner / engine), prob_pearson correlates probabilities.
+    estimate KL(engine || learner) (k3 = r - 1 - log r with r = learner / engine), prob_pearson is a correlation.
     """
     learner, engine = learner.double(), engine.double()
     gap = learner - engine

@@ -74,6 +74,7 @@ ONLY_IN = {
         "policies.vllm_lightning",
         "policies.vllm_plugin",
         "policies.vllm_shares",
+        "policies.vllm_states",
         "rollout.vllm_engine",
         "rollout.vllm_start",
         "weight_sync",

@@ -35,10 +35,8 @@ from vllm.model_executor.layers.fused_moe import fused_experts
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateCopyFuncCalculator,
-    MambaStateDtypeCalculator,
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -46,13 +44,13 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
 from cispo.policies.layers import SwiGLU
 from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
 from cispo.policies.moe import MoE, routing_weights
 from cispo.policies.vllm_shares import ShardedRMSNorm, check_shares, load_columns, load_expert, load_rows
+from cispo.policies.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
 from cispo.types import UserError
 
 # Recomputed from the config: Hugging Face's buffers, rounded to the checkpoint's dtype, would be worse.
@@ -82,45 +80,6 @@ def checkpoint_target(name: str) -> tuple[str, tuple[str | int, ...]]:
     if match := _SOFTMAX_PROJECTION.fullmatch(name):
         return f"{match[1]}.qkv_proj.weight", (match[2],)
     return name, ()
-
-
-class LightningStates(nn.Module, MambaBase):
-    """The states of several lightning layers, [layers, H, D, D] float32 a sequence: to vLLM, one layer of its cache.
-
-    vLLM sorts layers into groups of one size and one kind, and asks each group's manager about every sequence in every
-    step: with as many holders as softmax layers there are two groups, with one for each lightning layer four or more.
-    """
-
-    def __init__(self, config: LightningConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.state_dtype = _state_dtype(vllm_config)
-        self.state_shape = _state_shape(config, get_tensor_model_parallel_world_size())
-        layers = vllm_config.compilation_config.static_forward_context
-        assert prefix not in layers, f"two layers named {prefix}"
-        layers[prefix] = self
-
-    @property
-    def mamba_type(self) -> MambaAttentionBackendEnum:
-        return MambaAttentionBackendEnum.LINEAR
-
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return self.state_dtype
-
-    def get_state_shape(self) -> tuple[tuple[int, ...]]:
-        return self.state_shape
-
-    def of(self, place: int) -> Tensor:
-        """The cache of one layer, [slots, H, D, D]: dense but for its first stride."""
-        (states,) = self.kv_cache
-        return states[:, place]
-
-
-def states_per_holder(config: LightningConfig) -> tuple[int, int]:
-    """(holders, lightning layers of each): as many holders as there are softmax layers, or fewer; at least one."""
-    lightning = sum(config.lightning_layers)
-    each = -(-lightning // max(len(config.lightning_layers) - lightning, 1))
-    return -(-lightning // max(each, 1)), each
 
 
 class LightningAttention(nn.Module):
@@ -388,23 +347,13 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return _state_dtype(vllm_config)
+        return state_dtype(vllm_config)
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...]]:
         ranks = vllm_config.parallel_config.tensor_parallel_size
-        return _state_shape(resolve_config(vllm_config.model_config), ranks)
+        return state_shape(resolve_config(vllm_config.model_config), ranks)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
         return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
-
-
-def _state_dtype(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-    return MambaStateDtypeCalculator.linear_attention_state_dtype(
-        vllm_config.model_config.dtype, vllm_config.cache_config.mamba_cache_dtype
-    )
-
-
-def _state_shape(config: LightningConfig, ranks: int) -> tuple[tuple[int, ...]]:
-    return ((states_per_holder(config)[1], config.num_heads // ranks, config.head_dim, config.head_dim),)

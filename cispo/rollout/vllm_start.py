@@ -136,7 +136,8 @@ def _cache_bytes(config: VllmConfig) -> int:
     from vllm.model_executor.models import ModelRegistry
     from vllm.utils.torch_utils import get_dtype_size
 
-    from cispo.policies.vllm_lightning import LightningForCausalLM, resolve_config, states_per_holder
+    from cispo.policies.vllm_lightning import LightningForCausalLM, resolve_config
+    from cispo.policies.vllm_states import states_per_holder
 
     model, parallel = config.model_config, config.parallel_config
     softmax = model.get_num_layers_by_block_type(parallel, "attention")

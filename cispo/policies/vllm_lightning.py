@@ -32,6 +32,7 @@ from vllm.distributed import (
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import fused_experts
+from vllm.model_executor.layers.fused_moe.router.fused_topk_router import fused_topk
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -48,7 +49,7 @@ from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
 from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
 from cispo.policies.layers import SwiGLU
 from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
-from cispo.policies.moe import MoE, routing_weights
+from cispo.policies.moe import MoE
 from cispo.policies.vllm_shares import ShardedRMSNorm, check_shares, load_columns, load_expert, load_rows
 from cispo.policies.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
 from cispo.types import UserError
@@ -108,21 +109,20 @@ class LightningAttention(nn.Module):
         if not x.is_cuda:
             qkv = qkv.float()
         q, k, v = qkv.split(self.head_dim, dim=-1)
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         metadata = get_forward_context().attn_metadata
-        if isinstance(metadata, dict):  # None in vLLM's dummy runs, which have no sequences
+        if isinstance(metadata, dict):
             (holder,) = self.holder
             batch = metadata[holder.prefix]
             assert isinstance(batch, LinearAttentionMetadata)
             assert batch.num_decode_tokens == batch.num_decodes, "speculative decoding is not supported"
             attend = self._attend_by_slot if x.is_cuda else self._attend
-            attend(q, k, v, batch, holder.of(self.place), out)
+            out = attend(q, k, v, batch, holder.of(self.place))
+        else:  # vLLM's dummy runs have no sequences
+            out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         out = self.norm(out.view(len(x), -1).to(x.dtype))
         return self.out_proj(torch.sigmoid(self.output_gate(x)[0]) * out)[0]
 
-    def _attend_by_slot(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, cache: Tensor, out: Tensor
-    ) -> None:
+    def _attend_by_slot(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, cache: Tensor) -> Tensor:
         """The kernels' way: one launch for all decodes, one or two for all prefills, states read and written in place.
 
         A fresh sequence finds its slot as the last owner left it: its state counts as zero. That includes a prompt of
@@ -130,6 +130,9 @@ class LightningAttention(nn.Module):
         """
         decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
         slots, lengths = batch.state_indices_tensor[:sequences].contiguous(), batch.seq_lens[:sequences]
+        if decodes == len(q):
+            return lightning_decode(q, k, v, self.slopes, cache, slots, lengths <= 1)
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         if decodes:
             part = slice(decodes)
             fresh = lengths[part] <= 1
@@ -139,11 +142,11 @@ class LightningAttention(nn.Module):
             starts = batch.query_start_loc[decodes : sequences + 1]
             fresh, bounds = lengths[decodes:] <= starts.diff(), starts - starts[0]
             out[part] = lightning_prefill(q[part], k[part], v[part], self.slopes, bounds, cache, slots[decodes:], fresh)
+        return out
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, states: Tensor, out: Tensor
-    ) -> None:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, states: Tensor) -> Tensor:
         """Attends over every sequence of the step and leaves the new states in the cache."""
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         # One row a state: torch copies rows several times faster than [H, D, D] blocks.
         cache = states.view(len(states), -1)
         decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
@@ -165,6 +168,7 @@ class LightningAttention(nn.Module):
             )
             assert state is not None
             cache.index_copy_(0, slots[decodes:], state.to(cache.dtype).flatten(1))
+        return out
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> Tensor:
@@ -247,19 +251,21 @@ class LightningLayer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [T, d], positions [T] -> [T, d]."""
-        alpha, beta = self.attention_factors
         normed = self.input_layernorm(x)
-        x = alpha * (normed if self.postnorm else x) + beta * self.self_attn(normed, positions)
-        alpha, beta = self.mlp_factors
+        x = self._residual(x, normed, self.self_attn(normed, positions), self.attention_factors)
         normed = self.post_attention_layernorm(x)
-        return alpha * (normed if self.postnorm else x) + beta * self._experts(normed)
+        return self._residual(x, normed, self._experts(normed), self.mlp_factors)
+
+    def _residual(self, x: Tensor, normed: Tensor, branch: Tensor, factors: tuple[float, float]) -> Tensor:
+        alpha, beta = factors
+        return torch.add(branch if beta == 1 else beta * branch, normed if self.postnorm else x, alpha=alpha)
 
     def _experts(self, x: Tensor) -> Tensor:
         if x.is_cuda and x.dtype == torch.bfloat16:
-            probs, chosen = self.mlp.gate(x)
-            experts = self.mlp.experts
-            weights = routing_weights(probs, chosen)
-            out = fused_experts(x, experts.gate_up_proj, experts.down_proj, weights, chosen.int())
+            # What the learner computes in eight launches: logits are float32 sums of bfloat16 products on both sides.
+            logits = torch.mm(x, self.mlp.gate.weight.t(), out_dtype=torch.float32)
+            weights, chosen, _ = fused_topk(x, logits, self.mlp.gate.top_k, renormalize=True)
+            out = fused_experts(x, self.mlp.experts.gate_up_proj, self.mlp.experts.down_proj, weights, chosen)
         else:
             out, _, _ = self.mlp(x)
         if self.shared_mlp is not None and self.coefficient is not None:

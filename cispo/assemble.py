@@ -238,9 +238,11 @@ async def start_engines(recipe: Recipe, runtime: Runtime, folder: str, placement
 
 def transport_of(recipe: Recipe, placement: Placement) -> Transport | Literal["shared_memory"]:
     """How weights reach the engines. Raises UserError where the recipe's way does not fit the placement."""
-    wanted, on_gpu = recipe.rollout.weight_sync, placement.device == "cuda"
+    wanted, on_gpu, engine = recipe.rollout.weight_sync, placement.device == "cuda", recipe.rollout.engine
+    if engine == "torch" and wanted not in ("auto", "shared_memory"):
+        raise UserError(f"rollout.weight_sync {wanted} needs rollout.engine: vllm")
     if wanted == "auto":
-        if not on_gpu or recipe.rollout.engine == "torch":
+        if not on_gpu or engine == "torch":
             return "shared_memory"
         if recipe.runtime == "local":
             return "direct"

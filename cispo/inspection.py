@@ -38,6 +38,7 @@ from cispo.learner.parallel import pick_device
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
 from cispo.packing import to_samples
+from cispo.placement import gpus_of
 from cispo.policies.base import count_parameters
 from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn, UserError
 
@@ -94,11 +95,16 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
     extra = [("critic memory", f"{_gib(learner_bytes)} a rank, as the learner")] if algorithm.critic else []
     if algorithm.needs_reference:
         extra.append(("reference policy", f"{_gib(engine_bytes)} a learner rank for weights"))
+    device = pick_device(recipe.device)
+    if device.type == "cuda":
+        alone, shared = (gpus_of(recipe, critic=algorithm.critic, shared=s) for s in (False, True))
+        extra.append(("GPUs", f"{alone} where each part has its own, {shared} shared (placement {rollout.placement})"))
+        extra.append(("engines' caches", f"at most {rollout.gpu_memory:.0%} of a GPU's memory"))
     completions = rollout.prompts_per_step * rollout.group_size
     critic = f", {learner.ranks} critic" if algorithm.critic else ""
     where = "one process" if recipe.runtime == "local" else "Ray actors"
     return [
-        ("device", str(pick_device(recipe.device))),
+        ("device", str(device)),
         ("runtime", f"{where}: 1 driver, {learner.ranks} learner{critic}, {rollout.engines} {rollout.engine} engine"),
         ("policy", f"{parameters:,} parameters, {recipe.policy.dtype}, LM head in float32"),
         ("learner memory", f"{_gib(learner_bytes)} a rank for weights, gradients and AdamW, plus activations"),

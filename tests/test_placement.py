@@ -69,6 +69,8 @@ def test_transports_that_do_not_fit_are_refused() -> None:
     separate: dict[str, Any] = {"device": "cuda", "rank_gpus": 1, "engine_gpus": 1}
     with pytest.raises(UserError, match="share GPUs"):
         transport_of(recipe("rollout.weight_sync=cuda_ipc"), Placement(**separate))
+    with pytest.raises(UserError, match="needs rollout.engine: vllm"):
+        transport_of(recipe("rollout.weight_sync=broadcast", "rollout.engine=torch"), Placement())
     with pytest.raises(UserError, match="runtime: ray"):
         transport_of(recipe("rollout.weight_sync=broadcast", "runtime=local"), Placement(**separate))
 

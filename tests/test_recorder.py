@@ -1,0 +1,110 @@
+"""Log-probabilities that wait on the device: every token gets its own, whatever was dropped, repeated or too much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cispo.rollout.recorder import LogprobTable, RecordingSampler, Records
+
+
+@dataclass
+class Output:
+    """What vLLM's sampler returns, as far as the recorder looks."""
+
+    sampled_token_ids: Tensor
+    logprobs_tensors: Any
+    num_sampled: Tensor
+
+
+def recording(logprobs: list[list[float]] | None) -> tuple[RecordingSampler, list[Output]]:
+    """A recorder over a sampler that gives these log-probabilities, step by step."""
+    outputs = []
+
+    def sampler(logits: Tensor, batch: Any) -> Output:
+        step = None if logprobs is None else SimpleNamespace(logprobs=torch.tensor(logprobs[len(outputs)])[:, None])
+        outputs.append(Output(torch.zeros(len(logits), 1), step, batch.sampled))
+        return outputs[-1]
+
+    return RecordingSampler(sampler), outputs
+
+
+def batch(requests: list[str], positions: list[int], sampled: list[int]) -> Any:
+    """`positions` are those of each request's last input token, which stand at the ends of its tokens."""
+    return SimpleNamespace(
+        req_ids=requests,
+        positions=torch.tensor([p for position in positions for p in (position - 1, position)]),
+        logits_indices=torch.arange(1, 2 * len(positions), 2),
+        sampled=torch.tensor(sampled),
+    )
+
+
+def test_a_sampler_without_logprobs_is_left_alone() -> None:
+    recorder, outputs = recording(None)
+    assert recorder(torch.zeros(1, 4), batch(["a"], [3], [1])) is outputs[0]
+    assert not recorder.take().requests
+
+
+def test_steps_are_kept_and_taken_once() -> None:
+    recorder, _ = recording([[-1.0, -2.0], [-3.0, -4.0]])
+    for positions, sampled in (([4, 9], [1, 0]), ([5, 10], [1, 1])):
+        output = recorder(torch.zeros(2, 4), batch(["a", "b"], positions, sampled))
+        assert output.logprobs_tensors is None, "nothing of it goes to the host"
+    records = recorder.take()
+    assert records.requests == ["a", "b", "a", "b"] and records.positions.tolist() == [5, 10, 6, 11]
+    assert records.logprobs.tolist() == [-1, -2, -3, -4] and records.sampled.tolist() == [True, False, True, True]
+    assert not recorder.take().requests
+
+
+def rows(entries: list[tuple[str, int, float, bool]]) -> Records:
+    ids, positions, logprobs, sampled = zip(*entries, strict=True)
+    return Records(list(ids), np.array(positions), np.array(logprobs, np.float32), np.array(sampled))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_every_token_gets_its_own(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 5))
+    prompts = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=count, max_size=count))
+    truth = {i: [-float(i) - t / 100 for t in range(n)] for i, n in enumerate(lengths)}
+    entries = []
+    for i, n in enumerate(lengths):
+        for t in range(n):
+            place = prompts[i] + t
+            if data.draw(st.booleans()):  # a part of the prompt, or what a preempted request computes again
+                entries.append((f"r{i}", place, 1.0, False))
+            if data.draw(st.booleans()):  # sampled, lost to a preemption, and sampled again
+                entries.append((f"r{i}", place, 2.0, True))
+            entries.append((f"r{i}", place, truth[i][t], True))
+        entries.append((f"r{i}", prompts[i] + n, 3.0, True))  # one step too many
+    entries.append(("a stranger", 4, 4.0, True))
+    # Requests interleave; each one's own rows stay in order.
+    turns = {name: data.draw(st.lists(st.integers(0, 9), min_size=40, max_size=40)) for name in {e[0] for e in entries}}
+    steps = {name: np.cumsum(turn).tolist() for name, turn in turns.items()}
+    order = sorted(range(len(entries)), key=lambda k: steps[entries[k][0]].pop(0))
+    table = LogprobTable({f"r{i}": i for i in range(count)}, prompts, lengths)
+    cut = data.draw(st.integers(0, len(entries)))
+    for part in (order[:cut], order[cut:]):
+        if part:
+            table.add(rows([entries[k] for k in part]))
+    for i, n in enumerate(lengths):
+        middle = data.draw(st.integers(0, n))
+        values = table.get(i, 0, middle) + table.get(i, middle, n)
+        assert values == pytest.approx(truth[i], abs=1e-6)
+
+
+def test_a_token_that_was_never_recorded_is_an_error() -> None:
+    table = LogprobTable({"a": 0}, [3], [4])
+    table.add(rows([("a", 3, -0.5, True), ("a", 5, -0.7, True)]))
+    assert table.get(0, 0, 1) == [-0.5]
+    with pytest.raises(AssertionError, match="no log-probability"):
+        table.get(0, 0, 3)

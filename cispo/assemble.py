@@ -238,19 +238,15 @@ async def start_engines(recipe: Recipe, runtime: Runtime, folder: str, placement
 
 def transport_of(recipe: Recipe, placement: Placement) -> Transport | Literal["shared_memory"]:
     """How weights reach the engines. Raises UserError where the recipe's way does not fit the placement."""
-    wanted, on_gpu, engine = recipe.rollout.weight_sync, placement.device == "cuda", recipe.rollout.engine
-    if engine == "torch" and wanted not in ("auto", "shared_memory"):
-        raise UserError(f"rollout.weight_sync {wanted} needs rollout.engine: vllm")
+    wanted, on_gpu = recipe.rollout.weight_sync, placement.device == "cuda"
     if wanted == "auto":
-        if not on_gpu or engine == "torch":
+        if not on_gpu or recipe.rollout.engine == "torch":
             return "shared_memory"
         if recipe.runtime == "local":
             return "direct"
         return "cuda_ipc" if placement.bundles else "broadcast"
     if wanted == "cuda_ipc" and not placement.bundles:
         raise UserError("rollout.weight_sync cuda_ipc needs learners and engines that share GPUs (rollout.placement)")
-    if wanted == "broadcast" and recipe.runtime == "local":
-        raise UserError("rollout.weight_sync broadcast needs runtime: ray")
     return wanted
 
 

@@ -404,6 +404,15 @@ def _check(recipe: Recipe, where: str) -> None:
             recipe.runtime == "local" and recipe.learner.ranks > 1,
             f"runtime: local is one process, so learner.ranks must be 1, not {recipe.learner.ranks}",
         ),
+        (
+            rollout.engine == "torch" and rollout.weight_sync not in ("auto", "shared_memory"),
+            f"rollout.weight_sync {rollout.weight_sync} needs rollout.engine: vllm",
+        ),
+        (
+            recipe.runtime == "local" and rollout.weight_sync in ("broadcast", "cuda_ipc"),
+            f"rollout.weight_sync {rollout.weight_sync} needs runtime: ray",
+        ),
+        (recipe.device == "cpu" and rollout.weight_sync == "cuda_ipc", "rollout.weight_sync cuda_ipc needs GPUs"),
         (recipe.device == "cpu" and rollout.tensor_parallel > 1, "rollout.tensor_parallel above 1 needs GPUs"),
     ]
     for wrong, sentence in problems:

@@ -47,6 +47,8 @@ def placement_of(recipe: Recipe, *, available: int, critic: bool = False) -> Pla
     rollout, ranks = recipe.rollout, recipe.learner.ranks
     if pick_device(recipe.device).type == "cpu":
         return Placement()
+    if available == 0:
+        raise UserError("device: cuda, but there is no GPU here")
     separate = gpus_of(recipe, critic=critic, shared=False)
     placement = rollout.placement
     if placement == "auto":

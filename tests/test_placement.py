@@ -58,6 +58,7 @@ def test_parts_get_gpus(
         (["rollout.placement=separate"], 1, "needs 2 GPUs and there are 1"),
         (["rollout.placement=split", "rollout.tensor_parallel=2"], 2, "needs rollout.placement separate"),
         (["learner.ranks=3"], 2, "learner.ranks 3 is more than the 2 GPUs"),
+        ([], 0, "there is no GPU here"),
     ],
 )
 def test_what_cannot_be_placed_is_refused(overrides: Sequence[str], available: int, sentence: str) -> None:
@@ -69,10 +70,13 @@ def test_transports_that_do_not_fit_are_refused() -> None:
     separate: dict[str, Any] = {"device": "cuda", "rank_gpus": 1, "engine_gpus": 1}
     with pytest.raises(UserError, match="share GPUs"):
         transport_of(recipe("rollout.weight_sync=cuda_ipc"), Placement(**separate))
-    with pytest.raises(UserError, match="needs rollout.engine: vllm"):
-        transport_of(recipe("rollout.weight_sync=broadcast", "rollout.engine=torch"), Placement())
-    with pytest.raises(UserError, match="runtime: ray"):
-        transport_of(recipe("rollout.weight_sync=broadcast", "runtime=local"), Placement(**separate))
+    for overrides, sentence in (
+        (["rollout.weight_sync=broadcast", "rollout.engine=torch"], "needs rollout.engine: vllm"),
+        (["rollout.weight_sync=broadcast", "runtime=local"], "needs runtime: ray"),
+        (["rollout.weight_sync=cuda_ipc", "device=cpu"], "needs GPUs"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            recipe(*overrides)
 
 
 def test_a_critic_takes_a_share() -> None:

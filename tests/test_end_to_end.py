@@ -99,20 +99,15 @@ def test_ppo_with_a_critic_on_ray(tmp_path: Path):
     assert "is/ratio_max" not in rows[1] and rows[2]["is/ratio_max"] > 1.001
 
 
-def test_weights_by_broadcast_are_the_weights_by_file(tmp_path: Path):
-    """Two engines in a gloo group with the learner, checksums compared: the run is that of shared memory."""
-    arguments = [str(QUICKSTART), f"output_dir={tmp_path}", "sft.steps=6", "train.steps=2", "eval.limit=16", VARIED]
-    arguments += ["rollout.engines=2", "rollout.prompts_per_step=4", "rollout.group_size=4", "learner.ranks=1"]
-    cispo("train", *arguments, "rollout.weight_sync=broadcast", "rollout.verify_weights=true")
-    cispo("train", *arguments)
-    sent, shared = (
-        [
-            {k: v for k, v in row.items() if not k.startswith("time/") and not k.endswith(("per_s", "seconds"))}
-            for row in metrics(tmp_path / name)
-        ]
-        for name in ("quickstart", "quickstart-2")
-    )
-    assert sent == shared and sent[-1]["learner/updates"] == 1
+def test_weights_by_broadcast(tmp_path: Path):
+    """Two engines in a gloo group with the learner, checksums compared: they sample with the weights that are trained."""
+    arguments = ["sft.steps=6", "train.steps=3", "eval.limit=16", VARIED, "learner.ranks=1", "rollout.engines=2"]
+    arguments += ["rollout.prompts_per_step=4", "rollout.group_size=4", "learner.lr=1e-3"]
+    arguments += ["rollout.weight_sync=broadcast", "rollout.verify_weights=true"]
+    cispo("train", str(QUICKSTART), f"output_dir={tmp_path}", *arguments)
+    rows = metrics(tmp_path / "quickstart")[1:]
+    assert [row["learner/updates"] for row in rows] == [1, 1, 1] and all(row["grad_norm"] > 0 for row in rows)
+    assert max(row["mismatch/logprob_max"] for row in rows) < 1e-4
 
 
 def test_the_same_run_twice_is_the_same_run(tmp_path: Path):

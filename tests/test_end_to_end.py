@@ -100,7 +100,7 @@ def test_ppo_with_a_critic_on_ray(tmp_path: Path):
 
 
 def test_weights_by_broadcast(tmp_path: Path):
-    """Two engines in a gloo group with the learner, checksums compared: they sample with the weights that are trained."""
+    """Two engines in a gloo group with the learner, checksums compared: they sample with the trained weights."""
     arguments = ["sft.steps=6", "train.steps=3", "eval.limit=16", VARIED, "learner.ranks=1", "rollout.engines=2"]
     arguments += ["rollout.prompts_per_step=4", "rollout.group_size=4", "learner.lr=1e-3"]
     arguments += ["rollout.weight_sync=broadcast", "rollout.verify_weights=true"]

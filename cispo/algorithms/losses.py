@@ -37,8 +37,6 @@ class LossOutput(NamedTuple):
 LossFn = Callable[..., LossOutput]
 AnyLoss = TypeVar("AnyLoss", bound=LossFn)
 
-_PER_TOKEN: list[LossFn] = []
-
 
 def per_token(loss: AnyLoss) -> AnyLoss:
     """Declares that a loss takes each token by itself: entry t of all it returns follows from entry t of its inputs.
@@ -46,12 +44,12 @@ def per_token(loss: AnyLoss) -> AnyLoss:
     The learner then runs it inside the LM head's pass, some rows at a time. A loss that is not declared always sees
     whole sequences.
     """
-    _PER_TOKEN.append(loss)
+    vars(loss)["per_token"] = True  # goes with the function wherever it is pickled to
     return loss
 
 
 def is_per_token(loss: LossFn) -> bool:
-    return any(loss is declared for declared in _PER_TOKEN)
+    return bool(vars(loss).get("per_token", False))
 
 
 def _inputs(x: LossInputs) -> tuple[Tensor, Tensor, Tensor]:

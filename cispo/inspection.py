@@ -54,9 +54,9 @@ _PACKAGES = (
     "reasoning-gym",
 )
 
-# Sampler and learner compute the same float32 numbers in another order: 1e-6 on a new policy, up to 4e-5 in a million
+# Sampler and learner compute the same float32 numbers in another order: 1e-6 on a new policy, up to 9e-5 in a million
 # tokens of a trained one, whose logits are sharper. A wrong decay, norm or position is 1e-3 and up.
-_PARITY_LIMIT = 1e-4
+_PARITY_LIMIT = 3e-4
 _PARITY_LIMIT_BF16 = 5e-2
 
 

@@ -12,7 +12,6 @@ The buffer is used again for the next bucket: the learner waits until every engi
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -221,10 +220,7 @@ class BroadcastGroup:
 
     @classmethod
     def open(cls, host: str, world: int, device: torch.device) -> BroadcastGroup:
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            port = probe.getsockname()[1]
-        store = TCPStore(host, port, world, True, timeout=_TIMEOUT, wait_for_workers=False)
+        store = TCPStore(host, 0, world, True, timeout=_TIMEOUT, wait_for_workers=False)
         return cls(store, 0, world, device)
 
     @classmethod

@@ -61,6 +61,7 @@ LAYERS: dict[str, int] = {
     "screen": 1,
     "types": 0,
     "config": 0,
+    "contradictions": 0,
     "metrics": 0,
     "loading": 0,
     "seeds": 0,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cispo.types import Completion, Sampling, UserError
-from cispo.weight_sync import WeightMessage
 
 
 class Engine(Protocol):
@@ -33,14 +32,6 @@ class Engine(Protocol):
 
     def update_weights(self, path: str, version: int) -> None:
         """Replaces the weights by a published version."""
-        ...
-
-    def receive_weights(self, message: WeightMessage) -> None:
-        """Takes one bucket of a version; `finish_update` follows the last."""
-        ...
-
-    def finish_update(self, version: int) -> None:
-        """Ends an update that came in buckets."""
         ...
 
     def sleep(self) -> None:

@@ -12,7 +12,7 @@ from cispo.policies.base import load_policy
 from cispo.rollout.drafts import repeats_pattern, seeded, start_drafts
 from cispo.rollout.engine import check_context
 from cispo.types import Completion, FinishReason, Sampling
-from cispo.weight_sync import WeightMessage, mapped_weights
+from cispo.weight_sync import mapped_weights
 
 
 class TorchEngine:
@@ -52,12 +52,6 @@ class TorchEngine:
     def update_weights(self, path: str, version: int) -> None:
         self._policy.load_hf(mapped_weights(path))
         self._version = version
-
-    def receive_weights(self, message: WeightMessage) -> None:
-        raise NotImplementedError("the torch engine reads published files")
-
-    def finish_update(self, version: int) -> None:
-        raise NotImplementedError("the torch engine reads published files")
 
     def sleep(self) -> None:
         pass

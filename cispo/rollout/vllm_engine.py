@@ -177,6 +177,7 @@ class VLLMEngine:
         self.finish_update(version)
 
     def receive_weights(self, message: WeightMessage) -> None:
+        """Takes a whole version or one of its buckets; `finish_update` follows the last."""
         if not self._updating:
             self._engine.collective_rpc("start_weight_update")
             self._updating = True
@@ -187,6 +188,7 @@ class VLLMEngine:
             raise
 
     def finish_update(self, version: int) -> None:
+        """Ends an update. Raises AssertionError where a parameter has not arrived."""
         self._engine.collective_rpc("finish_weight_update")
         self._updating = False
         emptied = self._engine.reset_prefix_cache()

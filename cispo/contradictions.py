@@ -1,0 +1,66 @@
+"""What a recipe cannot ask for at once, each with the reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cispo.types import UserError
+
+if TYPE_CHECKING:
+    from cispo.config import Recipe
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raises UserError on the first pair of keys that contradict each other."""
+    rollout, policy, algorithm = recipe.rollout, recipe.policy, recipe.algorithm
+    problems = [
+        (policy.model is None and policy.config is None, "policy needs a model (folder or hub id) or a config"),
+        (
+            policy.model is not None and policy.config is not None,
+            "policy.model and policy.config exclude each other: start from weights or from a shape",
+        ),
+        (
+            policy.model is None and policy.tokenizer is None,
+            "policy.tokenizer is needed where there is no policy.model",
+        ),
+        (
+            rollout.top_p != 1 or rollout.top_k != 0 or rollout.min_p != 0,
+            "rollout.top_p, top_k and min_p must stay 1, 0 and 0: truncated sampling makes the importance ratio wrong",
+        ),
+        (rollout.temperature == 0, "rollout.temperature must be above 0: greedy completions of a group are all equal"),
+        (
+            rollout.max_tokens >= rollout.max_context,
+            f"rollout.max_tokens {rollout.max_tokens} leaves no room for a prompt in max_context {rollout.max_context}",
+        ),
+        (
+            rollout.prompts_per_step * rollout.group_size < algorithm.updates_per_batch,
+            f"algorithm.updates_per_batch {algorithm.updates_per_batch} is more than the "
+            f"{rollout.prompts_per_step * rollout.group_size} completions of a step",
+        ),
+        (
+            (algorithm.overlong_buffer or 0) > rollout.max_tokens,
+            f"algorithm.overlong_buffer {algorithm.overlong_buffer} is longer than "
+            f"rollout.max_tokens {rollout.max_tokens}",
+        ),
+        (
+            rollout.temperature != 1 and 0 < rollout.repetition.run_length <= rollout.max_tokens,
+            "rollout.repetition.run_length needs temperature 1 (it looks at the raw probabilities): set it to 0",
+        ),
+        (
+            recipe.runtime == "local" and recipe.learner.ranks > 1,
+            f"runtime: local is one process, so learner.ranks must be 1, not {recipe.learner.ranks}",
+        ),
+        (
+            rollout.engine == "torch" and rollout.weight_sync not in ("auto", "shared_memory"),
+            f"rollout.weight_sync {rollout.weight_sync} needs rollout.engine: vllm",
+        ),
+        (
+            recipe.runtime == "local" and rollout.weight_sync in ("broadcast", "cuda_ipc"),
+            f"rollout.weight_sync {rollout.weight_sync} needs runtime: ray",
+        ),
+        (recipe.device == "cpu" and rollout.weight_sync == "cuda_ipc", "rollout.weight_sync cuda_ipc needs GPUs"),
+        (recipe.device == "cpu" and rollout.tensor_parallel > 1, "rollout.tensor_parallel above 1 needs GPUs"),
+    ]
+    for wrong, sentence in problems:
+        if wrong:
+            raise UserError(f"{where}: {sentence}")

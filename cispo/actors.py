@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cispo.types import RunError, UserError
+from cispo.types import ProcessDied, RunError, UserError
+from cispo.watchdog import Activity
 
 # One thread each: on a shared machine more wait for each other (docs/design.md, Threads). The allocator keeps what it
 # has, which spares an engine most of its page faults. The last hides torch's warning about NUMA.
@@ -46,7 +47,14 @@ class Handle(Protocol):
     """Something that lives elsewhere and answers to method names."""
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the object; UserErrors and RunErrors come back as they were raised."""
+        """Runs a method of the object; UserErrors and RunErrors come back as they were raised.
+
+        Raises ProcessDied where its process is gone.
+        """
+        ...
+
+    def kill(self) -> None:
+        """Ends it without a word; nothing happens where it is gone already."""
         ...
 
 
@@ -85,6 +93,9 @@ class _LocalHandle:
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.target, method)(*args, **kwargs)
+
+    def kill(self) -> None:
+        self.target.close()
 
 
 class LocalRuntime:
@@ -145,14 +156,21 @@ class _Host:
 
 
 class _RayHandle:
-    def __init__(self, actor: Any, name: str) -> None:
-        self.actor, self.name = actor, name
+    def __init__(self, actor: Any, name: str, activity: Activity) -> None:
+        self.actor, self.name, self.activity = actor, name, activity
 
     async def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        await self.wait(self.actor.build.remote(build, args, kwargs))
+        with self.activity.doing(f"{self.name} to start"):
+            await self.wait(self.actor.build.remote(build, args, kwargs))
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return await self.wait(self.actor.call.remote(method, args, kwargs))
+        with self.activity.doing(f"{self.name} to {method}"):
+            return await self.wait(self.actor.call.remote(method, args, kwargs))
+
+    def kill(self) -> None:
+        import ray
+
+        ray.kill(self.actor)
 
     async def wait(self, reference: Any) -> Any:
         from ray.exceptions import RayActorError, RayTaskError
@@ -165,13 +183,13 @@ class _RayHandle:
             raise
         except RayActorError as error:
             reason = " ".join(str(error).split())
-            raise RunError(f"the process of {self.name} ended unexpectedly: {reason:.300}") from None
+            raise ProcessDied(f"the process of {self.name} ended unexpectedly: {reason:.300}") from None
 
 
 class RayRuntime:
     """A Ray cluster: this process's, else the one that RAY_ADDRESS names, else one of this machine for its lifetime."""
 
-    def __init__(self, *, processes: int) -> None:
+    def __init__(self, *, processes: int, activity: Activity) -> None:
         """`processes` is how many actors will be started; a laptop's cluster is sized for them.
 
         A runtime inside another's lifetime shares its cluster, so that several runs can stand side by side.
@@ -185,6 +203,7 @@ class RayRuntime:
         # Ray would say at every start that its own token authentication is on.
         logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray = ray
+        self._activity = activity
         self._actors: list[Any] = []
         self._group: Any = None
         self._owner = not ray.is_initialized()
@@ -247,7 +266,7 @@ class RayRuntime:
         # A class of that name, so that `ps` and Ray's tools say which process is which.
         actor = self._ray.remote(type(name, (_Host,), {})).options(**options).remote()
         self._actors.append(actor)
-        return _RayHandle(actor, name)
+        return _RayHandle(actor, name, self._activity)
 
     def close(self) -> None:
         for actor in self._actors:

@@ -7,7 +7,8 @@ import contextlib
 import difflib
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.seeds import seed_of
 from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling, UserError
+from cispo.watchdog import Activity
 from cispo.weight_buckets import Transport
 from cispo.weight_sync import make_weights_folder, remove_weights_folder
 from cispo.workers import Workers
@@ -93,11 +95,12 @@ def sampling_of(recipe: Recipe, renderer: Renderer) -> Sampling:
     )
 
 
-def rewards_of(recipe: Recipe, prompts: Sequence[Prompt]) -> RewardRunner:
+def rewards_of(recipe: Recipe, prompts: Sequence[Prompt], activity: Activity | None = None) -> RewardRunner:
     """The reward functions, imported and found to fit the columns of the prompts."""
     assert recipe.reward is not None
     terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in recipe.reward.functions]
-    runner = RewardRunner(terms, on_error=recipe.reward.on_error, timeout=recipe.reward.timeout)
+    keys = recipe.reward
+    runner = RewardRunner(terms, on_error=keys.on_error, timeout=keys.timeout, activity=activity or Activity())
     runner.check(columns=prompts[0].columns)
     return runner
 
@@ -180,8 +183,8 @@ def num_processes(recipe: Recipe, *, learners: bool = True, critic: bool = False
     return ranks + (recipe.rollout.engines if engines else 0)
 
 
-def make_runtime(recipe: Recipe, processes: int) -> Runtime:
-    return LocalRuntime() if recipe.runtime == "local" else RayRuntime(processes=processes)
+def make_runtime(recipe: Recipe, processes: int, activity: Activity) -> Runtime:
+    return LocalRuntime() if recipe.runtime == "local" else RayRuntime(processes=processes, activity=activity)
 
 
 async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
@@ -212,27 +215,23 @@ async def _start_ranks(
     )
 
 
-async def start_engines(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
+async def start_engine(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement, number: int) -> Handle:
     rollout = recipe.rollout
-    sequences = math.ceil(rollout.prompts_per_step / rollout.engines) * rollout.group_size
-    return await asyncio.gather(
-        *(
-            runtime.start(
-                make_engine,
-                rollout.engine,
-                folder,
-                name=f"engine-{number}",
-                seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of(number)),
-                dtype=recipe.policy.dtype,
-                max_context=rollout.max_context,
-                max_sequences=min(sequences, _MAX_SEQUENCES),
-                tensor_parallel=rollout.tensor_parallel,
-                memory=placement.cache_share,
-                sleeps=placement.sleeps,
-                engine_args=rollout.engine_args,
-            )
-            for number in range(rollout.engines)
-        )
+    prompts = rollout.prompts_per_step * (1 + recipe.control.max_staleness)
+    sequences = math.ceil(prompts / rollout.engines) * rollout.group_size
+    return await runtime.start(
+        make_engine,
+        rollout.engine,
+        folder,
+        name=f"engine-{number}",
+        seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of(number)),
+        dtype=recipe.policy.dtype,
+        max_context=rollout.max_context,
+        max_sequences=min(sequences, _MAX_SEQUENCES),
+        tensor_parallel=rollout.tensor_parallel,
+        memory=placement.cache_share,
+        sleeps=placement.sleeps,
+        engine_args=rollout.engine_args,
     )
 
 
@@ -252,27 +251,40 @@ def transport_of(recipe: Recipe, placement: Placement) -> Transport | Literal["s
 
 @contextlib.asynccontextmanager
 async def running_workers(
-    recipe: Recipe, policy: str, *, engines: bool = True, learners: bool = True, critic: bool = False
-) -> AsyncIterator[tuple[Workers, asyncio.Task[list]]]:
+    recipe: Recipe,
+    policy: str,
+    *,
+    activity: Activity,
+    say: Callable[[str], None] = print,
+    engines: bool = True,
+    learners: bool = True,
+    critic: bool = False,
+) -> AsyncIterator[tuple[Workers, asyncio.Task[list[Handle]]]]:
     """Learners, and engines that start in the background meanwhile; all of them end with the block."""
-    runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines))
-    starting: asyncio.Task[list] | None = None
+    runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines), activity)
+    starting: asyncio.Task[list[Handle]] | None = None
     shared = make_weights_folder(recipe.name)
     try:
         placement = placement_of(recipe, available=runtime.gpus(), critic=critic)
+        start = partial(start_engine, recipe, runtime, policy, placement)
         workers = Workers(
             learners=[],
             critics=[],
             engines=[],
+            start_engine=start,
             weights_folder=str(shared),
             group_size=recipe.rollout.group_size,
             transport=transport_of(recipe, placement),
             verify=recipe.rollout.verify_weights,
             sleeps=placement.sleeps,
             tensor_parallel=recipe.rollout.tensor_parallel,
+            on_update=recipe.control.on_update,
+            # In this process a debugger should see what an engine dies of.
+            max_restarts=0 if recipe.runtime == "local" else recipe.control.max_restarts,
+            say=say,
         )
         await runtime.reserve(placement.bundles)
-        starting = asyncio.create_task(start_engines(recipe, runtime, policy, placement) if engines else _none())
+        starting = asyncio.create_task(_all(start(number) for number in range(recipe.rollout.engines * engines)))
         if learners:
             workers.learners = await start_learners(recipe, runtime, policy, placement)
         if critic:
@@ -287,5 +299,5 @@ async def running_workers(
         remove_weights_folder(shared)
 
 
-async def _none() -> list:
-    return []
+async def _all(starts: Iterable[Awaitable[Handle]]) -> list[Handle]:
+    return await asyncio.gather(*starts)

@@ -21,7 +21,6 @@ from torch import Tensor
 from cispo.algorithms import Algorithm
 from cispo.algorithms.words import describe, warnings
 from cispo.assemble import (
-    Workers,
     algorithm_of,
     new_config,
     pack_for,
@@ -30,7 +29,6 @@ from cispo.assemble import (
     renderer_of,
     running_workers,
     sampling_of,
-    seed_of,
     updates_per_batch,
 )
 from cispo.config import Recipe, dump_yaml, load_recipe
@@ -40,7 +38,10 @@ from cispo.ops.reference import lightning_attention_recurrence
 from cispo.packing import to_samples
 from cispo.placement import gpus_of
 from cispo.policies.base import count_parameters
+from cispo.seeds import seed_of
 from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn, UserError
+from cispo.watchdog import Activity
+from cispo.workers import Workers
 
 _PACKAGES = (
     "torch",
@@ -194,7 +195,7 @@ def _parity(console: Console, recipe: Recipe, checkpoint: str | None) -> list[st
         policy = checkpoint or policy_folder(recipe, renderer, Path(temporary))
 
         async def run() -> list[str]:
-            async with running_workers(recipe, policy) as (workers, engines):
+            async with running_workers(recipe, policy, activity=Activity()) as (workers, engines):
                 workers.engines = await engines
                 failures = []
                 for version, when in enumerate(

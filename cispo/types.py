@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,15 @@ class RunError(RuntimeError):
 
 class Diverged(RunError):
     """A run whose numbers are no longer finite: the same run would end the same way."""
+
+
+class ProcessDied(RunError):
+    """A process of the run ended by itself, or was killed."""
+
+
+OnUpdate = Literal["wait", "keep", "recompute", "abort"]
+"""What an engine does with unfinished completions when new weights arrive: finish them first; go on with the old keys,
+values and states; compute those anew under the new weights; or begin the completions anew."""
 
 
 class FinishReason(StrEnum):

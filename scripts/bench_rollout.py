@@ -27,6 +27,7 @@ from cispo.config import load_recipe
 from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.rollout.engine import make_engine
 from cispo.types import RepetitionStop, Sampling
+from cispo.watchdog import Activity
 
 PROMPT = 48
 RECIPE = Path(__file__).parents[1] / "recipes" / "lightning_30m.yaml"
@@ -77,7 +78,7 @@ async def tokens_per_second(
     **kwargs: Any,
 ) -> float:
     """Of `engines` actors on one device that share the prompts; `decode_only` takes the prompts' time off."""
-    runtime = RayRuntime(processes=engines)
+    runtime = RayRuntime(processes=engines, activity=Activity())
     try:
         gpus = 0.9 / engines if torch.cuda.is_available() else 0
         share = prompts // engines

@@ -12,16 +12,19 @@ import pytest
 from rich.console import Console
 
 from cispo.algorithms import ALGORITHMS, Changes, resolve
-from cispo.assemble import Workers, renderer_of, sampling_of
+from cispo.assemble import renderer_of, sampling_of
 from cispo.batch import informative
+from cispo.checkpoint import CheckpointFolder
 from cispo.config import Recipe, parse_recipe
 from cispo.controller import Controller
+from cispo.interrupts import Interrupts
 from cispo.rollout.prompts import PromptSource, build_prompts
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.rollout.rollout import Rollouts
 from cispo.runfolder import RunLog
 from cispo.screen import Screen
 from cispo.types import Completion, FinishReason
+from cispo.workers import Workers
 
 ROOT = Path(__file__).parents[1]
 GROUP = 4
@@ -32,6 +35,7 @@ class ScriptedWorkers:
 
     def __init__(self, renderer: Any, mixed: Callable[[int], bool]) -> None:
         self.renderer, self.mixed = renderer, mixed
+        self.version = 1
         self.calls: list[int] = []
         self.seeds: list[int] = []
 
@@ -81,8 +85,10 @@ def sampled(
             eval_prompts=[],
             log=log,
             screen=Screen(Console(quiet=True)),
+            checkpoints=CheckpointFolder(tmp_path, keep=1),
+            interrupts=Interrupts(print),
         )
-        rollouts = asyncio.run(controller.sample(1))
+        rollouts = asyncio.run(controller.sample())
     return rollouts, controller.kept(rollouts), controller, workers.calls
 
 

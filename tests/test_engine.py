@@ -395,9 +395,10 @@ def test_an_update_changes_what_is_sampled(folder: Path, certain_folder: Path, w
         engine, target = make_engine(kind, folder), make_engine(kind, certain_folder)
         path = publish_weights(load_policy(certain_folder).to_hf(), weights, 3)
         with pytest.raises(UserError, match="do not exist"):
-            engine.update_weights(str(weights / "weights-00000009.safetensors"), 9)
+            engine.load_weights(str(weights / "weights-00000009.safetensors"))
         assert engine.version == 0
-        engine.update_weights(str(path), 3)
+        engine.load_weights(str(path))
+        engine.finish_update(3)
         assert engine.version == 3
         updated, expected = engine.generate(PROMPTS, PLAIN, seed=2), target.generate(PROMPTS, PLAIN, seed=2)
         assert [c.logprobs for c in updated] == [c.logprobs for c in expected]

@@ -235,7 +235,7 @@ def test_demonstration_batches_cover_an_epoch_and_repeat_by_seed():
 
 def test_masters_keep_what_bfloat16_would_round_away():
     weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
-    optimizer = Optimizer([weight], betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)
+    optimizer = Optimizer([("weight", weight)], betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)
     for _ in range(8):
         weight.sum().backward()
         optimizer.collect()

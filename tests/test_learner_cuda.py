@@ -194,7 +194,8 @@ def test_the_fused_optimizer_is_the_plain_one():
     masters = []
     for device in ("cpu", GPU):
         parameters = [torch.nn.Parameter(w.clone().to(device)) for w in weights]
-        optimizer = Optimizer(parameters, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.1)
+        named = [(str(i), p) for i, p in enumerate(parameters)]
+        optimizer = Optimizer(named, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.1)
         for gradients in steps:
             for _ in range(2):
                 for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -1,7 +1,7 @@
 """Engines turn prompts into completions, token in, token out, with the log-probability of every sampled token.
 
     Engine.generate(prompts, sampling, seed) -> [Completion]        one a prompt, in order
-    Engine.update_weights(path, version)                            what `publish_weights` wrote
+    Engine.begin_update, load_weights(path), finish_update          what `publish_weights` wrote
 
 `VLLMEngine` runs vLLM inside this process; `TorchEngine` recomputes everything with the learner's policy, for tests.
 When a completion ends: `drafts`. How weights arrive: `weight_sync`.
@@ -30,9 +30,11 @@ class Engine(Protocol):
         """
         ...
 
-    def update_weights(self, path: str, version: int) -> None:
-        """Replaces the weights by a published version."""
-        ...
+    def begin_update(self, on_update: str) -> None: ...
+
+    def load_weights(self, path: str) -> None: ...
+
+    def finish_update(self, version: int) -> None: ...
 
     def sleep(self) -> None:
         """Gives the device's memory back until `wake`; an engine on a CPU has none."""

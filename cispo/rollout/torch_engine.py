@@ -49,9 +49,17 @@ class TorchEngine:
         hidden = self._policy(tokens, positions, torch.cat([ends.new_zeros(1), ends]).int()).hidden
         return hidden[ends - 1].float() @ self._policy.lm_head_weight.float().T
 
-    def update_weights(self, path: str, version: int) -> None:
+    def begin_update(self, on_update: str) -> None:
+        pass
+
+    def load_weights(self, path: str) -> None:
         self._policy.load_hf(mapped_weights(path))
+
+    def finish_update(self, version: int) -> None:
         self._version = version
+
+    def progress(self) -> int:
+        return 0
 
     def sleep(self) -> None:
         pass

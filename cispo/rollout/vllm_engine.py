@@ -172,9 +172,14 @@ class VLLMEngine:
                 ended += 1
         return ended
 
-    def update_weights(self, path: str, version: int) -> None:
+    def begin_update(self, on_update: str) -> None:
+        pass
+
+    def load_weights(self, path: str) -> None:
         self.receive_weights(FileMessage(str(path)))
-        self.finish_update(version)
+
+    def progress(self) -> int:
+        return 0
 
     def receive_weights(self, message: WeightMessage) -> None:
         """Takes a whole version or one of its buckets; `finish_update` follows the last."""

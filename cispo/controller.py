@@ -21,18 +21,18 @@ from torch import Tensor
 from cispo.algorithms import Algorithm
 from cispo.algorithms.losses import negative_log_likelihood
 from cispo.algorithms.objective import Objective
-from cispo.assemble import Workers, overlong_buffer_of, pack_for, seed_of, updates_per_batch
+from cispo.assemble import Workers, max_tokens_of, overlong_buffer_of, pack_for, seed_of, updates_per_batch
 from cispo.batch import informative, minibatches, with_advantages
 from cispo.config import Recipe
 from cispo.dropped_tokens import DroppedTokens, would_drop
-from cispo.evaluate import evaluate
+from cispo.evaluate import evaluate, num_right
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
 from cispo.learner.sft import demonstration_batches
 from cispo.metrics import group_metrics, importance_metrics, mismatch_metrics, rollout_metrics, value_metrics
 from cispo.packing import to_samples, unpack
-from cispo.rollout.prompts import PromptSource
+from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, roll_out
@@ -128,6 +128,11 @@ class Controller:
             if last:
                 break
         self.screen.done()
+        if self.train_prompts.exhausted:
+            self.screen.print(
+                f"step {self.finished} ended the run: every prompt reached a pass rate of "
+                f"{self.recipe.curriculum.drop_above} and is dropped (curriculum.drop_above)"
+            )
 
     def _evaluation_due(self, before: int) -> bool:
         """Whether `eval_every` steps' worth of prompts were completed: in steps that sample more, sooner."""
@@ -147,6 +152,8 @@ class Controller:
         updates = await self.learn(samples, step, position)
         learned = time.perf_counter()
         metrics = self.metrics(rollouts, samples, updates)
+        if self.recipe.curriculum.length_stages:
+            metrics["curriculum/max_tokens"] = max_tokens_of(self.recipe, step)
         await self.sync_weights()
         synced = time.perf_counter()
         self.log.samples(step, rollouts.groups)
@@ -154,6 +161,7 @@ class Controller:
         return (
             metrics
             | self.totals.metrics()
+            | self.train_prompts.metrics()
             | {
                 "time/rollout": sampled - started,
                 "time/reward": rollouts.seconds_scoring,
@@ -167,7 +175,8 @@ class Controller:
     async def sample(self, step: int) -> Rollouts:
         """Rollouts of P prompts; with dynamic sampling, of further ones until P groups have something to compare."""
         wanted = self.recipe.rollout.prompts_per_step
-        rollouts = await self.roll_out(min(wanted, self._prompts_left()), seed_of(self.recipe.seed, "rollout", step))
+        seed = seed_of(self.recipe.seed, "rollout", step)
+        rollouts = await self.roll_out(min(wanted, self._prompts_left()), seed, step)
         for number in range(1, self.algorithm.dynamic_sampling + 1):
             useful = sum(map(informative, rollouts.groups))
             left = self._prompts_left()
@@ -176,27 +185,33 @@ class Controller:
             # As many prompts as should do at the share seen so far, so that few rounds are needed.
             share = max(useful, 1) / len(rollouts.groups) if rollouts.groups else 1.0
             more = min(math.ceil((wanted - useful) / share), wanted, left)
-            rollouts += await self.roll_out(more, seed_of(self.recipe.seed, "rollout", step, number))
+            rollouts += await self.roll_out(more, seed_of(self.recipe.seed, "rollout", step, number), step)
         return rollouts
 
-    async def roll_out(self, prompts: int, seed: int) -> Rollouts:
+    async def roll_out(self, prompts: int, seed: int, step: int) -> Rollouts:
+        max_tokens = max_tokens_of(self.recipe, step)
         rollouts = await roll_out(
             self.train_prompts.take(prompts),
             group_size=self.recipe.rollout.group_size,
             generate=self.workers.generate,
             renderer=self.renderer,
             rewards=self.rewards,
-            sampling=self.sampling,
+            sampling=replace(self.sampling, max_tokens=max_tokens),
             seed=seed,
-            overlong_buffer=overlong_buffer_of(self.recipe, self.algorithm),
+            overlong_buffer=overlong_buffer_of(self.recipe, self.algorithm, max_tokens),
             overlong_factor=self.recipe.algorithm.overlong_penalty,
         )
+        for group in rollouts.groups:
+            right = num_right(group, self.rewards.names[0])
+            self.train_prompts.observe(group.prompt.id, right=right, attempts=len(group.trajectories))
         self.totals.prompts += prompts
         self.totals.completions += prompts * self.recipe.rollout.group_size
         self.totals.tokens += rollouts.tokens
         return rollouts
 
     def _prompts_left(self) -> int:
+        if self.train_prompts.exhausted:
+            return 0
         bound = self.recipe.train.max_prompts
         return max(bound - self.totals.prompts, 0) if bound else self.recipe.rollout.prompts_per_step
 
@@ -338,8 +353,8 @@ class Controller:
         if truncated > _TRUNCATION_ALARM:
             self._warn(
                 "truncation",
-                f"{truncated:.0%} of the completions of step {step} were cut at rollout.max_tokens; "
-                "runs that truncate more than 10 % tend to become unstable",
+                f"{truncated:.0%} of the completions of step {step} were cut at "
+                f"{max_tokens_of(self.recipe, step)} tokens; runs that truncate more than 10 % tend to become unstable",
             )
         if metrics["learner/updates"] == 0 and "critic/loss" not in metrics:
             self._warn("constant", f"every group of step {step} had equal rewards: there was nothing to learn from")

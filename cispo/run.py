@@ -20,19 +20,18 @@ from cispo.assemble import (
     check_same_shape,
     demonstrations_of,
     policy_folder,
+    prompt_source_of,
     prompts_of,
     renderer_of,
     rewards_of,
     running_workers,
     sampling_of,
-    seed_of,
     updates_per_batch,
 )
 from cispo.config import Recipe, dump_yaml
 from cispo.controller import Controller, warm_up
 from cispo.policies.base import local_folder
 from cispo.report import learning_curve, summary
-from cispo.rollout.prompts import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.runfolder import RunLog, check_checkpoint, save_checkpoint
 from cispo.screen import Screen
@@ -102,7 +101,7 @@ class Run:
                     renderer=task.renderer,
                     sampling=sampling_of(recipe, task.renderer),
                     rewards=rewards,
-                    train_prompts=PromptSource(task.prompts, seed_of(recipe.seed, "prompts")),
+                    train_prompts=prompt_source_of(recipe, task.prompts),
                     eval_prompts=task.held_out,
                     log=log,
                     screen=self.screen,

@@ -189,7 +189,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
 
     from cispo.assemble import algorithm_of, rewards_of, running_workers, sampling_of
     from cispo.controller import Controller
-    from cispo.rollout.prompts import PromptSource
+    from cispo.rollout.prompt_source import PromptSource
     from cispo.run import load_task
     from cispo.runfolder import RunLog
     from cispo.screen import Screen

@@ -16,7 +16,8 @@ from cispo.assemble import Workers, renderer_of, sampling_of
 from cispo.batch import informative
 from cispo.config import Recipe, parse_recipe
 from cispo.controller import Controller
-from cispo.rollout.prompts import PromptSource, build_prompts
+from cispo.rollout.prompt_source import PromptSource
+from cispo.rollout.prompts import build_prompts
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.rollout.rollout import Rollouts
 from cispo.runfolder import RunLog

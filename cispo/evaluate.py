@@ -18,6 +18,7 @@ def is_right(trajectory: Trajectory, judge: str) -> bool:
 
 
 def num_right(group: TrajectoryGroup, judge: str) -> int:
+    """How many attempts of the group are right."""
     return sum(is_right(trajectory, judge) for trajectory in group.trajectories)
 
 

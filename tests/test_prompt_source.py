@@ -1,4 +1,4 @@
-"""The stream of prompts: the same observations give the same stream, restored or not; drops last; draws are weighted."""
+"""The stream of prompts: equal observations give equal streams, restored or not; what is dropped stays away."""
 
 from __future__ import annotations
 

@@ -199,11 +199,11 @@ class PromptSource:
         mean = rates.mean()
         if mean is not None:
             metrics["curriculum/pass_rate"] = mean
-        metrics["curriculum/effective_prompts"] = float(rates.left)
+        weights = np.ones(rates.left)
         if self.weighting == "difficulty":
             left = ~rates.dropped
             weights = difficulty_weights(rates.right[left], rates.attempts[left])
-            metrics["curriculum/effective_prompts"] = effective_number(weights)
+        metrics["curriculum/effective_prompts"] = effective_number(weights)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cispo.algorithms import ADVANTAGE_KEYS, ALGORITHMS, LOSS_KEYS, Algorithm, C
 from cispo.algorithms.advantages import GROUP_RELATIVE
 from cispo.algorithms.presets import PRESETS
 from cispo.config import Data, Recipe
+from cispo.curriculum import max_tokens_at
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
 from cispo.loading import load_object
@@ -24,6 +25,7 @@ from cispo.packing import demonstration, pack
 from cispo.placement import Placement, placement_of
 from cispo.policies.base import init_policy, local_folder, save_policy
 from cispo.rollout.engine import make_engine
+from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.rollout.rewards import RewardFunction, RewardRunner
@@ -73,10 +75,15 @@ def updates_per_batch(recipe: Recipe) -> int:
     return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs
 
 
-def overlong_buffer_of(recipe: Recipe, algorithm: Algorithm) -> int:
+def max_tokens_of(recipe: Recipe, step: int) -> int:
+    """Most tokens of a completion that is sampled for a training step (the first is 1)."""
+    return max_tokens_at(step, stages=recipe.curriculum.length_stages, max_tokens=recipe.rollout.max_tokens)
+
+
+def overlong_buffer_of(recipe: Recipe, algorithm: Algorithm, max_tokens: int) -> int:
     """Tokens before max_tokens over which the length penalty rises: the recipe's, else the algorithm's share."""
     given = recipe.algorithm.overlong_buffer
-    return round(algorithm.overlong_share * recipe.rollout.max_tokens) if given is None else given
+    return round(algorithm.overlong_share * max_tokens) if given is None else given
 
 
 def renderer_of(recipe: Recipe) -> Renderer:
@@ -111,6 +118,17 @@ def prompts_of(data: Data, key: str, renderer: Renderer, recipe: Recipe) -> list
     for prompt in prompts:
         _check_length(len(renderer.render(prompt.messages)), recipe, f"{key}: prompt {prompt.id}")
     return prompts
+
+
+def prompt_source_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptSource:
+    """The stream of the training prompts, in the order of the recipe's seed and curriculum."""
+    return PromptSource(
+        prompts,
+        seed_of(recipe.seed, "prompts"),
+        drop_above=recipe.curriculum.drop_above,
+        weighting=recipe.curriculum.weighting,
+        pass_size=recipe.rollout.prompts_per_step,
+    )
 
 
 def _check_length(length: int, recipe: Recipe, what: str) -> None:
@@ -167,7 +185,10 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
 
 
 def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
-    """Packs a batch for the recipe's learner ranks: [ranks][micro-batches]."""
+    """Packs a batch for the recipe's learner ranks: [ranks][micro-batches].
+
+    The constant reduction divides by rollout.max_tokens in every length stage: a token weighs the same in all of them.
+    """
     return pack(
         samples,
         reduction=reduction,

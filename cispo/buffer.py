@@ -44,7 +44,7 @@ class Buffer:
 
     produce: Produce
     next_prompts: Callable[[int], list[Prompt]]
-    """Takes so many prompts from the stream."""
+    """Takes so many prompts from the stream, or none once it has ended."""
     batch: int
     """P: the prompts that one version trains on."""
     max_staleness: int = 0
@@ -63,13 +63,17 @@ class Buffer:
         """
         return self.max_staleness * self.batch - self.window
 
+    @property
+    def waiting(self) -> int:
+        """Prompts that are submitted and not yet taken."""
+        return sum(len(t.prompts) for t in self.tickets)
+
     async def take(self, count: int, *, version: int, left: int) -> Rollouts:
         """The next `count` prompts' groups, to be trained on under `version`; `left` prompts may be taken in all.
 
         Raises what sampling or scoring raised, also of a ticket that is not due yet.
         """
-        waiting = sum(len(t.prompts) for t in self.tickets)
-        self._submit(min(count + self.ahead, left) - waiting, version)
+        self._submit(min(count + self.ahead, left) - self.waiting, version)
         taken: list[Ticket] = []
         missing = count
         while missing > 0:
@@ -91,7 +95,7 @@ class Buffer:
         # A synchronous batch is sampled as a whole; ahead of the learner every prompt goes its own way.
         size = count if self.max_staleness == 0 else 1
         prompts = self.next_prompts(count)
-        for start in range(0, count, size):
+        for start in range(0, len(prompts), size):
             self._start(prompts[start : start + size], version + self.max_staleness)
 
     def _start(self, prompts: list[Prompt], deadline: int) -> None:

@@ -119,6 +119,15 @@ class Reward(Section):
     """Seconds that one call may take."""
 
 
+class Curriculum(Section):
+    drop_above: Annotated[float, Field(gt=0, le=1)] | None = None
+    """A prompt is never sampled again once at least this share of its last group was right (ScaleRL: 0.9)."""
+    weighting: Literal["uniform", "difficulty"] = "uniform"
+    """How prompts are drawn: each once an epoch, or by p (1 - p) of their estimated pass rate p."""
+    length_stages: list[tuple[NotNegative, Positive]] = []
+    """[step, tokens] pairs: from that training step on, completions in training have at most so many tokens."""
+
+
 class Algorithm(Section):
     name: str = "cispo"
     """cispo, ppo, grpo, dapo, dr_grpo, gspo, rloo, reinforce, reinforce_pp, a preset, or module:NAME of a record."""
@@ -278,6 +287,8 @@ class Recipe(Section):
     """How completions are sampled."""
     reward: Reward | None = None
     """How completions are scored."""
+    curriculum: Curriculum = Curriculum()
+    """Which prompts are sampled how often, and how long their completions may be."""
     algorithm: Algorithm = Algorithm()
     """What turns rewards into a gradient."""
     learner: Learner = Learner()

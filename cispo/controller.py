@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from cispo.algorithms import Algorithm
-from cispo.assemble import overlong_buffer_of, pack_for, updates_per_batch
+from cispo.assemble import max_tokens_of, overlong_buffer_of, pack_for, updates_per_batch
 from cispo.batch import informative, minibatches, with_advantages
 from cispo.buffer import Buffer
 from cispo.checkpoint import CheckpointFolder, load_tensors, read_json, save_tensors, write_json
 from cispo.config import Recipe
 from cispo.dropped_tokens import DroppedTokens
-from cispo.evaluate import evaluate
+from cispo.evaluate import evaluate, num_right
 from cispo.interrupts import Interrupts
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
 from cispo.packing import to_samples, unpack
-from cispo.rollout.prompts import PromptSource
+from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, roll_out
@@ -121,6 +121,11 @@ class Controller:
         finally:
             await self.buffer.close()
         self.screen.done()
+        if self.train_prompts.exhausted:
+            self.screen.print(
+                f"step {self.finished} ended the run: every prompt reached a pass rate of "
+                f"{self.recipe.curriculum.drop_above} and is dropped (curriculum.drop_above)"
+            )
 
     async def begin(self) -> None:
         """The start of a new run: what is frozen or copied from the first policy, and how good that is."""
@@ -169,10 +174,13 @@ class Controller:
             metrics = self.metrics(rollouts, samples, updates)
             await self.sync_weights()
         synced = time.perf_counter()
+        if self.recipe.curriculum.length_stages:
+            metrics["curriculum/max_tokens"] = max_tokens_of(self.recipe, step)
         self.log.samples(step, rollouts.groups)
         self.totals.seconds += synced - started
         return (
             metrics
+            | self.train_prompts.metrics()
             | self.totals.metrics()
             | {
                 "time/rollout": sampled - started,
@@ -204,6 +212,9 @@ class Controller:
         bound = self.recipe.train.max_prompts
         left = min(max(to_come, prompts), bound - self.totals.prompts if bound else math.inf)
         rollouts = await self.buffer.take(prompts, version=self.workers.version, left=int(left))
+        for group in rollouts.groups:
+            right = num_right(group, self.rewards.names[0])
+            self.train_prompts.observe(group.prompt.id, right=right, attempts=len(group.trajectories))
         self.totals.prompts += prompts
         self.totals.completions += prompts * self.recipe.rollout.group_size
         self.totals.tokens += rollouts.tokens
@@ -211,19 +222,23 @@ class Controller:
 
     async def roll_out(self, prompts: Sequence[Prompt], ticket: int) -> Rollouts:
         """Samples and scores the prompts of one ticket."""
+        max_tokens = max_tokens_of(self.recipe, self.finished + 1)
         return await roll_out(
             prompts,
             group_size=self.recipe.rollout.group_size,
             generate=self.workers.generate,
             renderer=self.renderer,
             rewards=self.rewards,
-            sampling=self.sampling,
+            sampling=replace(self.sampling, max_tokens=max_tokens),
             seed=seed_of(self.recipe.seed, "rollout", ticket + 1),
-            overlong_buffer=overlong_buffer_of(self.recipe, self.algorithm),
+            overlong_buffer=overlong_buffer_of(self.recipe, self.algorithm, max_tokens),
             overlong_factor=self.recipe.algorithm.overlong_penalty,
         )
 
     def _prompts_left(self) -> int:
+        """How many prompts the next step may ask for, at most."""
+        if self.train_prompts.exhausted:
+            return self.buffer.waiting
         bound = self.recipe.train.max_prompts
         return max(bound - self.totals.prompts, 0) if bound else self.recipe.rollout.prompts_per_step
 
@@ -392,8 +407,8 @@ class Controller:
         if truncated > _TRUNCATION_ALARM:
             self._warn(
                 "truncation",
-                f"{truncated:.0%} of the completions of step {step} were cut at rollout.max_tokens; "
-                "runs that truncate more than 10 % tend to become unstable",
+                f"{truncated:.0%} of the completions of step {step} were cut at "
+                f"{max_tokens_of(self.recipe, step)} tokens; runs that truncate more than 10 % tend to become unstable",
             )
         if metrics["learner/updates"] == 0 and "critic/loss" not in metrics:
             self._warn("constant", f"every group of step {step} had equal rewards: there was nothing to learn from")

@@ -32,6 +32,7 @@ from cispo.assemble import (
     updates_per_batch,
 )
 from cispo.config import Recipe, dump_yaml, load_recipe
+from cispo.curriculum import describe_curriculum
 from cispo.learner.parallel import pick_device
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
@@ -72,6 +73,11 @@ def show(path: Path, overrides: Sequence[str]) -> None:
     console.print(_table(describe(algorithm)))
     for sentence in warnings(algorithm, updates_per_batch=updates_per_batch(recipe)):
         console.print(f"[yellow]warning:[/] {sentence}")
+    rollout = recipe.rollout
+    curriculum = describe_curriculum(recipe.curriculum, group_size=rollout.group_size, max_tokens=rollout.max_tokens)
+    if curriculum:
+        console.print("\n[bold]curriculum[/]")
+        console.print(_table(curriculum))
     console.print("\n[bold]processes and memory[/]")
     console.print(_table(_plan(recipe, algorithm)))
 

@@ -1,7 +1,8 @@
 """What a step reports: pure functions from tokens and trajectories to named numbers.
 
 Names are grouped by a prefix: reward/ adv/ is/ (importance weights) kl/ correction/ critic/ mismatch/ (engine against
-learner) length/ staleness/ learner/ time/ total/ (since the start) eval/; those that every run is judged by have none.
+learner) length/ staleness/ learner/ curriculum/ time/ total/ (since the start) eval/; those that every run is judged by
+have none.
 Fractions are shares of the trained tokens (is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac)
 or of the groups (zero_variance_*).
 """

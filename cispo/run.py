@@ -23,6 +23,7 @@ from cispo.assemble import (
     check_same_shape,
     demonstrations_of,
     policy_folder,
+    prompt_source_of,
     prompts_of,
     renderer_of,
     rewards_of,
@@ -36,11 +37,9 @@ from cispo.controller import Controller
 from cispo.interrupts import Interrupts
 from cispo.policies.base import local_folder
 from cispo.report import learning_curve, summary
-from cispo.rollout.prompts import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.runfolder import RunLog, only_user_of
 from cispo.screen import Screen
-from cispo.seeds import seed_of
 from cispo.types import Diverged, Prompt, RunError, Sample, UserError
 from cispo.warmup import warm_up
 from cispo.watchdog import Activity, guarded
@@ -144,7 +143,7 @@ class Run:
                     renderer=task.renderer,
                     sampling=sampling_of(recipe, task.renderer),
                     rewards=rewards,
-                    train_prompts=PromptSource(task.prompts, seed_of(recipe.seed, "prompts")),
+                    train_prompts=prompt_source_of(recipe, task.prompts),
                     eval_prompts=task.held_out,
                     log=log,
                     screen=self.screen,

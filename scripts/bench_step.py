@@ -191,7 +191,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
     from cispo.checkpoint import CheckpointFolder
     from cispo.controller import Controller
     from cispo.interrupts import Interrupts
-    from cispo.rollout.prompts import PromptSource
+    from cispo.rollout.prompt_source import PromptSource
     from cispo.run import load_task
     from cispo.runfolder import RunLog
     from cispo.screen import Screen

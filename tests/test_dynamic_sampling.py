@@ -18,7 +18,8 @@ from cispo.checkpoint import CheckpointFolder
 from cispo.config import Recipe, parse_recipe
 from cispo.controller import Controller
 from cispo.interrupts import Interrupts
-from cispo.rollout.prompts import PromptSource, build_prompts
+from cispo.rollout.prompt_source import PromptSource
+from cispo.rollout.prompts import build_prompts
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.rollout.rollout import Rollouts
 from cispo.runfolder import RunLog

@@ -132,7 +132,7 @@ class WorkerProcess:
             self._jobs.pop(job.id, None)
 
     async def _watch(self, answer: asyncio.Future[Reply]) -> None:
-        """Waits for an answer; ends a process that has begun no call for so long that its own watchdog must be stuck."""
+        """Waits for an answer; ends a process that has begun no call for so long that its watchdog must be stuck."""
         before = None
         while not answer.done():
             await asyncio.wait({answer}, timeout=2 * self.setup.timeout + _SLACK_SECONDS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,8 +183,9 @@ class _RayHandle:
                 raise type(error.cause)(str(error.cause)) from None
             raise
         except RayActorError as error:
-            reason = " ".join(str(error).split())
-            raise ProcessDied(f"the process of {self.name} ended unexpectedly: {reason:.300}") from None
+            detail = re.search(r"Worker exit detail: (.*?\.)(?:\s|$)", " ".join(str(error).split()))
+            reason = f" ({detail[1]})" if detail else ""
+            raise ProcessDied(f"the process of {self.name} ended unexpectedly{reason}") from None
 
 
 class RayRuntime:

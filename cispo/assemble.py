@@ -7,7 +7,7 @@ import contextlib
 import difflib
 import json
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -280,19 +280,18 @@ async def running_workers(
     engines: bool = True,
     learners: bool = True,
     critic: bool = False,
-) -> AsyncIterator[tuple[Workers, asyncio.Task[list[Handle]]]]:
-    """Learners, and engines that start in the background meanwhile; all of them end with the block."""
+) -> AsyncIterator[tuple[Workers, asyncio.Task[None]]]:
+    """Learners, and the task in which engines start meanwhile; all of them end with the block."""
     runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines), activity)
-    starting: asyncio.Task[list[Handle]] | None = None
+    starting: asyncio.Task[None] | None = None
     shared = make_weights_folder(recipe.name)
     try:
         placement = placement_of(recipe, available=runtime.gpus(), critic=critic)
-        start = partial(start_engine, recipe, runtime, policy, placement)
         workers = Workers(
             learners=[],
             critics=[],
             engines=[],
-            start_engine=start,
+            start_engine=partial(start_engine, recipe, runtime, policy, placement),
             weights_folder=str(shared),
             group_size=recipe.rollout.group_size,
             transport=transport_of(recipe, placement),
@@ -305,7 +304,7 @@ async def running_workers(
             say=say,
         )
         await runtime.reserve(placement.bundles)
-        starting = asyncio.create_task(_all(start(number) for number in range(recipe.rollout.engines * engines)))
+        starting = asyncio.create_task(workers.start_engines(recipe.rollout.engines if engines else 0))
         if learners:
             workers.learners = await start_learners(recipe, runtime, policy, placement)
         if critic:
@@ -318,7 +317,3 @@ async def running_workers(
                 await starting
         runtime.close()
         remove_weights_folder(shared)
-
-
-async def _all(starts: Iterable[Awaitable[Handle]]) -> list[Handle]:
-    return await asyncio.gather(*starts)

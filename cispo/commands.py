@@ -96,7 +96,7 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
 @contextlib.asynccontextmanager
 async def _engines_only(recipe: Recipe, policy: str) -> AsyncIterator[Workers]:
     async with running_workers(recipe, policy, activity=Activity(), learners=False) as (workers, engines):
-        workers.engines = await engines
+        await engines
         yield workers
 
 

@@ -202,7 +202,7 @@ def _parity(console: Console, recipe: Recipe, checkpoint: str | None) -> list[st
 
         async def run() -> list[str]:
             async with running_workers(recipe, policy, activity=Activity()) as (workers, engines):
-                workers.engines = await engines
+                await engines
                 failures = []
                 for version, when in enumerate(
                     ("from the model folder", "after a weight update", "after a second one")

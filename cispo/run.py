@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from cispo.actors import Handle
 from cispo.algorithms.words import warnings
 from cispo.assemble import (
     algorithm_of,
@@ -135,7 +134,7 @@ class Run:
         with self.screen, contextlib.closing(log), contextlib.closing(rewards):
             async with self._workers(critic=self.algorithm.critic) as (workers, engines):
                 # Together: an engine that cannot start ends the warm-up at once.
-                workers.engines, _ = await asyncio.gather(engines, self._warm_up(workers))
+                await asyncio.gather(engines, self._warm_up(workers))
                 controller = Controller(
                     recipe=recipe,
                     algorithm=self.algorithm,
@@ -166,7 +165,7 @@ class Run:
                     self.task.renderer.tokenizer.save_pretrained(draft)
         return self.checkpoints.finish(self.recipe.sft.steps, {"recipe": self.recipe.name})
 
-    def _workers(self, **which: bool) -> AbstractAsyncContextManager[tuple[Workers, asyncio.Task[list[Handle]]]]:
+    def _workers(self, **which: bool) -> AbstractAsyncContextManager[tuple[Workers, asyncio.Task[None]]]:
         return running_workers(self.recipe, self.policy, activity=self.activity, say=self._say_warning, **which)
 
     def _say_warning(self, sentence: str) -> None:

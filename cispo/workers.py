@@ -103,16 +103,30 @@ class Workers:
             if self.engines[number] is dead:
                 await self._start_again(number, error)
 
-    async def _start_again(self, number: int, error: Exception) -> None:
+    async def start_engines(self, count: int) -> None:
+        """Starts the engines side by side; one that dies of it is started again."""
+        self.engines = await asyncio.gather(*map(self._started, range(count)))
+
+    async def _started(self, number: int) -> Handle:
+        while True:
+            try:
+                return await self.start_engine(number)
+            except ProcessDied as error:
+                self._count_restart(number, error)
+
+    def _count_restart(self, number: int, error: Exception) -> None:
         if self.restarts >= self.max_restarts:
             if not isinstance(error, ProcessDied):
                 raise error
-            raise RunError(f"{error}, and control.max_restarts {self.max_restarts} allows no further restart")
+            raise RunError(f"{error}; control.max_restarts {self.max_restarts} allows no further restart")
         self.restarts += 1
         reason = error if isinstance(error, ProcessDied) else f"engine-{number}: {type(error).__name__}: {error}"
-        self.say(f"[yellow]warning:[/] {reason}: starting it again ({self.restarts} of {self.max_restarts} times)")
+        self.say(f"{reason}: starting it again (restart {self.restarts} of at most {self.max_restarts})")
+
+    async def _start_again(self, number: int, error: Exception) -> None:
+        self._count_restart(number, error)
         self.engines[number].kill()
-        self.engines[number] = await self.start_engine(number)
+        self.engines[number] = await self._started(number)
         self.joined = False
         if self.version:
             await self._deliver([number])

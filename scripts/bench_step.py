@@ -202,7 +202,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
     log, rewards = RunLog(Path(job.folder)), rewards_of(recipe, task.prompts)
     with contextlib.closing(log), contextlib.closing(rewards):
         async with running_workers(recipe, job.model, activity=Activity()) as (workers, engines):
-            workers.engines = await engines
+            await engines
             if job.device == "cpu":
                 workers.engines[:] = [Limited(engine, job.lengths) for engine in workers.engines]
             controller = Controller(

@@ -54,6 +54,10 @@ class Handle(Protocol):
         """
         ...
 
+    async def ask(self, method: str) -> Any:
+        """As `call`, but a watchdog does not count it as something that moves."""
+        ...
+
     def kill(self) -> None:
         """Ends it without a word; nothing happens where it is gone already."""
         ...
@@ -94,6 +98,9 @@ class _LocalHandle:
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.target, method)(*args, **kwargs)
+
+    async def ask(self, method: str) -> Any:
+        return await self.call(method)
 
     def kill(self) -> None:
         self.target.close()
@@ -167,6 +174,9 @@ class _RayHandle:
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         with self.activity.doing(f"{self.name} to {method}"):
             return await self.wait(self.actor.call.remote(method, args, kwargs))
+
+    async def ask(self, method: str) -> Any:
+        return await self.wait(self.actor.call.remote(method, (), {}))
 
     def kill(self) -> None:
         import ray

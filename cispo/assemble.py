@@ -33,7 +33,7 @@ from cispo.seeds import seed_of
 from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling, UserError
 from cispo.watchdog import Activity
 from cispo.weight_buckets import Transport
-from cispo.weight_sync import make_weights_folder, remove_weights_folder
+from cispo.weight_sync import weights_folder
 from cispo.workers import Workers
 
 # More sequences than this at once gain nothing on one engine and cost cache memory.
@@ -283,16 +283,16 @@ async def running_workers(
 ) -> AsyncIterator[tuple[Workers, asyncio.Task[None]]]:
     """Learners, and the task in which engines start meanwhile; all of them end with the block."""
     runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines), activity)
-    starting: asyncio.Task[None] | None = None
-    shared = make_weights_folder(recipe.name)
-    try:
+    tasks: list[asyncio.Task[None]] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(runtime.close)
         placement = placement_of(recipe, available=runtime.gpus(), critic=critic)
         workers = Workers(
             learners=[],
             critics=[],
             engines=[],
             start_engine=partial(start_engine, recipe, runtime, policy, placement),
-            weights_folder=str(shared),
+            weights_folder=str(stack.enter_context(weights_folder(recipe.name))),
             group_size=recipe.rollout.group_size,
             transport=transport_of(recipe, placement),
             verify=recipe.rollout.verify_weights,
@@ -303,17 +303,18 @@ async def running_workers(
             max_restarts=0 if recipe.runtime == "local" else recipe.control.max_restarts,
             say=say,
         )
-        await runtime.reserve(placement.bundles)
-        starting = asyncio.create_task(workers.start_engines(recipe.rollout.engines if engines else 0))
-        if learners:
-            workers.learners = await start_learners(recipe, runtime, policy, placement)
-        if critic:
-            workers.critics = await start_critics(recipe, runtime, policy, placement)
-        yield workers, starting
-    finally:
-        if starting is not None:
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await starting
-        runtime.close()
-        remove_weights_folder(shared)
+        try:
+            await runtime.reserve(placement.bundles)
+            starting = asyncio.create_task(workers.start_engines(recipe.rollout.engines if engines else 0))
+            tasks.append(starting)
+            if recipe.control.watchdog:
+                tasks.append(asyncio.create_task(workers.report_progress(activity, every=recipe.control.watchdog / 10)))
+            if learners:
+                workers.learners = await start_learners(recipe, runtime, policy, placement)
+            if critic:
+                workers.critics = await start_critics(recipe, runtime, policy, placement)
+            yield workers, starting
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,6 +10,8 @@ vLLM: the receiving class is made where vLLM is already loaded.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -28,6 +30,9 @@ from cispo.weight_buckets import BucketMessage, WeightReceiver
 TRANSFER_BACKEND = "cispo"
 """The name of our receiving side in vLLM's registry of weight transfer engines."""
 
+_PREFIX = "cispo-"
+_OWNER = "owner"
+
 
 @dataclass(frozen=True, slots=True)
 class FileMessage:
@@ -40,16 +45,34 @@ WeightMessage = FileMessage | BucketMessage
 """What an engine is told about weights that it may take."""
 
 
-def make_weights_folder(run: str) -> Path:
-    """Makes a new folder for one run's weights: in shared memory where there is any, else on disk."""
+@contextlib.contextmanager
+def weights_folder(run: str) -> Iterator[Path]:
+    """A new folder for one run's weights, in shared memory where there is any, else on disk; it goes with the block.
+
+    A driver that is killed leaves its folder behind: the next run finds that nobody holds its lock, and removes it.
+    """
     shared = Path("/dev/shm")
     root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-    return Path(tempfile.mkdtemp(prefix=f"cispo-{run}-", dir=root))
+    _remove_abandoned(root)
+    draft = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{run}-", dir=root))
+    with (draft / _OWNER).open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        folder = draft.rename(root / draft.name.removeprefix("."))
+        try:
+            yield folder
+        finally:
+            # An engine that still maps a version keeps it until it lets go.
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_weights_folder(folder: str | Path) -> None:
-    """Deletes a run's weights; an engine that still maps them keeps them until it lets go."""
-    shutil.rmtree(folder, ignore_errors=True)
+def _remove_abandoned(root: Path) -> None:
+    for folder in root.glob(f"{_PREFIX}*"):
+        try:
+            with (folder / _OWNER).open() as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # in use, or somebody else's
 
 
 def publish_weights(state: Mapping[str, Tensor], folder: str | Path, version: int) -> Path:

@@ -22,6 +22,7 @@ from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.seeds import seed_of
 from cispo.types import Completion, Diverged, MicroBatch, OnUpdate, ProcessDied, RunError, Sampling, UserError
+from cispo.watchdog import Activity
 from cispo.weight_buckets import Transport, merged
 
 Columns = Sequence[Sequence[MicroBatch]]
@@ -131,9 +132,17 @@ class Workers:
         if self.version:
             await self._deliver([number])
 
-    async def progress(self) -> int:
-        """Tokens that the engines have sampled since their starts."""
-        return sum(await asyncio.gather(*(engine.call("progress") for engine in self.engines)))
+    async def report_progress(self, activity: Activity, *, every: float) -> None:
+        """Tells a watchdog while long completions get on; returns never."""
+        known: list[Any] = []
+        while True:
+            await asyncio.sleep(every)
+            if not self._load.total():
+                continue
+            now = await asyncio.gather(*(engine.ask("progress") for engine in self.engines), return_exceptions=True)
+            if now != known:
+                activity.moved()
+            known = now
 
     async def update(self, columns: Columns, objective: Objective, lr: float) -> list[UpdateResult]:
         """One optimizer step: rank r trains on columns[r]."""
@@ -259,7 +268,7 @@ class Workers:
 
 async def _answers(engine: Handle) -> bool:
     try:
-        await engine.call("progress")
+        await engine.ask("progress")
     except ProcessDied:
         return False
     return True

@@ -49,16 +49,16 @@ _BOOT = "import sys; sys.path.append({project!r}); from cispo.confinement.launch
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
-_TRY_TO_ESCAPE = f"""
+_TRY_TO_ESCAPE = """
 import os, socket
-attempts = [socket.socket, os.fork, lambda: os.listdir("/proc"), lambda: os.listdir({_PROJECT!r}),
-            lambda: os.kill(os.getppid(), 0), lambda: open("/cispo", "w"), lambda: os.chmod("/", 0o755)]
-for attempt in attempts:
+attempts = [socket.socket, os.fork, lambda: os.listdir("/proc"), lambda: open({secret!r}), lambda: open("/out", "w"),
+            lambda: os.kill(os.getppid(), 0), lambda: os.chmod("/", 0o755)]
+for number, attempt in enumerate(attempts):
     try:
         attempt()
     except OSError:
         continue
-    raise SystemExit("the sandbox does not hold")
+    raise SystemExit(f"attempt {{number}} to escape succeeded")
 print("contained")
 """
 
@@ -122,7 +122,9 @@ def available_mechanisms() -> tuple[Mechanism, ...]:
     problems: list[str] = []
     for mechanism in ("namespaces", "landlock"):
         try:
-            result = _run(_TRY_TO_ESCAPE, "", _Limits(20.0, 1 << 29, 1 << 20, 1 << 16), mechanism)
+            with tempfile.NamedTemporaryFile() as secret:
+                code = _TRY_TO_ESCAPE.format(secret=secret.name)
+                result = _run(code, "", _Limits(20.0, 1 << 29, 1 << 20, 1 << 16), mechanism)
         except RunError as error:
             problems.append(f"{mechanism}: {error}")
             continue
@@ -248,7 +250,9 @@ class _Conversation:
         stdout, stderr = (self._texts[name].decode(errors="replace") for name in ("stdout", "stderr"))
         words = report.rpartition("exit ")[2].split()
         if "error " in report or len(words) != 2:
-            raise RunError(f"the sandbox failed: {report.partition('error ')[2].strip() or report + stderr or 'no reason'}")
+            raise RunError(
+                f"the sandbox failed: {report.partition('error ')[2].strip() or report + stderr or 'no reason'}"
+            )
         exit_code = int(words[0])
         stopped = self._stopped if words[1] == "caller" else _REASONS.get(words[1])
         # At its limit Python gets no more memory, which ends a program unless it catches that.

@@ -36,7 +36,7 @@ _BOOT = (
     '__import__("os").environ.clear()\n'
     '__import__("sys").argv[:] = ["main.py"]\n'
     '__file__ = "main.py"\n'
-    'exec(compile(open("main.py", "rb").read(), "main.py", "exec"))'
+    'exec((lambda file: (compile(file.read(), "main.py", "exec"), file.close())[0])(open("main.py", "rb")))'
 )
 
 
@@ -152,7 +152,7 @@ def _thread_count(child: int, proc: int) -> int:
 
 
 def _is_over(folder: str, limit: int) -> bool:
-    """Whether a folder holds more bytes, or entries, than it may; also where it hides them behind a mode."""
+    """Whether a folder holds more bytes, or entries, than it may; also where it hides them."""
     size, entries, todo = 0, 0, [folder]
     while todo:
         try:
@@ -168,7 +168,8 @@ def _is_over(folder: str, limit: int) -> bool:
         except FileNotFoundError:
             # The program is at work meanwhile.
             continue
-        except PermissionError:
+        except OSError:
+            # A mode, or a path too long to open, that hides what is below.
             return True
     return False
 

@@ -160,7 +160,7 @@ def _run(code: str, stdin: str, limits: _Limits, mechanism: Mechanism) -> Sandbo
         "readable": readable,
         "devices": devices,
         "scratch": tempfile.gettempdir(),
-        "cpu_seconds": math.ceil(limits.timeout),
+        "cpu_seconds": max(1, math.ceil(limits.timeout)),
         "memory_bytes": limits.memory,
         "disk_bytes": limits.disk,
         "threads": MAX_THREADS,
@@ -204,7 +204,7 @@ class _Conversation:
         self._deadline = 0.0
 
     def hold(self, request: bytes) -> None:
-        """Until both are silent for good, or do not obey."""
+        """Sends the request, and listens until both are silent for good or do not obey."""
         try:
             # Raw pipes write what they have room for.
             rest = memoryview(HEADER.pack(len(request)) + request)
@@ -254,7 +254,9 @@ class _Conversation:
                 f"the sandbox failed: {report.partition('error ')[2].strip() or report + stderr or 'no reason'}"
             )
         exit_code = int(words[0])
-        stopped = self._stopped if words[1] == "caller" else _REASONS.get(words[1])
+        # What ended by itself before it was killed for its time was in time; output that was cut stays cut.
+        told = words[1] == "caller" or self._stopped == "output"
+        stopped = self._stopped if told else _REASONS.get(words[1])
         # At its limit Python gets no more memory, which ends a program unless it catches that.
         if stopped is None and exit_code != 0 and stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
             stopped = "memory"

@@ -3,8 +3,9 @@
     passes_io        column tests       each test is an input and the output that a program prints for it
     passes_asserts   column test_code   assert statements, or test functions, that call what the code defines
 
-What a program prints, and what `assert f(1, 2) == [3]` compares, is compared outside of the sandbox: the expected answer
-never enters it. Other tests have to share a process with the code that they test; docs/rewards.md says what that means.
+What a program prints, and what `assert f(1, 2) == [3]` compares, is compared outside of the sandbox: the expected
+answer never enters it. Other tests have to share a process with the code that they test: docs/rewards.md says what that
+means.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def read_steps(test_code: str) -> tuple[list[tuple[str, str]], dict[int, tuple[A
 
 
 def _with_literal(statement: ast.stmt) -> tuple[str, Any, bool] | None:
-    """(expression, value, by identity) of an assert that compares an expression with a literal; None for another one."""
+    """(expression, value, by identity) of an assert that compares with a literal; None for another statement."""
     if not isinstance(statement, ast.Assert) or not isinstance(statement.test, ast.Compare):
         return None
     test = statement.test

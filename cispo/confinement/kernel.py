@@ -1,7 +1,7 @@
-"""The few calls into the C library that Python 3.11 has no function for. Every error is an OSError that names the call.
+"""The few calls into the C library that Python 3.11 has no function for. Every error is an OSError naming the call.
 
-Modules of this package run in an interpreter that is started for each sandboxed program, so they import next to nothing:
-no `typing`, no `signal` (an enum), no `json`.
+Modules of this package run in an interpreter that is started for each sandboxed program, so they import next to
+nothing: no `typing`, no `signal` (an enum), no `json`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The process between a caller and a sandboxed program: it builds the sandbox, starts the program in it, watches it, and
-leaves nothing behind.
+"""The process between a caller and a sandboxed program: it builds the sandbox, starts the program in it, watches it,
+and leaves nothing behind.
 
     caller  -- request on stdin -->  launcher  -- fork, confine, exec -->  the program, a fresh Python
             <-- "started", "exit 0", or "error ..." on a pipe of its own --
             <-- the program's stdout and stderr, which only the caller reads --
 
-stdin stays open while the caller lives: its end is the order to kill the program. The program gets a kill from the kernel
-when the launcher dies.
+stdin stays open while the caller lives: its end is the order to kill the program. The program gets a kill from the
+kernel when the launcher dies.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ _SIGKILL = 9
 _POLL_MILLISECONDS = 50
 _MAX_OPEN_FILES = 64
 _MAX_SCRATCH_ENTRIES = 2048
+_MAX_SCRATCH_DEPTH = 64
 
 # `exit` and `quit` come from `site`, which takes 35 ms and reads what is installed. Names that this leaves behind, or
 # imports, would be there for a program that forgot to import them.
 _BOOT = (
-    '__import__("builtins").exit = __import__("builtins").quit = __import__("_sitebuiltins").Quitter("exit", "Ctrl-D")\n'
+    'for __file__ in ("exit", "quit"):\n'
+    '    setattr(__import__("builtins"), __file__, __import__("_sitebuiltins").Quitter(__file__, "Ctrl-D"))\n'
     '__import__("os").environ.clear()\n'
     '__import__("sys").argv[:] = ["main.py"]\n'
     '__file__ = "main.py"\n'
@@ -152,7 +154,7 @@ def _thread_count(child: int, proc: int) -> int:
 
 
 def _is_over(folder: str, limit: int) -> bool:
-    """Whether a folder holds more bytes, or entries, than it may; also where it hides them."""
+    """Whether a folder holds more bytes, entries or levels than it may; also where it hides them."""
     size, entries, todo = 0, 0, [folder]
     while todo:
         try:
@@ -161,7 +163,8 @@ def _is_over(folder: str, limit: int) -> bool:
                     status = entry.stat(follow_symlinks=False)
                     size += status.st_blocks * 512
                     entries += 1
-                    if size > limit or entries > _MAX_SCRATCH_ENTRIES:
+                    deep = entry.path.count("/") - folder.count("/") > _MAX_SCRATCH_DEPTH
+                    if size > limit or entries > _MAX_SCRATCH_ENTRIES or deep:
                         return True
                     if stat.S_ISDIR(status.st_mode):
                         todo.append(entry.path)

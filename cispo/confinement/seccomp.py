@@ -1,4 +1,4 @@
-"""The filter on system calls: one process of threads, no sockets, no reach into other processes, no exotic kernel parts.
+"""The filter on system calls: one process of threads, no sockets, no reach into other processes, no exotic calls.
 
 It is the same under both mechanisms, so that a program does the same on any machine. What Landlock does not cover (the
 mode, owner, times and attributes of a file that the program may not even read; truncation before Landlock 3) is denied

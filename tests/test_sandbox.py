@@ -180,6 +180,8 @@ def test_folders_nested_very_deeply(run: Run) -> None:
     assert result.ok or result.stopped == "disk"
     long = "import os\nfor _ in range(100):\n    os.mkdir('d' * 200); os.chdir('d' * 200)\nwhile True: pass"
     assert run(long, timeout=1.0).stopped in ("time", "disk")
+    hidden = run("import os\nos.makedirs('a/b')\nos.mkdir('a/b/c', 0)\nos.mkdir('e', 0)\nimport time; time.sleep(0.2)")
+    assert hidden.ok or hidden.stopped == "disk"
     assert run("import os\nos.mkdir('d'); os.mkdir('d/e'); open('d/e/f', 'w').close(); os.symlink('/', 'd/l')").ok
 
 

@@ -179,19 +179,26 @@ def _is_over(folder: str, limit: int) -> bool:
 
 def _remove(folder: str) -> None:
     """Removes a folder however deeply its program nested it: what lies in a folder is first moved up."""
-    number = 0
     while names := os.listdir(folder):
         for name in names:
             path = f"{folder}/{name}"
-            if os.path.islink(path) or not os.path.isdir(path):
+            if not _opened(path):
                 os.unlink(path)
                 continue
-            os.chmod(path, 0o700)
             for inner in os.listdir(path):
-                number += 1
-                os.rename(f"{path}/{inner}", f"{folder}/moved-{number}-{os.urandom(8).hex()}")
+                # Moving a folder takes the right to write into it.
+                _opened(f"{path}/{inner}")
+                os.rename(f"{path}/{inner}", f"{folder}/moved-{os.urandom(16).hex()}")
             os.rmdir(path)
     os.rmdir(folder)
+
+
+def _opened(path: str) -> bool:
+    """Whether this is a folder, which is now accessible whatever its mode was."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        return False
+    os.chmod(path, 0o700)
+    return True
 
 
 def _write(path: str, data: bytes) -> None:

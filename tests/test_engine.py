@@ -28,7 +28,7 @@ from cispo.rollout.engine import Engine
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Diverged, FinishReason, RepetitionStop, Sampling, UserError
-from cispo.weight_sync import make_weights_folder, mapped_weights, publish_weights, remove_weights_folder
+from cispo.weight_sync import mapped_weights, publish_weights, weights_folder
 
 VOCAB = 32
 CONTEXT = 48
@@ -353,9 +353,8 @@ def test_what_vllm_cannot_run_is_refused_in_a_sentence(folder: Path, tmp_path: P
 
 @pytest.fixture
 def weights() -> Iterator[Path]:
-    path = make_weights_folder("test")
-    yield path
-    remove_weights_folder(path)
+    with weights_folder("test") as folder:
+        yield folder
 
 
 def test_a_published_version_arrives_bit_for_bit_and_replaces_the_last(weights: Path) -> None:

@@ -20,7 +20,7 @@ from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning_config import LightningConfig, dump_config, parse_config
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Completion, RepetitionStop, Sampling
-from cispo.weight_sync import make_weights_folder, publish_weights, remove_weights_folder
+from cispo.weight_sync import publish_weights, weights_folder
 
 ORACLE = Path(__file__).parents[2] / "shared/oracle/m1_like"
 
@@ -146,9 +146,8 @@ def model_parameters(engine: VLLMEngine) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def weights() -> Iterator[Path]:
-    folder = make_weights_folder("test")
-    yield folder
-    remove_weights_folder(folder)
+    with weights_folder("test") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ _SFT = Objective(loss=negative_log_likelihood)
 
 # What the learner reports of every token; further columns are the objective's own.
 _TOKEN_COLUMNS = frozenset(
-    ("targets", "logprobs", "old_logprobs", "rollout_logprobs", "advantages", "ratio", "weight", "entropy")
+    ("targets", "logprobs", "old_logprobs", "rollout_logprobs", "versions", "advantages", "ratio", "weight", "entropy")
 )
 
 
@@ -314,7 +314,11 @@ class Controller:
         # Before the first update the learner is the policy that sampled, so what differs there is the mismatch.
         mismatch = tokens if "old_logprobs" in tokens else _merged(taken[:1])
         learner = mismatch.get("old_logprobs", mismatch["logprobs"])
-        metrics |= importance_metrics(tokens, others) | mismatch_metrics(learner, mismatch["rollout_logprobs"])
+        metrics |= importance_metrics(tokens, others)
+        # A token of an older version differs because the policy moved, which is no mismatch.
+        fresh = mismatch["versions"] == self.version
+        if fresh.any():
+            metrics |= mismatch_metrics(learner[fresh], mismatch["rollout_logprobs"][fresh])
         metrics |= {name: float(tokens[name].double().mean()) for name in tokens if name not in _TOKEN_COLUMNS}
         metrics |= {
             "adv/std": float(tokens["advantages"].double().std(correction=0)),

@@ -74,7 +74,8 @@ class RunLog:
                 "extra": json.dumps(dict(t.extra), default=str),
                 "finish_reason": t.finish_reason.value,
                 "length": t.length,
-                "version": t.turns[-1].completion.versions[1],
+                "version": min(min(turn.completion.versions) for turn in t.turns),
+                "version_max": max(max(turn.completion.versions) for turn in t.turns),
             }
             for group in groups
             for t in group.trajectories

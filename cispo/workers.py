@@ -88,12 +88,13 @@ class Workers:
             await asyncio.gather(*(learner.call("release_memory") for learner in self.learners + self.critics))
             await asyncio.gather(*(engine.call("wake") for engine in self.engines))
             self.asleep = False
+        await asyncio.gather(*(engine.call("begin_update", "wait") for engine in self.engines))
         if self.transport == "shared_memory":
             path = await self.publish(version)
-            await asyncio.gather(*(engine.call("update_weights", path, version) for engine in self.engines))
+            await asyncio.gather(*(engine.call("load_weights", path) for engine in self.engines))
         else:
             await self._send_buckets(self.transport)
-            await asyncio.gather(*(engine.call("finish_update", version) for engine in self.engines))
+        await asyncio.gather(*(engine.call("finish_update", version) for engine in self.engines))
 
     async def _send_buckets(self, transport: Transport) -> None:
         """One bucket after another: staged, taken by every engine, and only then overwritten."""

@@ -83,7 +83,9 @@ async def tokens_per_second(
         share = prompts // engines
         handles = await asyncio.gather(
             *(
-                runtime.start(build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), max_sequences=share, **kwargs)
+                runtime.start(
+                    build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), max_sequences=share, **kwargs, concurrent=True
+                )
                 for i in range(engines)
             )
         )

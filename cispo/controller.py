@@ -314,11 +314,9 @@ class Controller:
         # Before the first update the learner is the policy that sampled, so what differs there is the mismatch.
         mismatch = tokens if "old_logprobs" in tokens else _merged(taken[:1])
         learner = mismatch.get("old_logprobs", mismatch["logprobs"])
-        metrics |= importance_metrics(tokens, others)
-        # A token of an older version differs because the policy moved, which is no mismatch.
         fresh = mismatch["versions"] == self.version
-        if fresh.any():
-            metrics |= mismatch_metrics(learner[fresh], mismatch["rollout_logprobs"][fresh])
+        metrics |= importance_metrics(tokens, others)
+        metrics |= mismatch_metrics(learner, mismatch["rollout_logprobs"], fresh)
         metrics |= {name: float(tokens[name].double().mean()) for name in tokens if name not in _TOKEN_COLUMNS}
         metrics |= {
             "adv/std": float(tokens["advantages"].double().std(correction=0)),

@@ -50,13 +50,18 @@ def importance_metrics(tokens: Mapping[str, Tensor], would_drop: Mapping[str, Te
     }
 
 
-def mismatch_metrics(learner: Tensor, engine: Tensor) -> dict[str, float]:
+def mismatch_metrics(learner: Tensor, engine: Tensor, fresh: Tensor) -> dict[str, float]:
     """How far the learner's log-probabilities are from the engine's for the same policy and tokens, [N] each.
+
+    `fresh` says which tokens the engine sampled from the learner's version; others differ because the policy moved.
+    Without any there are no metrics.
 
     logprob_mean and logprob_max are of |difference|, token_mult_prob_error is the mean of its exponential. k1 and k3
     estimate KL(engine || learner) (k3 = r - 1 - log r with r = learner / engine), prob_pearson is a correlation.
     """
-    learner, engine = learner.double(), engine.double()
+    if not fresh.any():
+        return {}
+    learner, engine = learner[fresh].double(), engine[fresh].double()
     gap = learner - engine
     return {
         "mismatch/kl_k1": float(-gap.mean()),

@@ -84,7 +84,13 @@ async def tokens_per_second(
         handles = await asyncio.gather(
             *(
                 runtime.start(
-                    build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), max_sequences=share, **kwargs, concurrent=True
+                    build,
+                    *args,
+                    name=f"engine-{i}",
+                    seat=Seat(gpus=gpus),
+                    max_sequences=share,
+                    **kwargs,
+                    concurrent=True,
                 )
                 for i in range(engines)
             )

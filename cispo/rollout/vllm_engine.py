@@ -20,7 +20,7 @@ from cispo.rollout.engine import check_context
 from cispo.rollout.recorder import LogprobTable
 from cispo.rollout.stream import seeded
 from cispo.rollout.vllm_start import start_vllm
-from cispo.types import FinishReason, Sampling
+from cispo.types import Sampling
 from cispo.weight_sync import WeightMessage
 
 if TYPE_CHECKING:

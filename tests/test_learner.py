@@ -154,9 +154,8 @@ def test_old_anchor_starts_at_ratio_one(policy_folder: Path):
     result = learner.update(column, objective, lr=1e-2)
     assert torch.equal(result.batch.tokens["ratio"], torch.ones_like(result.batch.tokens["ratio"]))
     versions = result.batch.tokens["versions"]
-    assert torch.equal(versions, torch.cat([mb.versions[mb.loss_mask] for mb in column])) and set(
-        versions.tolist()
-    ) == {1, 2, 3}
+    assert torch.equal(versions, torch.cat([mb.versions[mb.loss_mask] for mb in column]))
+    assert set(versions.tolist()) == {1, 2, 3}
     again = learner.update(column, objective, lr=1e-2)
     assert float((again.batch.tokens["ratio"] - 1).abs().max()) > 1e-3
 

@@ -104,6 +104,23 @@ def test_every_token_gets_its_own(data: st.DataObject) -> None:
         assert values == pytest.approx(truth[i], abs=1e-6)
 
 
+def test_a_row_goes_from_one_request_to_the_next() -> None:
+    """Nothing of a closed request shows in the one that takes its row, and its late records go nowhere."""
+    table = LogprobTable(4)
+    for number in range(100):
+        name, old = f"r{number}", f"r{number - 3}"
+        table.open(name, start=number, limit=1 + number % 4)
+        if number >= 3:
+            table.close(old)
+        late = [(old, number - 3, -7.0, True)] if number >= 3 else []
+        with pytest.raises(AssertionError, match="no log-probability"):
+            table.get(name, 0, 1)
+        table.add(rows([*late, *((name, number + place, -number - place / 8, True) for place in range(6))]))
+        for other in range(max(number - 2, 0), number + 1):
+            limit = 1 + other % 4
+            assert table.get(f"r{other}", 0, limit) == [-other - place / 8 for place in range(limit)]
+
+
 def test_a_token_that_was_never_recorded_is_an_error() -> None:
     table = LogprobTable(9)
     table.open("a", start=3, limit=4)

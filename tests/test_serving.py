@@ -1,5 +1,5 @@
-"""Overlapping calls and updates in flight, on an engine that samples the version of its weights: whatever happens, every
-token is its own version. What real policies add is in `test_updates_in_flight.py`."""
+"""Overlapping calls and updates in flight, on an engine that samples the version of its weights: whatever happens,
+every token is its own version. What real policies add is in `test_updates_in_flight.py`."""
 
 from __future__ import annotations
 

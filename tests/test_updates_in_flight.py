@@ -1,5 +1,6 @@
-"""Weights that arrive while vLLM samples: every token's log-probability is that of a fresh forward pass of the learner's
-policy with the weights of its version, hybrid and dense, with prefix caching, preemption, and calls that come and go."""
+"""Weights that arrive while vLLM samples: every token's log-probability is that of a fresh forward pass of the
+learner's policy with the weights of its version, hybrid and dense, with prefix caching, preemption, and calls that come
+and go."""
 
 from __future__ import annotations
 
@@ -115,6 +116,8 @@ MODES: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     "cached": ({"enable_prefix_caching": True}, SHARED[:6] + RAGGED[:6]),
     "cached, preempted": ({"enable_prefix_caching": True}, CROSSING[:12] + SHARED[:4]),
 }
+EXACT: list[OnUpdate] = ["recompute", "wait", "abort"]
+"""All but keep, whose tokens after an update are of no one version's weights."""
 BLOCKS = {"hybrid": 16, "dense": 10}
 
 
@@ -223,11 +226,11 @@ async def interleaved(engine: ServedEngine, kind: Kind, seed: int, modes: Sequen
 
 @pytest.mark.parametrize("kind_name", ["hybrid", "dense"])
 def test_random_interleavings(kind_name: str, kinds: dict[str, Kind]) -> None:
-    kind, modes = kinds[kind_name], ["recompute", "wait", "abort"]
+    kind = kinds[kind_name]
     arguments = {"enable_prefix_caching": True, "num_gpu_blocks_override": BLOCKS[kind_name]}
     with running(kind, **arguments) as engine:
         for seed in range(4):
-            assert asyncio.run(asyncio.wait_for(interleaved(engine, kind, seed, modes), 60)) <= TOLERANCE
+            assert asyncio.run(asyncio.wait_for(interleaved(engine, kind, seed, EXACT), 60)) <= TOLERANCE
             sampled(engine, [[1]], PLAIN, 0)
 
 
@@ -277,7 +280,7 @@ def test_steps_in_flight_and_recorded_logprobs(kinds: dict[str, Kind]) -> None:
         assert kind.gaps(RAGGED[:12], completions).max() <= TOLERANCE
         assert {v for c in completions for v in c.versions} == set(range(VERSIONS))
         for seed in range(4, 7):
-            largest = asyncio.run(asyncio.wait_for(interleaved(engine, kind, seed, ["recompute", "wait", "abort"]), 60))
+            largest = asyncio.run(asyncio.wait_for(interleaved(engine, kind, seed, EXACT), 60))
             assert largest <= TOLERANCE
         # A seed of its own for each request: other calls change nothing but last bits.
         alone = sampled(engine, RAGGED[:3], PLAIN, 7)

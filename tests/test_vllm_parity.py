@@ -283,7 +283,7 @@ def test_tensor_parallel_equals_learner(variant: str, weights: Path, tmp_path: P
     changes = VARIANTS["original"] if variant == "original" else {"tie_word_embeddings": True, "num_kv_heads": 1}
     first, second = (init_policy(lightning(**changes), seed) for seed in range(2))
     save_policy(first, tmp_path)
-    sizes = {"max_context": 640, "max_sequences": 12, "tensor_parallel": 2}
+    sizes: dict[str, Any] = {"max_context": 640, "max_sequences": 12, "tensor_parallel": 2}
     engine = ServedEngine(VLLMEngine(str(tmp_path), dtype="float32", seed=0, **sizes))
     try:
         assert difference(engine, first, RAGGED[:12]) <= TOLERANCE

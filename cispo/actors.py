@@ -3,12 +3,14 @@
     handle = await runtime.start(Learner, ..., name="learner-0")
     result = await handle.call("update", micro_batches, ...)
 
-Both runtimes run the same classes. `local` is for tests and debuggers: calls run in this process, one after another.
+Both runtimes run the same classes. `local` is for tests and debuggers: calls run in this process. An object that is
+started `concurrent` takes any number of calls at once, in its event loop; any other one call after another.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import re
@@ -31,6 +33,10 @@ _CPU_ENV = {
 }
 
 
+# Calls of a concurrent object at a time; Ray lets later ones wait, a question about progress among them.
+_MAX_CONCURRENT = 100_000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
     """What an object takes of a machine.
@@ -50,7 +56,7 @@ class Handle(Protocol):
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Runs a method of the object; UserErrors and RunErrors come back as they were raised.
 
-        Raises ProcessDied where its process is gone.
+        Raises ProcessDied where its process is gone. Cancelling a call of a concurrent object cancels the method there.
         """
         ...
 
@@ -78,9 +84,15 @@ class Runtime(Protocol):
         ...
 
     async def start(
-        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+        self,
+        build: Callable[..., Any],
+        *args: Any,
+        name: str,
+        seat: Seat = _NO_GPU,
+        concurrent: bool = False,
+        **kwargs: Any,
     ) -> Handle:
-        """Builds one object."""
+        """Builds one object; `concurrent` if its methods may be coroutines, several of which are under way at once."""
         ...
 
     async def start_ranks(
@@ -92,12 +104,16 @@ class Runtime(Protocol):
     def close(self) -> None: ...
 
 
+async def _result(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
 class _LocalHandle:
     def __init__(self, target: Any) -> None:
         self.target = target
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.target, method)(*args, **kwargs)
+        return await _result(getattr(self.target, method)(*args, **kwargs))
 
     async def ask(self, method: str) -> Any:
         return await self.call(method)
@@ -124,7 +140,13 @@ class LocalRuntime:
         pass
 
     async def start(
-        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+        self,
+        build: Callable[..., Any],
+        *args: Any,
+        name: str,
+        seat: Seat = _NO_GPU,
+        concurrent: bool = False,
+        **kwargs: Any,
     ) -> Handle:
         self._handles.append(_LocalHandle(build(*args, **kwargs)))
         return self._handles[-1]
@@ -163,25 +185,35 @@ class _Host:
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
+class _ConcurrentHost(_Host):
+    """The same with an event loop, in which Ray runs every call of an actor that has a coroutine among its methods."""
+
+    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return await _result(super().call(method, args, kwargs))
+
+
 class _RayHandle:
-    def __init__(self, actor: Any, name: str, activity: Activity) -> None:
-        self.actor, self.name, self.activity = actor, name, activity
+    def __init__(self, actor: Any, name: str, ray: Any, activity: Activity) -> None:
+        self.actor, self.name, self._ray, self.activity = actor, name, ray, activity
 
     async def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self.activity.doing(f"{self.name} to start"):
             await self.wait(self.actor.build.remote(build, args, kwargs))
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        with self.activity.doing(f"{self.name} to {method}"):
-            return await self.wait(self.actor.call.remote(method, args, kwargs))
+        reference = self.actor.call.remote(method, args, kwargs)
+        try:
+            with self.activity.doing(f"{self.name} to {method}"):
+                return await self.wait(reference)
+        except asyncio.CancelledError:
+            self._ray.cancel(reference)
+            raise
 
     async def ask(self, method: str) -> Any:
         return await self.wait(self.actor.call.remote(method, (), {}))
 
     def kill(self) -> None:
-        import ray
-
-        ray.kill(self.actor)
+        self._ray.kill(self.actor)
 
     async def wait(self, reference: Any) -> Any:
         from ray.exceptions import RayActorError, RayTaskError
@@ -249,9 +281,15 @@ class RayRuntime:
             await self._group.ready()
 
     async def start(
-        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+        self,
+        build: Callable[..., Any],
+        *args: Any,
+        name: str,
+        seat: Seat = _NO_GPU,
+        concurrent: bool = False,
+        **kwargs: Any,
     ) -> Handle:
-        handle = self._actor(name, seat)
+        handle = self._actor(name, seat, concurrent)
         await handle.build(build, args, kwargs)
         return handle
 
@@ -266,7 +304,7 @@ class RayRuntime:
         )
         return list(handles)
 
-    def _actor(self, name: str, seat: Seat) -> _RayHandle:
+    def _actor(self, name: str, seat: Seat, concurrent: bool = False) -> _RayHandle:
         environment = {"env_vars": {} if seat.gpus else _CPU_ENV}
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": seat.gpus, "runtime_env": environment}
         if seat.bundle is not None:
@@ -275,10 +313,13 @@ class RayRuntime:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placement_group=self._group, placement_group_bundle_index=seat.bundle
             )
+        if concurrent:
+            options["max_concurrency"] = _MAX_CONCURRENT
         # A class of that name, so that `ps` and Ray's tools say which process is which.
-        actor = self._ray.remote(type(name, (_Host,), {})).options(**options).remote()
+        kind = type(name, (_ConcurrentHost if concurrent else _Host,), {})
+        actor = self._ray.remote(kind).options(**options).remote()
         self._actors.append(actor)
-        return _RayHandle(actor, name, self._activity)
+        return _RayHandle(actor, name, self._ray, self._activity)
 
     def close(self) -> None:
         for actor in self._actors:

@@ -246,6 +246,7 @@ async def start_engine(recipe: Recipe, runtime: Runtime, folder: str, placement:
         folder,
         name=f"engine-{number}",
         seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of(number)),
+        concurrent=True,
         dtype=recipe.policy.dtype,
         max_context=rollout.max_context,
         max_sequences=min(sequences, _MAX_SEQUENCES),

@@ -331,9 +331,12 @@ class Controller:
         tokens = updates.tokens()
         if tokens:
             self.dropped_tokens.add(tokens)
-        return sampling_metrics(rollouts, self.rewards, version=self.workers.version) | update_metrics(
-            samples, updates, tokens, balanced=self.recipe.learner.router_aux_coef > 0
-        )
+        version, balanced = self.workers.version, self.recipe.learner.router_aux_coef > 0
+        metrics = sampling_metrics(rollouts, self.rewards, version=version)
+        metrics |= update_metrics(samples, updates, tokens, version=version, balanced=balanced)
+        if self.recipe.control.on_update == "abort":
+            metrics["rollout/aborted_tokens"] = self.workers.lost_tokens
+        return metrics
 
     @property
     def _reference(self) -> Path:

@@ -110,7 +110,8 @@ class RunLog:
                 "finish_reason": t.finish_reason.value,
                 "length": t.length,
                 "token_ids": list(t.turns[-1].completion.token_ids),
-                "version": t.turns[-1].completion.versions[1],
+                "version": min(min(turn.completion.versions) for turn in t.turns),
+                "version_max": max(max(turn.completion.versions) for turn in t.turns),
             }
             for group in groups
             for t in group.trajectories

@@ -19,7 +19,7 @@ from cispo.types import Sample
 
 # What the learner reports of every token; further columns are the objective's own.
 _TOKEN_COLUMNS = frozenset(
-    ("targets", "logprobs", "old_logprobs", "rollout_logprobs", "advantages", "ratio", "weight", "entropy")
+    ("targets", "logprobs", "old_logprobs", "rollout_logprobs", "versions", "advantages", "ratio", "weight", "entropy")
 )
 
 
@@ -57,9 +57,12 @@ def sampling_metrics(rollouts: Rollouts, rewards: RewardRunner, *, version: int)
 
 
 def update_metrics(
-    samples: Sequence[Sample], updates: Updates, tokens: Mapping[str, Tensor], *, balanced: bool
+    samples: Sequence[Sample], updates: Updates, tokens: Mapping[str, Tensor], *, version: int, balanced: bool
 ) -> dict[str, float]:
-    """Of the updates on a batch; `tokens` is what `updates.tokens()` gave, `balanced` whether experts' load counts."""
+    """Of the updates of the policy `version` on a batch; `tokens` is what `updates.tokens()` gave.
+
+    `balanced` says whether the experts' load counts.
+    """
     metrics = {
         "learner/updates": len(updates.policy),
         "learner/skipped": len(updates.policy) - len(updates.taken),
@@ -72,7 +75,8 @@ def update_metrics(
     # Before the first update the learner is the policy that sampled, so what differs there is the mismatch.
     mismatch = tokens if "old_logprobs" in tokens else _merged(taken[:1])
     learner = mismatch.get("old_logprobs", mismatch["logprobs"])
-    metrics |= importance_metrics(tokens, others) | mismatch_metrics(learner, mismatch["rollout_logprobs"])
+    fresh = mismatch["versions"] == version
+    metrics |= importance_metrics(tokens, others) | mismatch_metrics(learner, mismatch["rollout_logprobs"], fresh)
     metrics |= {name: float(tokens[name].double().mean()) for name in tokens if name not in _TOKEN_COLUMNS}
     if balanced:
         metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in taken[-1])

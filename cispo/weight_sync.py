@@ -177,7 +177,9 @@ def register_transfer_backend() -> None:
                 self.loaded |= model.load_weights(weights)
 
         def finish_weight_update(self) -> None:
-            missing = {name for name, _ in self.model.named_parameters()} - self.loaded
+            # Forgotten also where some are missing: then all must come again, for one version's weights are wanted.
+            loaded, self.loaded = self.loaded, set()
+            missing = {name for name, _ in self.model.named_parameters()} - loaded
             assert not missing, f"the weights lack {min(missing)} and {len(missing) - 1} more parameters"
 
         def shutdown(self) -> None:

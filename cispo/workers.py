@@ -61,6 +61,8 @@ class Workers:
     version: int = 0
     """Of the weights that the engines have; 0 before the learner sent any."""
     restarts: int = 0
+    lost_tokens: int = 0
+    """What `on_update: abort` has thrown away."""
     _load: Counter[int] = field(default_factory=Counter)
     """Engine -> completions that it is sampling."""
     _weights: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -204,7 +206,7 @@ class Workers:
             await self._deliver(numbers)
 
     async def _send(self, engines: Sequence[Handle]) -> None:
-        await _all(engine.call("begin_update", self.on_update) for engine in engines)
+        self.lost_tokens += sum(await _all(engine.call("begin_update", self.on_update) for engine in engines))
         if self.transport == "shared_memory":
             await _all(engine.call("load_weights", self._published) for engine in engines)
         else:
@@ -274,11 +276,13 @@ async def _answers(engine: Handle) -> bool:
     return True
 
 
-async def _all(calls: Iterable[Awaitable[Any]]) -> None:
-    """Waits for all of them, also where one fails, and raises the first error."""
-    for result in await asyncio.gather(*calls, return_exceptions=True):
+async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Waits for all of them, also where one fails; the results, or the first error."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
         if isinstance(result, BaseException):
             raise result
+    return results
 
 
 async def _each(ranks: Sequence[Handle], columns: Columns, method: str, *args: Any, **kwargs: Any) -> list[Any]:

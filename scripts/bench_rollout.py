@@ -82,11 +82,9 @@ async def tokens_per_second(
     try:
         gpus = 0.9 / engines if torch.cuda.is_available() else 0
         share = prompts // engines
+        kwargs |= {"max_sequences": share, "concurrent": build is make_engine}
         handles = await asyncio.gather(
-            *(
-                runtime.start(build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), max_sequences=share, **kwargs)
-                for i in range(engines)
-            )
+            *(runtime.start(build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), **kwargs) for i in range(engines))
         )
         generator = torch.Generator().manual_seed(0)
         asked = torch.randint(3, 4000, (prompts, length), generator=generator).tolist()

@@ -151,6 +151,12 @@ class Limited:
             kwargs["limits"] = self.lengths
         return await self.engine.call(method, *args, **kwargs)
 
+    async def ask(self, method: str) -> Any:
+        return await self.engine.ask(method)
+
+    def kill(self) -> None:
+        self.engine.kill()
+
 
 def recipe_of(job: Job) -> Any:
     from cispo.config import parse_recipe

@@ -50,7 +50,10 @@ class ScriptedWorkers:
         text = "1" if index % 2 or not self.mixed(number) else "0"
         tokens = tuple(self.renderer.tokenizer.encode(text, add_special_tokens=False)) + self.renderer.eos_ids[:1]
         return Completion(
-            token_ids=tokens, logprobs=(-1.0,) * len(tokens), finish_reason=FinishReason.STOP, versions=(1, 1)
+            token_ids=tokens,
+            logprobs=(-1.0,) * len(tokens),
+            finish_reason=FinishReason.STOP,
+            versions=(1,) * len(tokens),
         )
 
 

@@ -49,6 +49,8 @@ LAYERS: dict[str, int] = {
     "rollout.reward_worker": 3,
     "rollout.reward_process": 3,
     "rollout.drafts": 3,
+    "rollout.stream": 3,
+    "rollout.serving": 4,
     "learner.parallel": 3,
     "learner.optim": 3,
     "learner.loss": 3,

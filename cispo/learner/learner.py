@@ -37,8 +37,8 @@ class BatchLoss:
     aux_loss: float
     """The router's balancing loss, before its coefficient."""
     tokens: Mapping[str, Tensor]
-    """[N] over this rank's trained tokens: targets, logprobs, rollout_logprobs, advantages, ratio, weight, entropy,
-    old_logprobs where they are attached, and what else the objective reports."""
+    """[N] over this rank's trained tokens: targets, logprobs, rollout_logprobs, versions, advantages, ratio, weight,
+    entropy, old_logprobs where they are attached, and what else the objective reports."""
 
 
 class ExpertLoad(NamedTuple):
@@ -249,7 +249,7 @@ class Learner:
 
 def _given(micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
     """[N] each: what came with the trained tokens, from where it still lies."""
-    names = ["targets", "rollout_logprobs", "advantages"]
+    names = ["targets", "rollout_logprobs", "versions", "advantages"]
     if any(mb.old_logprobs is not None for mb in micro_batches):
         names.append("old_logprobs")
     if not micro_batches:

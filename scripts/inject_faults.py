@@ -55,16 +55,23 @@ class Trial:
     folder: Path
     overrides: Sequence[str]
     limit: float
+    compares: bool = False
+    """A comparison of two algorithms instead of one run; its command goes on by itself."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     process: subprocess.Popen[str] | None = None
 
-    @property
-    def run(self) -> Path:
-        return self.folder / "quickstart"
+    def runs(self) -> list[Path]:
+        """The run folders that it has made."""
+        return sorted(f.parent for f in self.folder.glob("**/recipe.yaml") if f.parent.parent.name != "warm")
 
-    def start(self, *flags: str) -> None:
-        command = [sys.executable, "-m", "cispo.cli", "train", str(ROOT / "recipes" / "quickstart.yaml"), *flags]
-        command += [f"output_dir={self.folder}", *SMALL, *self.overrides]
+    def start(self) -> None:
+        """Starts it, or goes on where it ended."""
+        command = [sys.executable, "-m", "cispo.cli", "compare" if self.compares else "train"]
+        command += [str(ROOT / "recipes" / "quickstart.yaml"), f"output_dir={self.folder}", *SMALL, *self.overrides]
+        if self.compares:
+            command += ["algorithm.ratio_max=null", "--algorithms", "cispo,grpo", "--seeds", "1"]
+        elif self.runs():
+            command.append("--resume")
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -120,7 +127,11 @@ class Trial:
         return names
 
     def checkpoints(self) -> set[str]:
-        return {f.parent.name for f in self.run.glob("checkpoints/step_*/cispo.json")}
+        """Of all runs: run and step."""
+        return {str(f.parent) for run in self.runs() for f in run.glob("checkpoints/step_*/cispo.json")}
+
+    def state(self) -> dict[str, Any]:
+        return {f"{run.parent.name}/{what}": v for run in self.runs() for what, v in state_of(run).items()}
 
 
 def kill(title: str, number: int = signal.SIGKILL) -> Callable[[Trial], None]:
@@ -196,6 +207,7 @@ class Fault:
 
 FAULTS: Mapping[str, Fault] = {
     "kill-driver": Fault(kill("cispo.cli"), (-signal.SIGKILL, 0)),
+    # A comparison reports the arm as failed.
     "kill-learner": Fault(kill("ray::learner-0"), (1, 0)),
     "kill-engine": Fault(kill("ray::engine-0"), (0,)),
     "engine-without-memory": Fault(starve, (0,)),
@@ -228,7 +240,7 @@ def state_of(run: Path) -> dict[str, Any]:
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """What differs, "" where nothing does."""
     for what in one:
-        if one[what] != other[what]:
+        if one[what] != other.get(what):
             return what
     return ""
 
@@ -248,7 +260,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
     folder.mkdir(parents=True)
     if fault.own_disk:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(folder)], check=True)
-    trial = Trial(folder, [*args.overrides, *fault.overrides], args.limit)
+    trial = Trial(folder, [*args.overrides, *fault.overrides], args.limit, args.compare)
     problems = []
     trial.start()
     time.sleep(moment * reference.seconds)
@@ -260,18 +272,20 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
     if "Traceback" in output:
         problems.append(f"traceback: {output[-600:]}")
     problems += [f"orphans: {names}" for names in [trial.orphans()] if names]
-    # Two newest and the best stay: an older one may have gone in order.
-    if before and (not trial.checkpoints() or max(trial.checkpoints()) < max(before)):
-        problems.append(f"lost: {before - trial.checkpoints()}")
+    # Older ones than the two newest may have gone in order, but for newer ones.
+    for run in {str(Path(c).parent) for c in before}:
+        newest = max(c for c in before if c.startswith(run))
+        if max((c for c in trial.checkpoints() if c.startswith(run)), default="") < newest:
+            problems.append(f"lost: {newest}")
     fault.undo(trial)
-    if code != 0 and code is not None:
-        # A run that was ended before it had made its folder starts anew.
-        trial.start(*(["--resume"] if (trial.run / "recipe.yaml").exists() else []))
+    # A comparison goes on with its other arms and says so, with exit code 0.
+    if (code != 0 and code is not None) or args.compare:
+        trial.start()
         again, output = trial.end()
         if again != 0:
             problems.append(f"the resumed run ended with {again}: {output[-600:]}")
         problems += [f"orphans after the resumed run: {names}" for names in [trial.orphans()] if names]
-    if not problems and (what := difference(reference.state, state_of(trial.run))):
+    if not problems and (what := difference(reference.state, trial.state())):
         problems.append(f"not the same run: {what}")
     if fault.own_disk:
         subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -289,12 +303,12 @@ class Reference:
 
 
 def undisturbed(folder: Path, args: argparse.Namespace) -> Reference:
-    trial, started = Trial(folder, args.overrides, args.limit), time.monotonic()
+    trial, started = Trial(folder, args.overrides, args.limit, args.compare), time.monotonic()
     trial.start()
     code, output = trial.end()
     if code != 0:
         raise SystemExit(f"the undisturbed run failed: {output[-2000:]}")
-    return Reference(state_of(trial.run), time.monotonic() - started)
+    return Reference(trial.state(), time.monotonic() - started)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -317,6 +331,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10, help="trials of each fault")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--limit", type=float, default=240, help="seconds after which a run is a hang")
+    parser.add_argument("--compare", action="store_true", help="disturb a comparison of two algorithms")
     parser.add_argument("--keep", action="store_true", help="keep the folders of trials that went well")
     args = parser.parse_intermixed_args()
     args.overrides = [item for item in args.items if "=" in item]

@@ -177,8 +177,9 @@ class _ConcurrentHost(_Host):
 
 
 class _RayHandle:
-    def __init__(self, actor: Any, name: str, ray: Any) -> None:
-        self.actor, self.name, self._ray = actor, name, ray
+    def __init__(self, actor: Any, name: str, cancel: Callable[[Any], None] | None) -> None:
+        """`cancel` ends a call that is under way in the actor; None where only Ray's kill could."""
+        self.actor, self.name, self._cancel = actor, name, cancel
 
     async def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         await self.wait(self.actor.build.remote(build, args, kwargs))
@@ -188,7 +189,8 @@ class _RayHandle:
         try:
             return await self.wait(reference)
         except asyncio.CancelledError:
-            self._ray.cancel(reference)
+            if self._cancel is not None:
+                self._cancel(reference)
             raise
 
     async def wait(self, reference: Any) -> Any:
@@ -293,7 +295,7 @@ class RayRuntime:
         kind = type(name, (_ConcurrentHost if concurrent else _Host,), {})
         actor = self._ray.remote(kind).options(**options).remote()
         self._actors.append(actor)
-        return _RayHandle(actor, name, self._ray)
+        return _RayHandle(actor, name, self._ray.cancel if concurrent else None)
 
     def close(self) -> None:
         for actor in self._actors:

@@ -193,8 +193,10 @@ class _ConcurrentHost(_Host):
 
 
 class _RayHandle:
-    def __init__(self, actor: Any, name: str, ray: Any, activity: Activity) -> None:
+    def __init__(self, actor: Any, name: str, ray: Any, activity: Activity, *, concurrent: bool) -> None:
+        """Calls that are under way in a `concurrent` actor can be cancelled; of others only a kill is an end."""
         self.actor, self.name, self._ray, self.activity = actor, name, ray, activity
+        self._concurrent = concurrent
 
     async def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self.activity.doing(f"{self.name} to start"):
@@ -206,7 +208,8 @@ class _RayHandle:
             with self.activity.doing(f"{self.name} to {method}"):
                 return await self.wait(reference)
         except asyncio.CancelledError:
-            self._ray.cancel(reference)
+            if self._concurrent:
+                self._ray.cancel(reference)
             raise
 
     async def ask(self, method: str) -> Any:
@@ -319,7 +322,7 @@ class RayRuntime:
         kind = type(name, (_ConcurrentHost if concurrent else _Host,), {})
         actor = self._ray.remote(kind).options(**options).remote()
         self._actors.append(actor)
-        return _RayHandle(actor, name, self._ray, self._activity)
+        return _RayHandle(actor, name, self._ray, self._activity, concurrent=concurrent)
 
     def close(self) -> None:
         for actor in self._actors:

@@ -224,6 +224,7 @@ FAULTS: Mapping[str, Fault] = {
 def state_of(run: Path) -> dict[str, Any]:
     """Everything that two equal runs must share."""
     import pyarrow.parquet as pq
+    import torch
     from safetensors.torch import load_file
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -233,7 +234,9 @@ def state_of(run: Path) -> dict[str, Any]:
     return {
         "metrics": [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows],
         "samples": {f.name: pq.read_table(f).to_pylist() for f in sorted((run / "samples").glob("*.parquet"))},
-        "tensors": {(f, k): v.numpy().tobytes() for f, values in tensors.items() for k, v in values.items()},
+        "tensors": {
+            (f, k): v.view(torch.uint8).numpy().tobytes() for f, values in tensors.items() for k, v in values.items()
+        },
     }
 
 

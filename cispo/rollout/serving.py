@@ -104,7 +104,7 @@ class ServedEngine:
         assert not self._holding, "an update is under way"
         self._holding = True
         try:
-            self._settle()
+            self._run(self.engine.settle)
             again = [draft for draft in self._active if on_update == "abort" or not draft.tokens]
             self._held = {draft: self._active.pop(draft) for draft in again}
             self._run(self.engine.drop, again)
@@ -136,6 +136,7 @@ class ServedEngine:
         for draft in self._active:
             draft.sampled_by(version)
         self._resume()
+        self._check_broken()
 
     def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
         """Enters the group over which the learner sends weights; its workers take the ranks from the first."""
@@ -156,20 +157,10 @@ class ServedEngine:
 
     async def _steps(self) -> None:
         while self._active and not self._updating:
-            self._complete(self._run(self.engine.step))
+            self._run(self.engine.step)
             if not self._active:
-                self._settle()
+                self._run(self.engine.settle)
             await asyncio.sleep(0)
-
-    def _settle(self) -> None:
-        self._complete(self._run(self.engine.settle))
-
-    def _complete(self, drafts: Sequence[Draft]) -> None:
-        for draft in drafts:
-            call = self._active.pop(draft)
-            call.left -= 1
-            if not call.left and not call.done.done():
-                call.done.set_result(None)
 
     def _add(self, drafts: Mapping[Draft, _Call]) -> None:
         if self._holding:
@@ -179,7 +170,6 @@ class ServedEngine:
             draft.sampled_by(self._version)
         self._active |= drafts
         self._run(self.engine.submit, list(drafts))
-        self._check_broken()
         if self._active and (self._stepping is None or self._stepping.done()):
             self._stepping = asyncio.get_running_loop().create_task(self._steps())
 
@@ -190,7 +180,7 @@ class ServedEngine:
         if running:
             self._run(self.engine.drop, running)
         if running and not self._active:
-            self._settle()
+            self._run(self.engine.settle)
 
     def _resume(self) -> None:
         """Ends the holding: drafts that waited join those that run."""
@@ -198,17 +188,22 @@ class ServedEngine:
         held, self._held = self._held, {}
         self._add(held)
 
-    def _run(self, verb: Callable[..., Any], *args: Any) -> list[Draft]:
-        """A verb of the engine; where it fails everybody is told, and nothing is run from then on."""
+    def _run(self, verb: Callable[..., list[Draft] | None], *args: Any) -> None:
+        """A verb of the engine, and what becomes of the drafts that it completes; where that fails everybody is told,
+        and nothing is run from then on."""
         if self._broken is not None:
-            return []
+            return
         try:
             with self._stream.current():
-                return verb(*args) or []
+                complete = verb(*args)
+            for draft in complete or []:
+                call = self._active.pop(draft)
+                call.left -= 1
+                if not call.left and not call.done.done():
+                    call.done.set_result(None)
         except Exception as error:  # of whatever kind: who waits must hear of it
             self._broken = error
             self._fail(error)
-            return []
 
     @contextmanager
     def _update(self) -> Iterator[None]:

@@ -230,7 +230,7 @@ def state_of(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = ("time/", "rollout/tokens_per_s", "total/seconds")
     last = sorted((run / "checkpoints").glob("step_*"))[-1]
-    tensors = {f.name: load_file(f) for f in [*last.glob("*.safetensors"), *last.glob("training/*.safetensors")]}
+    tensors = {f"{f.name}/{k}": v for f in sorted(last.rglob("*.safetensors")) for k, v in load_file(f).items()}
     return {
         "metrics": [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows],
         "samples": {f.name: pq.read_table(f).to_pylist() for f in sorted((run / "samples").glob("*.parquet"))},

@@ -206,7 +206,7 @@ async def _start_ranks(
 ) -> list[Handle]:
     """As many ranks as the learner has, each on its device."""
     ranks, dtype = recipe.learner.ranks, recipe.policy.dtype
-    seats = [Seat(gpus=placement.rank_gpus, bundle=placement.bundle_of(rank)) for rank in range(ranks)]
+    seats = [Seat(gpus=placement.rank_gpus, bundle=placement.bundle_of_rank(rank)) for rank in range(ranks)]
     return await runtime.start_ranks(
         build, *args, name=name, seats=seats, dtype=dtype, device=placement.device, **kwargs
     )
@@ -222,7 +222,7 @@ async def start_engines(recipe: Recipe, runtime: Runtime, folder: str, placement
                 rollout.engine,
                 folder,
                 name=f"engine-{number}",
-                seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of(number)),
+                seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number)),
                 dtype=recipe.policy.dtype,
                 max_context=rollout.max_context,
                 max_sequences=min(sequences, _MAX_SEQUENCES),
@@ -236,16 +236,19 @@ async def start_engines(recipe: Recipe, runtime: Runtime, folder: str, placement
     )
 
 
-def transport_of(recipe: Recipe, placement: Placement) -> Transport | Literal["shared_memory"]:
-    """How weights reach the engines. Raises UserError where the recipe's way does not fit the placement."""
+def transport_of(recipe: Recipe, placement: Placement, *, home: bool = True) -> Transport | Literal["shared_memory"]:
+    """How weights reach the engines; `home` says that learners and engines are all on this machine.
+
+    Raises UserError where the recipe's way does not fit the placement.
+    """
     wanted, on_gpu = recipe.rollout.weight_sync, placement.device == "cuda"
     if wanted == "auto":
-        if not on_gpu or recipe.rollout.engine == "torch":
+        if recipe.rollout.engine == "torch" or (home and not on_gpu):
             return "shared_memory"
         if recipe.runtime == "local":
             return "direct"
-        return "cuda_ipc" if placement.bundles else "broadcast"
-    if wanted == "cuda_ipc" and not placement.bundles:
+        return "cuda_ipc" if placement.shares_gpus else "broadcast"
+    if wanted == "cuda_ipc" and not placement.shares_gpus:
         raise UserError("rollout.weight_sync cuda_ipc needs learners and engines that share GPUs (rollout.placement)")
     return wanted
 
@@ -257,21 +260,26 @@ async def running_workers(
     """Learners, and engines that start in the background meanwhile; all of them end with the block."""
     runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines))
     starting: asyncio.Task[list] | None = None
-    shared = make_weights_folder(recipe.name)
+    shared: Path | None = None
+    policy = str(Path(policy).absolute())
     try:
-        placement = placement_of(recipe, available=runtime.gpus(), critic=critic)
+        placement = placement_of(recipe, available=runtime.gpus(), critic=critic, learners=learners, engines=engines)
+        await runtime.reserve([placement.rank_bundles, placement.engine_bundles])
+        home = runtime.is_home()
+        shared = make_weights_folder(recipe.name, None if home else Path(recipe.output_dir))
+        if not home:
+            await runtime.check_paths({"output_dir": str(shared), "policy": policy})
         workers = Workers(
             learners=[],
             critics=[],
             engines=[],
             weights_folder=str(shared),
             group_size=recipe.rollout.group_size,
-            transport=transport_of(recipe, placement),
+            transport=transport_of(recipe, placement, home=home),
             verify=recipe.rollout.verify_weights,
             sleeps=placement.sleeps,
             tensor_parallel=recipe.rollout.tensor_parallel,
         )
-        await runtime.reserve(placement.bundles)
         starting = asyncio.create_task(start_engines(recipe, runtime, policy, placement) if engines else _none())
         if learners:
             workers.learners = await start_learners(recipe, runtime, policy, placement)
@@ -284,7 +292,8 @@ async def running_workers(
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await starting
         runtime.close()
-        remove_weights_folder(shared)
+        if shared is not None:
+            remove_weights_folder(shared)
 
 
 async def _none() -> list:

@@ -40,8 +40,17 @@ WeightMessage = FileMessage | BucketMessage
 """What an engine is told about weights that it may take."""
 
 
-def make_weights_folder(run: str) -> Path:
-    """Makes a new folder for one run's weights: in shared memory where there is any, else on disk."""
+def make_weights_folder(run: str, root: Path | None = None) -> Path:
+    """Makes a new folder for one run's weights: in `root`, else in shared memory where there is any, else on disk.
+
+    Raises UserError where `root` cannot be written.
+    """
+    if root is not None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=f".weights-{run}-", dir=root.absolute()))
+        except OSError as error:
+            raise UserError(f"output_dir '{root}' cannot be written: {error.strerror}") from None
     shared = Path("/dev/shm")
     root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
     return Path(tempfile.mkdtemp(prefix=f"cispo-{run}-", dir=root))

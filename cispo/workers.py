@@ -131,7 +131,7 @@ class Workers:
         await asyncio.gather(*(critic.call("load_backbone", path) for critic in self.critics))
 
     async def save(self, folder: Path) -> None:
-        await self.learners[0].call("save", str(folder))
+        await self.learners[0].call("save", str(folder.absolute()))
 
 
 async def _each(ranks: Sequence[Handle], columns: Columns, method: str, *args: Any, **kwargs: Any) -> list[Any]:

@@ -30,7 +30,7 @@ from cispo.assemble import (
 )
 from cispo.config import Recipe, dump_yaml
 from cispo.controller import Controller, warm_up
-from cispo.policies.base import local_folder
+from cispo.policies.base import local_folder, weight_files
 from cispo.report import learning_curve, summary
 from cispo.rollout.prompts import PromptSource
 from cispo.rollout.renderer import Renderer
@@ -165,7 +165,10 @@ def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
         # A folder must hold a policy; anything else is taken for a hub id.
         if Path(recipe.policy.model).exists():
             check_checkpoint(recipe.policy.model)
-        return str(local_folder(recipe.policy.model))
+        folder = local_folder(recipe.policy.model)
+        weight_files(folder)
+        return str(folder)
     folder = check_checkpoint(checkpoint)
+    weight_files(folder)
     check_same_shape(recipe, folder)
     return str(folder)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from cispo.policies.base import weight_files
 from cispo.types import Completion, Sampling, UserError
 
 
@@ -50,14 +51,15 @@ class Engine(Protocol):
         ...
 
 
-def check_context(model: str, max_context: int) -> None:
-    """Raises UserError where `model` is no policy's folder or the policy has fewer positions."""
+def check_model(model: str, max_context: int) -> None:
+    """Raises UserError where `model` is no policy's folder, has no safetensors, or has fewer positions."""
     config = Path(model) / "config.json"
     if not config.is_file():
         raise UserError(f"{model} holds no policy: config.json is missing")
     positions = json.loads(config.read_text()).get("max_position_embeddings")
     if positions and max_context > positions:
         raise UserError(f"max_context {max_context} is above the {positions} positions that the policy in {model} has")
+    weight_files(Path(model))
 
 
 def make_engine(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cispo.policies.base import load_policy
 from cispo.rollout.drafts import repeats_pattern, seeded, start_drafts
-from cispo.rollout.engine import check_context
+from cispo.rollout.engine import check_model
 from cispo.types import Completion, FinishReason, Sampling
 from cispo.weight_sync import mapped_weights
 
@@ -19,7 +19,7 @@ class TorchEngine:
     """The learner's policy, recomputed from the first token at every step: small, slow, for tests."""
 
     def __init__(self, model: str, *, dtype: str, max_context: int) -> None:
-        check_context(model, max_context)
+        check_model(model, max_context)
         self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
         self._max_context = max_context
         self._version = 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cispo.rollout.drafts import Draft, seeded, start_drafts
-from cispo.rollout.engine import check_context
+from cispo.rollout.engine import check_model
 from cispo.rollout.recorder import LogprobTable
 from cispo.rollout.vllm_start import start_vllm
 from cispo.types import Completion, FinishReason, Sampling
@@ -61,7 +61,7 @@ class VLLMEngine:
         sleeps: bool = False,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        check_context(model, max_context)
+        check_model(model, max_context)
         self._max_context = max_context
         self._version = 0
         self._updating = False
@@ -74,6 +74,7 @@ class VLLMEngine:
             "tensor_parallel_size": tensor_parallel,
             "seed": seed,
             "skip_tokenizer_init": True,
+            "load_format": "safetensors",
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
             "mamba_cache_dtype": "float32",

@@ -11,6 +11,7 @@ engine with all its GPUs.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,9 +30,9 @@ class Placement:
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
-    rank_bundles: tuple[dict[str, float], ...] = ()
+    rank_bundles: tuple[Mapping[str, float], ...] = ()
     """One for each learner rank; empty in one process, or where there are engines alone."""
-    engine_bundles: tuple[dict[str, float], ...] = ()
+    engine_bundles: tuple[Mapping[str, float], ...] = ()
     """One for each engine; empty where engines sit in the ranks' bundles, or there are none."""
     rank_gpus: float = 0
     """GPUs of a learner's or a critic's rank."""

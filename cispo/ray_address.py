@@ -18,6 +18,8 @@ _CLIENT = "ray://"
 _CLIENT_PORT, _CLUSTER_PORT = 10001, 6379
 _CLIENT_METHOD, _CLUSTER_METHOD = "/ray.rpc.RayletDriver/ClusterInfo", "/ray.rpc.NodeInfoGcsService/CheckAlive"
 
+_WANTS_TOKEN = "it wants another token"
+
 
 def check_ray_address(address: str) -> None:
     """Raises UserError within about 20 s where no Ray cluster answers, or it does not take the token we have.
@@ -42,9 +44,6 @@ def check_ray_address(address: str) -> None:
         problem = "it refuses our token: copy the cluster's to ~/.ray/auth_token, or name it in RAY_AUTH_TOKEN"
     if problem is not None:
         raise UserError(f"RAY_ADDRESS {address}: no Ray cluster that we can join answers there ({problem})")
-
-
-_WANTS_TOKEN = "it wants another token"
 
 
 def _ask(host: str, port: int, is_client: bool, *, token: str | None) -> str | None:
@@ -76,7 +75,7 @@ def _ask(host: str, port: int, is_client: bool, *, token: str | None) -> str | N
 
 def _token() -> str | None:
     """The token that Ray would show: from the environment, the file that it names, or ~/.ray/auth_token."""
-    if "RAY_AUTH_TOKEN" in os.environ:
+    if os.environ.get("RAY_AUTH_TOKEN"):
         return os.environ["RAY_AUTH_TOKEN"]
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     return file.read_text().strip() if file.is_file() else None

@@ -36,6 +36,7 @@ from cispo.rollout.prompts import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.runfolder import RunLog, check_checkpoint, save_checkpoint
 from cispo.screen import Screen
+from cispo.shipping import check_output_dir
 from cispo.types import Prompt, Sample, UserError
 
 
@@ -51,6 +52,7 @@ class Task:
 
 def load_task(recipe: Recipe) -> Task:
     """Loads what the recipe names; raises UserError before anything is written or started."""
+    check_output_dir(recipe.output_dir)
     if recipe.policy.model is not None:
         chosen_policy(recipe, None)
     algorithm_of(recipe)

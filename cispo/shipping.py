@@ -13,6 +13,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+from cispo.types import UserError
+
 # Code alone, neither data nor compiled files, however large a package's folder is. As in a .gitignore; but the folder
 # itself is called ".", which nothing here may match.
 _CODE_ONLY = ["?*.*", ".?*", "!*.py"]
@@ -50,3 +52,12 @@ def loaded_sources() -> list[Path]:
         if path.stem == parts[0] and not any(path.is_relative_to(place) for place in installed):
             found.add(path)
     return sorted(path for path in found if _UNPACKED not in str(path))
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises UserError where a job's run folders would go into the folder that Ray unpacked for it and will delete."""
+    if _UNPACKED in str(Path(output_dir).absolute()):
+        raise UserError(
+            f"output_dir '{output_dir}' lies in the folder that Ray unpacked for this job and deletes after it: give "
+            "an absolute path on a file system that the nodes share"
+        )

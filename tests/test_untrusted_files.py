@@ -1,4 +1,4 @@
-"""Nothing is unpickled, and no code is run, from a folder that a user names: each holds a trap that would leave a mark."""
+"""Nothing is unpickled, and no code is run, from a folder that a user names: a trap in each would leave a mark."""
 
 from __future__ import annotations
 

@@ -204,6 +204,9 @@ class RayRuntime:
         import ray
 
         self._ray = ray
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if cpus < processes:
+            raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
 
     def gpus(self) -> int:
         return int(self._ray.cluster_resources().get("GPU", 0))

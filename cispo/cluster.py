@@ -169,7 +169,7 @@ def is_home(room: Room) -> bool:
     """Whether every bundle is on this process's own node, so that files and shared memory need no network."""
     import ray
 
-    if ray.util.client.ray.is_connected():
+    if ray.util.client.ray.is_connected():  # pyright: ignore[reportAttributeAccessIssue]
         return False
     return set(room.nodes) <= {ray.get_runtime_context().get_node_id()}
 

@@ -3,14 +3,17 @@
     handle = await runtime.start(Learner, ..., name="learner-0")
     result = await handle.call("update", micro_batches, ...)
 
-Both runtimes run the same classes. `local` is for tests and debuggers: calls run in this process, one after another.
+Both runtimes run the same classes. `local` is for tests and debuggers: calls run in this process. An object that is
+started `concurrent` takes any number of calls at once, in its event loop; any other one call after another.
 Which Ray cluster it is, and what of it is reserved: `cluster`. No other file imports Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +21,8 @@ from typing import Any, Protocol
 from cispo import cluster
 from cispo.cluster import Bundle
 from cispo.network import free_port, in_url, listen_on
-from cispo.types import RunError, UserError
+from cispo.types import ProcessDied, RunError, UserError
+from cispo.watchdog import Activity
 
 # One thread each: on a shared machine more wait for each other (docs/design.md, Threads). The allocator keeps what it
 # has, which spares an engine most of its page faults. The last hides torch's warning about NUMA.
@@ -29,6 +33,10 @@ _CPU_ENV = {
     "MALLOC_MMAP_THRESHOLD_": "33554432",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
+
+
+# Calls of a concurrent object at a time; Ray lets later ones wait, a question about progress among them.
+_MAX_CONCURRENT = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +56,18 @@ class Handle(Protocol):
     """Something that lives elsewhere and answers to method names."""
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the object; UserErrors and RunErrors come back as they were raised."""
+        """Runs a method of the object; UserErrors and RunErrors come back as they were raised.
+
+        Raises ProcessDied where its process is gone. Cancelling a call of a concurrent object cancels the method there.
+        """
+        ...
+
+    async def ask(self, method: str) -> Any:
+        """As `call`, but a watchdog does not count it as something that moves."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it without a word; nothing happens where it is gone already."""
         ...
 
 
@@ -78,9 +97,15 @@ class Runtime(Protocol):
         ...
 
     async def start(
-        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+        self,
+        build: Callable[..., Any],
+        *args: Any,
+        name: str,
+        seat: Seat = _NO_GPU,
+        concurrent: bool = False,
+        **kwargs: Any,
     ) -> Handle:
-        """Builds one object."""
+        """Builds one object; `concurrent` if its methods may be coroutines, several of which are under way at once."""
         ...
 
     async def start_ranks(
@@ -92,12 +117,22 @@ class Runtime(Protocol):
     def close(self) -> None: ...
 
 
+async def _result(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
 class _LocalHandle:
     def __init__(self, target: Any) -> None:
         self.target = target
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.target, method)(*args, **kwargs)
+        return await _result(getattr(self.target, method)(*args, **kwargs))
+
+    async def ask(self, method: str) -> Any:
+        return await self.call(method)
+
+    def kill(self) -> None:
+        self.target.close()
 
 
 class LocalRuntime:
@@ -124,7 +159,13 @@ class LocalRuntime:
         pass
 
     async def start(
-        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+        self,
+        build: Callable[..., Any],
+        *args: Any,
+        name: str,
+        seat: Seat = _NO_GPU,
+        concurrent: bool = False,
+        **kwargs: Any,
     ) -> Handle:
         self._handles.append(_LocalHandle(build(*args, **kwargs)))
         return self._handles[-1]
@@ -162,15 +203,35 @@ class _Host:
         return f"tcp://{in_url(self._address)}:{free_port(self._address)}"
 
 
+class _ConcurrentHost(_Host):
+    """The same with an event loop, in which Ray runs every call of an actor that has a coroutine among its methods."""
+
+    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return await _result(super().call(method, args, kwargs))
+
+
 class _RayHandle:
-    def __init__(self, actor: Any, name: str) -> None:
-        self.actor, self.name = actor, name
+    def __init__(self, actor: Any, name: str, ray: Any, activity: Activity) -> None:
+        self.actor, self.name, self._ray, self.activity = actor, name, ray, activity
 
     async def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        await self.wait(self.actor.build.remote(build, args, kwargs))
+        with self.activity.doing(f"{self.name} to start"):
+            await self.wait(self.actor.build.remote(build, args, kwargs))
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return await self.wait(self.actor.call.remote(method, args, kwargs))
+        reference = self.actor.call.remote(method, args, kwargs)
+        try:
+            with self.activity.doing(f"{self.name} to {method}"):
+                return await self.wait(reference)
+        except asyncio.CancelledError:
+            self._ray.cancel(reference)
+            raise
+
+    async def ask(self, method: str) -> Any:
+        return await self.wait(self.actor.call.remote(method, (), {}))
+
+    def kill(self) -> None:
+        self._ray.kill(self.actor)
 
     async def wait(self, reference: Any) -> Any:
         from ray.exceptions import RayActorError, RayTaskError
@@ -182,14 +243,15 @@ class _RayHandle:
                 raise type(error.cause)(str(error.cause)) from None
             raise
         except RayActorError as error:
-            reason = " ".join(str(error).split())
-            raise RunError(f"the process of {self.name} ended unexpectedly: {reason:.300}") from None
+            detail = re.search(r"Worker exit detail: (.*?\.)(?:\s|$)", " ".join(str(error).split()))
+            reason = f" ({detail[1]})" if detail else ""
+            raise ProcessDied(f"the process of {self.name} ended unexpectedly{reason}") from None
 
 
 class RayRuntime:
     """A Ray cluster: this process's, else the one that RAY_ADDRESS names, else one of this machine for its lifetime."""
 
-    def __init__(self, *, processes: int) -> None:
+    def __init__(self, *, processes: int, activity: Activity) -> None:
         """`processes` is how many actors will be started; a laptop's cluster is sized for them.
 
         A runtime inside another's lifetime shares its cluster, so that several runs can stand side by side.
@@ -204,6 +266,7 @@ class RayRuntime:
         import ray
 
         self._ray = ray
+        self._activity = activity
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus < processes:
             raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
@@ -221,9 +284,15 @@ class RayRuntime:
         await cluster.check_paths(self._room, paths)
 
     async def start(
-        self, build: Callable[..., Any], *args: Any, name: str, seat: Seat = _NO_GPU, **kwargs: Any
+        self,
+        build: Callable[..., Any],
+        *args: Any,
+        name: str,
+        seat: Seat = _NO_GPU,
+        concurrent: bool = False,
+        **kwargs: Any,
     ) -> Handle:
-        handle = self._actor(name, seat)
+        handle = self._actor(name, seat, concurrent)
         await handle.build(build, args, kwargs)
         return handle
 
@@ -238,15 +307,18 @@ class RayRuntime:
         )
         return list(handles)
 
-    def _actor(self, name: str, seat: Seat) -> _RayHandle:
+    def _actor(self, name: str, seat: Seat, concurrent: bool = False) -> _RayHandle:
         environment = {"env_vars": {} if seat.gpus else _CPU_ENV}
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": seat.gpus, "runtime_env": environment}
         if seat.bundle is not None:
             options["scheduling_strategy"] = self._room.strategy(seat.bundle)
+        if concurrent:
+            options["max_concurrency"] = _MAX_CONCURRENT
         # A class of that name, so that `ps` and Ray's tools say which process is which.
-        actor = self._ray.remote(type(name, (_Host,), {})).options(**options).remote()
+        kind = type(name, (_ConcurrentHost if concurrent else _Host,), {})
+        actor = self._ray.remote(kind).options(**options).remote()
         self._actors.append(actor)
-        return _RayHandle(actor, name)
+        return _RayHandle(actor, name, self._ray, self._activity)
 
     def close(self) -> None:
         for actor in self._actors:

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from cispo.algorithms import ADVANTAGE_KEYS, ALGORITHMS, LOSS_KEYS, Algorithm, C
 from cispo.algorithms.advantages import GROUP_RELATIVE
 from cispo.algorithms.presets import PRESETS
 from cispo.config import Data, Recipe
+from cispo.curriculum import max_tokens_at
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
 from cispo.loading import load_object
@@ -23,13 +25,15 @@ from cispo.packing import demonstration, pack
 from cispo.placement import Placement, placement_of
 from cispo.policies.base import init_policy, local_folder, save_policy
 from cispo.rollout.engine import make_engine
+from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.seeds import seed_of
 from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling, UserError
+from cispo.watchdog import Activity
 from cispo.weight_buckets import Transport
-from cispo.weight_sync import make_weights_folder, remove_weights_folder
+from cispo.weight_sync import shared_weights_folder, weights_folder
 from cispo.workers import Workers
 
 # More sequences than this at once gain nothing on one engine and cost cache memory.
@@ -71,10 +75,15 @@ def updates_per_batch(recipe: Recipe) -> int:
     return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs
 
 
-def overlong_buffer_of(recipe: Recipe, algorithm: Algorithm) -> int:
+def max_tokens_of(recipe: Recipe, step: int) -> int:
+    """Most tokens of a completion that is sampled for a training step (the first is 1)."""
+    return max_tokens_at(step, stages=recipe.curriculum.length_stages, max_tokens=recipe.rollout.max_tokens)
+
+
+def overlong_buffer_of(recipe: Recipe, algorithm: Algorithm, max_tokens: int) -> int:
     """Tokens before max_tokens over which the length penalty rises: the recipe's, else the algorithm's share."""
     given = recipe.algorithm.overlong_buffer
-    return round(algorithm.overlong_share * recipe.rollout.max_tokens) if given is None else given
+    return round(algorithm.overlong_share * max_tokens) if given is None else given
 
 
 def renderer_of(recipe: Recipe) -> Renderer:
@@ -93,11 +102,12 @@ def sampling_of(recipe: Recipe, renderer: Renderer) -> Sampling:
     )
 
 
-def rewards_of(recipe: Recipe, prompts: Sequence[Prompt]) -> RewardRunner:
+def rewards_of(recipe: Recipe, prompts: Sequence[Prompt], activity: Activity | None = None) -> RewardRunner:
     """The reward functions, imported and found to fit the columns of the prompts."""
     assert recipe.reward is not None
     terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in recipe.reward.functions]
-    runner = RewardRunner(terms, on_error=recipe.reward.on_error, timeout=recipe.reward.timeout)
+    keys = recipe.reward
+    runner = RewardRunner(terms, on_error=keys.on_error, timeout=keys.timeout, activity=activity or Activity())
     runner.check(columns=prompts[0].columns)
     return runner
 
@@ -108,6 +118,17 @@ def prompts_of(data: Data, key: str, renderer: Renderer, recipe: Recipe) -> list
     for prompt in prompts:
         _check_length(len(renderer.render(prompt.messages)), recipe, f"{key}: prompt {prompt.id}")
     return prompts
+
+
+def prompt_source_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptSource:
+    """The stream of the training prompts, in the order of the recipe's seed and curriculum."""
+    return PromptSource(
+        prompts,
+        seed_of(recipe.seed, "prompts"),
+        drop_above=recipe.curriculum.drop_above,
+        weighting=recipe.curriculum.weighting,
+        pass_size=recipe.rollout.prompts_per_step,
+    )
 
 
 def _check_length(length: int, recipe: Recipe, what: str) -> None:
@@ -164,7 +185,10 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
 
 
 def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
-    """Packs a batch for the recipe's learner ranks: [ranks][micro-batches]."""
+    """Packs a batch for the recipe's learner ranks: [ranks][micro-batches].
+
+    The constant reduction divides by rollout.max_tokens in every length stage: a token weighs the same in all of them.
+    """
     return pack(
         samples,
         reduction=reduction,
@@ -180,8 +204,8 @@ def num_processes(recipe: Recipe, *, learners: bool = True, critic: bool = False
     return ranks + (recipe.rollout.engines if engines else 0)
 
 
-def make_runtime(recipe: Recipe, processes: int) -> Runtime:
-    return LocalRuntime() if recipe.runtime == "local" else RayRuntime(processes=processes)
+def make_runtime(recipe: Recipe, processes: int, activity: Activity) -> Runtime:
+    return LocalRuntime() if recipe.runtime == "local" else RayRuntime(processes=processes, activity=activity)
 
 
 async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
@@ -212,27 +236,24 @@ async def _start_ranks(
     )
 
 
-async def start_engines(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
+async def start_engine(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement, number: int) -> Handle:
     rollout = recipe.rollout
-    sequences = math.ceil(rollout.prompts_per_step / rollout.engines) * rollout.group_size
-    return await asyncio.gather(
-        *(
-            runtime.start(
-                make_engine,
-                rollout.engine,
-                folder,
-                name=f"engine-{number}",
-                seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number)),
-                dtype=recipe.policy.dtype,
-                max_context=rollout.max_context,
-                max_sequences=min(sequences, _MAX_SEQUENCES),
-                tensor_parallel=rollout.tensor_parallel,
-                memory=placement.cache_share,
-                sleeps=placement.sleeps,
-                engine_args=rollout.engine_args,
-            )
-            for number in range(rollout.engines)
-        )
+    prompts = rollout.prompts_per_step * (1 + recipe.control.max_staleness)
+    sequences = math.ceil(prompts / rollout.engines) * rollout.group_size
+    return await runtime.start(
+        make_engine,
+        rollout.engine,
+        folder,
+        name=f"engine-{number}",
+        seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number)),
+        concurrent=True,
+        dtype=recipe.policy.dtype,
+        max_context=rollout.max_context,
+        max_sequences=min(sequences, _MAX_SEQUENCES),
+        tensor_parallel=rollout.tensor_parallel,
+        memory=placement.cache_share,
+        sleeps=placement.sleeps,
+        engine_args=rollout.engine_args,
     )
 
 
@@ -255,46 +276,55 @@ def transport_of(recipe: Recipe, placement: Placement, *, home: bool = True) -> 
 
 @contextlib.asynccontextmanager
 async def running_workers(
-    recipe: Recipe, policy: str, *, engines: bool = True, learners: bool = True, critic: bool = False
-) -> AsyncIterator[tuple[Workers, asyncio.Task[list]]]:
-    """Learners, and engines that start in the background meanwhile; all of them end with the block."""
-    runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines))
-    starting: asyncio.Task[list] | None = None
-    shared: Path | None = None
-    policy = str(Path(policy).absolute())
-    try:
+    recipe: Recipe,
+    policy: str,
+    *,
+    activity: Activity,
+    say: Callable[[str], None] = print,
+    engines: bool = True,
+    learners: bool = True,
+    critic: bool = False,
+) -> AsyncIterator[tuple[Workers, asyncio.Task[None]]]:
+    """Learners, and the task in which engines start meanwhile; all of them end with the block."""
+    runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines), activity)
+    tasks: list[asyncio.Task[None]] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(runtime.close)
         placement = placement_of(recipe, available=runtime.gpus(), critic=critic, learners=learners, engines=engines)
         await runtime.reserve([placement.rank_bundles, placement.engine_bundles])
-        home = runtime.is_home()
-        shared = make_weights_folder(recipe.name, None if home else Path(recipe.output_dir))
+        home, policy = runtime.is_home(), str(Path(policy).absolute())
+        weights = stack.enter_context(
+            weights_folder(recipe.name) if home else shared_weights_folder(recipe.name, Path(recipe.output_dir))
+        )
         if not home:
-            await runtime.check_paths({"output_dir": str(shared), "policy": policy})
+            await runtime.check_paths({"output_dir": str(weights), "policy": policy})
         workers = Workers(
             learners=[],
             critics=[],
             engines=[],
-            weights_folder=str(shared),
+            start_engine=partial(start_engine, recipe, runtime, policy, placement),
+            weights_folder=str(weights),
             group_size=recipe.rollout.group_size,
             transport=transport_of(recipe, placement, home=home),
             verify=recipe.rollout.verify_weights,
             sleeps=placement.sleeps,
             tensor_parallel=recipe.rollout.tensor_parallel,
+            on_update=recipe.control.on_update,
+            # In this process a debugger should see what an engine dies of.
+            max_restarts=0 if recipe.runtime == "local" else recipe.control.max_restarts,
+            say=say,
         )
-        starting = asyncio.create_task(start_engines(recipe, runtime, policy, placement) if engines else _none())
-        if learners:
-            workers.learners = await start_learners(recipe, runtime, policy, placement)
-        if critic:
-            workers.critics = await start_critics(recipe, runtime, policy, placement)
-        yield workers, starting
-    finally:
-        if starting is not None:
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await starting
-        runtime.close()
-        if shared is not None:
-            remove_weights_folder(shared)
-
-
-async def _none() -> list:
-    return []
+        try:
+            starting = asyncio.create_task(workers.start_engines(recipe.rollout.engines if engines else 0))
+            tasks.append(starting)
+            if recipe.control.watchdog:
+                tasks.append(asyncio.create_task(workers.report_progress(activity, every=recipe.control.watchdog / 10)))
+            if learners:
+                workers.learners = await start_learners(recipe, runtime, policy, placement)
+            if critic:
+                workers.critics = await start_critics(recipe, runtime, policy, placement)
+            yield workers, starting
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -27,11 +27,17 @@ Checkpoint = Annotated[
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the last run of that name, from its newest checkpoint.")
+    ] = False,
+) -> None:
     """Run a recipe: supervised warm-up if it has one, then reinforcement learning."""
     from cispo import commands
 
-    _run(commands.train, recipe, overrides or [])
+    _run(commands.train, recipe, overrides or [], resume=resume)
 
 
 @app.command()

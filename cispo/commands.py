@@ -11,38 +11,58 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from cispo.assemble import Workers, prompts_of, renderer_of, rewards_of, running_workers, sampling_of, seed_of
+from cispo.assemble import prompts_of, renderer_of, rewards_of, running_workers, sampling_of
+from cispo.checkpoint import CheckpointFolder, check_checkpoint, step_of
 from cispo.config import Recipe, load_recipe, need
 from cispo.evaluate import evaluate
+from cispo.interrupts import Interrupts
 from cispo.policies.base import load_policy, save_policy
+from cispo.resume import check_same_run
 from cispo.rollout.renderer import load_tokenizer
 from cispo.rollout.rollout import roll_out
 from cispo.run import Run, chosen_policy, load_task
-from cispo.runfolder import check_checkpoint, create_run_folder
+from cispo.runfolder import create_run_folder, last_run_folder
 from cispo.screen import Screen
+from cispo.seeds import seed_of
 from cispo.types import Prompt, UserError
+from cispo.watchdog import Activity
+from cispo.workers import Workers
 
 
-def train(path: Path, overrides: Sequence[str]) -> None:
-    """`cispo train`: everything a recipe names is checked first, then a run folder is made and filled."""
+def train(path: Path, overrides: Sequence[str], *, resume: bool) -> None:
+    """`cispo train`: everything a recipe names is checked first, then a run folder is made and filled.
+
+    With `resume` the last run of that name goes on from its newest whole checkpoint, or from its start.
+    """
     recipe = load_recipe(path, overrides)
     need(recipe, "data", "reward")
-    asyncio.run(_new_run(recipe).train())
+    screen = Screen()
+    interrupts = Interrupts(screen.print)
+    if resume:
+        folder = last_run_folder(recipe.output_dir, recipe.name)
+        check_same_run(recipe, folder)
+        checkpoint = CheckpointFolder(folder, recipe.train.keep).last()
+        if checkpoint is not None and step_of(checkpoint) >= recipe.train.steps:
+            screen.print(f"{folder} has all its {recipe.train.steps} steps: a larger train.steps goes on from there")
+            return
+        task = load_task(recipe)
+    else:
+        task = load_task(recipe)
+        folder, checkpoint = create_run_folder(recipe.output_dir, recipe.name), None
+    run = Run(recipe, task, folder, screen, interrupts, checkpoint=checkpoint)
+    run.announce()
+    interrupts.run(run.train())
 
 
 def sft(path: Path, overrides: Sequence[str]) -> None:
     """`cispo sft`: the warm-up alone, saved as a checkpoint."""
     recipe = load_recipe(path, overrides)
     need(recipe, "sft")
-    run = _new_run(recipe)
-    print(f"policy: {asyncio.run(run.sft())}")
-
-
-def _new_run(recipe: Recipe) -> Run:
+    screen = Screen()
     task = load_task(recipe)
-    run = Run(recipe, task, create_run_folder(recipe.output_dir, recipe.name), Screen())
+    run = Run(recipe, task, create_run_folder(recipe.output_dir, recipe.name), screen, Interrupts(screen.print))
     run.announce()
-    return run
+    print(f"policy: {asyncio.run(run.sft())}")
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | None) -> None:
@@ -75,8 +95,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
 
 @contextlib.asynccontextmanager
 async def _engines_only(recipe: Recipe, policy: str) -> AsyncIterator[Workers]:
-    async with running_workers(recipe, policy, learners=False) as (workers, engines):
-        workers.engines = await engines
+    async with running_workers(recipe, policy, activity=Activity(), learners=False) as (workers, engines):
+        await engines
         yield workers
 
 

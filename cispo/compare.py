@@ -29,14 +29,18 @@ from rich.console import Console
 from cispo.algorithms.words import describe
 from cispo.arms import Arm, Plan, make_plan
 from cispo.assemble import algorithm_of, make_runtime, num_processes
+from cispo.checkpoint import CheckpointFolder
 from cispo.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
 from cispo.comparison_report import summary_lines, write_report
 from cispo.config import Recipe, dump_yaml
+from cispo.interrupts import Interrupts
 from cispo.placement import gpus_of
 from cispo.run import Run, Task, load_task
+from cispo.runfolder import read_metrics
 from cispo.screen import Screen, progress_bars
 from cispo.settings_report import write_overview
 from cispo.types import Diverged, RunError, UserError
+from cispo.watchdog import Activity
 
 
 def compare(
@@ -57,7 +61,8 @@ def compare(
     plan = make_plan(items, algorithms=algorithms, seeds=seeds, metric=metric, updates=updates, name=name)
     console = Console(highlight=False)
     if not plot_only:
-        asyncio.run(run_arms(plan, parallel or _parallel(plan), console))
+        interrupts = Interrupts(console.print)
+        interrupts.run(run_arms(plan, parallel or _parallel(plan), console, interrupts))
     elif not plan.folder.is_dir():
         raise UserError(f"--plot-only: there is no comparison in {plan.folder} yet")
     found = report(plan, console, fit=fit)
@@ -80,8 +85,8 @@ def _parallel(plan: Plan) -> int:
     return max(1, (os.cpu_count() or 1) // busy)
 
 
-async def run_arms(plan: Plan, parallel: int, console: Console) -> None:
-    """Runs all arms that have not ended yet, `parallel` at a time, seed after seed."""
+async def run_arms(plan: Plan, parallel: int, console: Console, interrupts: Interrupts) -> None:
+    """Runs all arms that have not ended yet, `parallel` at a time, seed after seed; an interrupt ends them in order."""
     first = plan.arms[0].recipe
     todo = [(arm, index) for index in range(plan.seeds) for arm in plan.arms if not _ended(plan, arm, index)]
     total = len(plan.arms) * plan.seeds
@@ -97,7 +102,7 @@ async def run_arms(plan: Plan, parallel: int, console: Console) -> None:
     except OSError as error:
         raise UserError(f"{plan.folder} cannot be written: {error.strerror}") from None
     needed = max(num_processes(arm.recipe, critic=algorithm_of(arm.recipe).critic) for arm in plan.arms)
-    cluster = make_runtime(first, needed * parallel)
+    cluster = make_runtime(first, needed * parallel, Activity())
     slots, bars = asyncio.Semaphore(parallel), progress_bars(console)
     warm: dict[int, asyncio.Task[str]] = {}
 
@@ -105,23 +110,24 @@ async def run_arms(plan: Plan, parallel: int, console: Console) -> None:
         seed = arm.recipe.seed + index
         if seed not in warm:
             screen = Screen(console, bars=bars, label=f"seed {seed}")
-            warm[seed] = asyncio.create_task(_warm_up(plan, seed, task, slots, screen))
+            warm[seed] = asyncio.create_task(_warm_up(plan, seed, task, slots, screen, interrupts))
         return warm[seed]
 
     async def one(arm: Arm, index: int) -> None:
         start = await start_of(arm, index) if arm.recipe.sft else None
         async with slots:
+            if interrupts.requested:
+                return
             label = f"{arm.folder_name} seed {arm.recipe.seed + index}"
-            await _run_arm(plan, arm, index, start, task, Screen(console, bars=bars, label=label))
+            await _run_arm(plan, arm, index, start, task, Screen(console, bars=bars, label=label), interrupts)
 
     tasks = [asyncio.create_task(one(arm, index)) for arm, index in todo]
     try:
         with bars:
             await asyncio.gather(*tasks)
-    except asyncio.CancelledError:
-        console.print("interrupted: runs that ended are kept, the same command goes on from there")
-        raise
     finally:
+        if interrupts.requested:
+            console.print("runs that ended are kept, others go on from their checkpoints: give the same command again")
         for running in (*tasks, *warm.values()):
             running.cancel()
         await asyncio.gather(*tasks, *warm.values(), return_exceptions=True)
@@ -163,30 +169,44 @@ def _outcome(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-async def _warm_up(plan: Plan, seed: int, task: Task, slots: asyncio.Semaphore, screen: Screen) -> str:
+async def _warm_up(
+    plan: Plan, seed: int, task: Task, slots: asyncio.Semaphore, screen: Screen, interrupts: Interrupts
+) -> str:
     """The policy after the supervised warm-up of a seed, made once: the first arm's, without its algorithm."""
     folder = plan.folder / "warm" / f"seed_{seed}"
     first = plan.arms[0].recipe.model_dump()
     neutral = Recipe.model_validate({**first, "seed": seed, "name": "warm", "algorithm": {}})
-    done = sorted(folder.glob("checkpoints/step_*"))
-    if done and (folder / "recipe.yaml").read_text() == dump_yaml(neutral):
+    done = CheckpointFolder(folder, 1).whole()
+    if done and _holds(folder, neutral):
         return str(done[-1])
     async with slots:
         _empty(folder)
-        return str(await Run(neutral, task, folder, screen, alone=False).sft())
+        return str(await Run(neutral, task, folder, screen, interrupts, alone=False).sft())
 
 
-async def _run_arm(plan: Plan, arm: Arm, index: int, start: str | None, task: Task, screen: Screen) -> None:
-    """One run, and its outcome: an arm that breaks must not end the others."""
+def _holds(folder: Path, recipe: Recipe) -> bool:
+    """Whether a folder is of a run of exactly this recipe."""
+    file = folder / "recipe.yaml"
+    return file.exists() and file.read_text() == dump_yaml(recipe)
+
+
+async def _run_arm(
+    plan: Plan, arm: Arm, index: int, start: str | None, task: Task, screen: Screen, interrupts: Interrupts
+) -> None:
+    """One run, or what is left of it, and its outcome: an arm that breaks must not end the others."""
     folder, recipe = run_folder(plan, arm, index), _with_seed(plan, arm, index)
     outcome: dict[str, Any] = {"status": "done", "identity": _identity(recipe)}
     if start is not None:
         policy = recipe.policy.model_copy(update={"model": start, "config": None})
         recipe = recipe.model_copy(update={"policy": policy, "sft": None})
-    _empty(folder)
+    checkpoint = CheckpointFolder(folder, recipe.train.keep).last() if _holds(folder, recipe) else None
+    if checkpoint is None:
+        _empty(folder)
     started = time.perf_counter()
     try:
-        await Run(recipe, task, folder, screen, alone=False).train()
+        await Run(recipe, task, folder, screen, interrupts, checkpoint=checkpoint, alone=False).train()
+        if interrupts.requested:
+            return
     except UserError:
         raise
     except Diverged as error:
@@ -203,7 +223,7 @@ async def _run_arm(plan: Plan, arm: Arm, index: int, start: str | None, task: Ta
     if outcome["status"] == "done":
         # At once, and not when all arms have run: the name may be misspelt.
         require_metric(_arm_result(plan, arm), plan.metric)
-    values = [row[plan.metric] for row in _history(folder) if plan.metric in row]
+    values = [row[plan.metric] for row in read_metrics(folder / "metrics.jsonl") if plan.metric in row]
     said = outcome.get("sentence") or f"{plan.metric} {values[0]:.3f} -> {values[-1]:.3f}"
     screen.print(f"{said} ({outcome['seconds']:.0f} s)")
 
@@ -264,18 +284,13 @@ def _arm_result(plan: Plan, arm: Arm) -> ArmResult:
             RunResult(
                 # Pairs are the arms' first seeds, second seeds ..., which are equal unless recipes start from others.
                 seed=plan.arms[0].recipe.seed + index,
-                history=_history(folder),
+                history=read_metrics(folder / "metrics.jsonl"),
                 seconds=outcome["seconds"],
                 failure=outcome.get("sentence"),
                 dropped_tokens=json.loads(table.read_text()) if table.exists() else (),
             )
         )
     return ArmResult(name=arm.name, runs=runs, words=describe(algorithm_of(arm.recipe)))
-
-
-def _history(folder: Path) -> list[dict[str, float]]:
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _machine(recipe: Recipe) -> str:

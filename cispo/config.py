@@ -120,6 +120,15 @@ class Reward(Section):
     """Seconds that one call may take."""
 
 
+class Curriculum(Section):
+    drop_above: Annotated[float, Field(gt=0, le=1)] | None = None
+    """A prompt is never sampled again once at least this share of its last group was right (ScaleRL: 0.9)."""
+    weighting: Literal["uniform", "difficulty"] = "uniform"
+    """How prompts are drawn: each once an epoch, or by p (1 - p) of their estimated pass rate p."""
+    length_stages: list[tuple[NotNegative, Positive]] = []
+    """[step, tokens] pairs: from that training step on, completions in training have at most so many tokens."""
+
+
 class Algorithm(Section):
     name: str = "cispo"
     """cispo, ppo, grpo, dapo, dr_grpo, gspo, rloo, reinforce, reinforce_pp, a preset, or module:NAME of a record."""
@@ -234,10 +243,24 @@ class Train(Section):
     """Completions of each held-out prompt."""
     max_prompts: NotNegative = 0
     """Ends the training once so many prompts were sampled, whatever the step; 0 is no bound."""
-    save_every: NotNegative = 0
-    """Steps between checkpoints; the last step is always saved."""
+    save_every: NotNegative = 20
+    """Steps between checkpoints, from which `--resume` goes on; the last step is always saved."""
     keep: Positive = 2
-    """Checkpoints that stay."""
+    """How many of the newest checkpoints stay, beside the best by held-out accuracy."""
+
+
+class Control(Section):
+    max_staleness: NotNegative = 0
+    """Versions by which a completion may be older than the policy that it trains; 0 samples and learns in turn."""
+    window: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """How far finished groups may overtake unfinished ones, as a share of max_staleness batches."""
+    on_update: Literal["wait", "keep", "recompute", "abort"] = "keep"
+    """What unfinished completions do when new weights arrive: end first; go on with the old keys, values and states;
+    have them recomputed under the new weights; or begin anew."""
+    max_restarts: NotNegative = 3
+    """Engines that may die and be started again during a run."""
+    watchdog: NotNegative = 1800
+    """Seconds without a move after which a run says who waits for whom; it ends after twice that; 0 is never."""
 
 
 class Recipe(Section):
@@ -265,6 +288,8 @@ class Recipe(Section):
     """How completions are sampled."""
     reward: Reward | None = None
     """How completions are scored."""
+    curriculum: Curriculum = Curriculum()
+    """Which prompts are sampled how often, and how long their completions may be."""
     algorithm: Algorithm = Algorithm()
     """What turns rewards into a gradient."""
     learner: Learner = Learner()
@@ -273,6 +298,8 @@ class Recipe(Section):
     """How a value function is trained, where the algorithm has one."""
     train: Train = Train()
     """How long, and what is kept."""
+    control: Control = Control()
+    """How sampling and learning overlap, and what happens when a process dies or hangs."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

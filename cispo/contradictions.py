@@ -68,7 +68,40 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             "rollout.engine_args.trust_remote_code must stay false: it runs code that lies in the model's folder",
         ),
         (recipe.device == "cpu" and rollout.tensor_parallel > 1, "rollout.tensor_parallel above 1 needs GPUs"),
+        *_of_the_curriculum(recipe),
     ]
     for wrong, sentence in problems:
         if wrong:
             raise UserError(f"{where}: {sentence}")
+
+
+def _of_the_curriculum(recipe: Recipe) -> list[tuple[bool, str]]:
+    keys, rollout = recipe.curriculum, recipe.rollout
+    starts = [start for start, _ in keys.length_stages]
+    limits = [tokens for _, tokens in keys.length_stages] or [rollout.max_tokens]
+    buffer = recipe.algorithm.overlong_buffer or 0
+    key = "curriculum.drop_above" if keys.drop_above is not None else "curriculum.weighting: difficulty"
+    return [
+        (
+            rollout.group_size == 1 and (keys.drop_above is not None or keys.weighting == "difficulty"),
+            f"{key} goes by the pass rate of a group, which rollout.group_size 1 makes 0 or 1",
+        ),
+        (
+            bool(starts) and starts[0] != 0,
+            f"curriculum.length_stages must begin at step 0, not at step {starts[0] if starts else 0}",
+        ),
+        (
+            any(a >= b for a, b in zip(starts, starts[1:], strict=False)),
+            f"curriculum.length_stages must be in ascending order of their steps, not {', '.join(map(str, starts))}",
+        ),
+        (
+            max(limits) > rollout.max_tokens,
+            f"curriculum.length_stages has {max(limits)} tokens, rollout.max_tokens allows {rollout.max_tokens}",
+        ),
+        (
+            # Without stages, the same is said of rollout.max_tokens.
+            bool(starts) and buffer > min(limits),
+            f"algorithm.overlong_buffer {buffer} is longer than the {min(limits)} tokens of a stage in "
+            "curriculum.length_stages",
+        ),
+    ]

@@ -1,10 +1,10 @@
 """The loop. Every stage has the field's name and is one call.
 
-    sample -> attach (logprobs, values) -> with_advantages -> minibatches -> update ... -> sync_weights
+    take -> attach (logprobs, values) -> with_advantages -> minibatches -> update ... -> sync_weights
 
 The driver holds prompts, rewards, advantages, packing and metrics; the learner ranks, the critic's and the engines are
-elsewhere, behind `Workers`. One step waits for all its rollouts: the engines sample with exactly the weights that are
-trained.
+elsewhere, behind `Workers`. How far sampling runs ahead of learning is the buffer's business: with max_staleness 0 a
+step waits for all its rollouts, and the engines sample with exactly the weights that are trained.
 """
 
 from __future__ import annotations
@@ -12,54 +12,38 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from cispo.algorithms import Algorithm
-from cispo.algorithms.losses import negative_log_likelihood
-from cispo.algorithms.objective import Objective
-from cispo.assemble import Workers, overlong_buffer_of, pack_for, seed_of, updates_per_batch
+from cispo.assemble import max_tokens_of, overlong_buffer_of, pack_for, updates_per_batch
 from cispo.batch import informative, minibatches, with_advantages
+from cispo.buffer import Buffer
+from cispo.checkpoint import CheckpointFolder, load_tensors, read_json, save_tensors, write_json
 from cispo.config import Recipe
-from cispo.dropped_tokens import DroppedTokens, would_drop
-from cispo.evaluate import evaluate
-from cispo.learner.critic import CriticResult
+from cispo.dropped_tokens import DroppedTokens
+from cispo.evaluate import evaluate, num_right
+from cispo.interrupts import Interrupts
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
-from cispo.learner.sft import demonstration_batches
-from cispo.metrics import group_metrics, importance_metrics, mismatch_metrics, rollout_metrics, value_metrics
 from cispo.packing import to_samples, unpack
-from cispo.rollout.prompts import PromptSource
+from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, roll_out
-from cispo.runfolder import RunLog, save_checkpoint
+from cispo.runfolder import RunLog
 from cispo.screen import Screen
-from cispo.types import Diverged, Prompt, Sample, Sampling, TrajectoryGroup, UserError
+from cispo.seeds import seed_of
+from cispo.step_metrics import Updates, sampling_metrics, update_metrics
+from cispo.types import Diverged, Prompt, Sample, Sampling, TrajectoryGroup
+from cispo.workers import Workers
 
 # A run whose gradients stay non-finite this many updates in a row will not recover.
 _MAX_SKIPPED = 10
 
 # Truncation above this precedes instability (ScaleRL, arXiv 2510.13786).
 _TRUNCATION_ALARM = 0.10
-
-_SFT = Objective(loss=negative_log_likelihood)
-
-# What the learner reports of every token; further columns are the objective's own.
-_TOKEN_COLUMNS = frozenset(
-    ("targets", "logprobs", "old_logprobs", "rollout_logprobs", "advantages", "ratio", "weight", "entropy")
-)
-
-
-@dataclass(slots=True, kw_only=True)
-class Updates:
-    """What the optimizer steps of one batch did: [updates][ranks]."""
-
-    policy: list[list[UpdateResult]] = field(default_factory=list)
-    critic: list[list[CriticResult]] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,43 +75,83 @@ class Controller:
     eval_prompts: Sequence[Prompt]
     log: RunLog
     screen: Screen
-    version: int = 0
-    """How many times the engines have received weights."""
+    checkpoints: CheckpointFolder
+    interrupts: Interrupts
+    buffer: Buffer = field(init=False)
     totals: Totals = field(default_factory=Totals)
     dropped_tokens: DroppedTokens = field(default_factory=DroppedTokens)
     skipped_in_a_row: int = 0
     finished: int = 0
     """Steps that are done."""
+    saved: int = -1
+    """The step of the last checkpoint that was begun."""
     accuracy: float | None = None
     warned: set[str] = field(default_factory=set)
     """Kinds of warnings that were given."""
-    lr: float = 0.0
-    """Learning rate of the last update."""
+    _pending: dict[str, Any] | None = None
+    """What completes the checkpoint that is being written."""
 
-    async def train(self) -> None:
-        """Evaluates, then trains `train.steps` steps with evaluations and checkpoints in between."""
-        keys = self.recipe.train
+    def __post_init__(self) -> None:
+        control, batch = self.recipe.control, self.recipe.rollout.prompts_per_step
+        self.buffer = Buffer(
+            produce=self.roll_out,
+            next_prompts=self.train_prompts.take,
+            batch=batch,
+            max_staleness=control.max_staleness,
+            window=math.floor(control.window * control.max_staleness * batch),
+        )
+
+    async def train(self, checkpoint: Path | None) -> None:
+        """Trains until `train.steps`, with evaluations and checkpoints in between; from `checkpoint` on, if given.
+
+        An interrupt ends it after the step that is under way, with a checkpoint of it.
+        """
+        if checkpoint is None:
+            await self.begin()
+        else:
+            await self.resume(checkpoint)
+        steps = self.recipe.train.steps
+        self.screen.phase("train", steps, done=self.finished)
+        try:
+            with self.interrupts.in_steps():
+                while self.finished < steps and self._prompts_left() > 0 and not self.interrupts.requested:
+                    await self.next_step(self.finished + 1)
+                await self.save(self.finished)
+                await self.settle(wait=True)
+        finally:
+            await self.buffer.close()
+        self.screen.done()
+        if self.train_prompts.exhausted:
+            self.screen.print(
+                f"step {self.finished} ended the run: every prompt reached a pass rate of "
+                f"{self.recipe.curriculum.drop_above} and is dropped (curriculum.drop_above)"
+            )
+
+    async def begin(self) -> None:
+        """The start of a new run: what is frozen or copied from the first policy, and how good that is."""
         if self.workers.critics:
-            await self.workers.start_critic(self.version)
+            await self.workers.start_critic(self.workers.version)
         if self.algorithm.needs_reference:
             await self.workers.freeze_reference()
+            await self.workers.save(self._reference)
         await self.sync_weights()
         self.log.metrics(0, self.totals.metrics() | await self.evaluate(0))
-        self.screen.phase("train", keys.steps)
-        for step in range(1, keys.steps + 1):
-            before = self.totals.prompts
-            metrics = await self.step(step)
-            last = step == keys.steps or self._prompts_left() == 0
-            if last or self._evaluation_due(before):
-                metrics |= await self.evaluate(step)
-            self.log.metrics(step, metrics)
-            self.finished = step
-            self._show(step, metrics)
-            if last or (keys.save_every and step % keys.save_every == 0):
-                await self.save(step)
-            if last:
-                break
-        self.screen.done()
+        if self.recipe.sft is not None and self.recipe.train.save_every:
+            await self.save(0)
+
+    async def next_step(self, step: int) -> None:
+        """A step with its evaluation, its metrics and its checkpoint, where they are due."""
+        keys, before = self.recipe.train, self.totals.prompts
+        metrics = await self.step(step)
+        last = step == keys.steps or self._prompts_left() == 0
+        if last or self._evaluation_due(before):
+            metrics |= await self.evaluate(step)
+        self.log.metrics(step, metrics)
+        self.finished = step
+        self._show(step, metrics)
+        await self.settle(wait=False)
+        if last or (keys.save_every and step % keys.save_every == 0):
+            await self.save(step, metrics.get("eval/accuracy"))
 
     def _evaluation_due(self, before: int) -> bool:
         """Whether `eval_every` steps' worth of prompts were completed: in steps that sample more, sooner."""
@@ -138,21 +162,25 @@ class Controller:
         """One batch of rollouts and its updates."""
         started = time.perf_counter()
         position = self.totals.prompts / self.recipe.rollout.prompts_per_step
-        rollouts = await self.sample(step)
+        rollouts = await self.sample()
         sampled = time.perf_counter()
         await self.workers.rest_engines()
-        groups = self.kept(rollouts)
-        samples = await self.attach([s for group in groups for s in to_samples(group)])
-        samples = with_advantages(groups, samples, self.algorithm)
-        updates = await self.learn(samples, step, position)
-        learned = time.perf_counter()
-        metrics = self.metrics(rollouts, samples, updates)
-        await self.sync_weights()
+        async with self.workers.learning():
+            groups = self.kept(rollouts)
+            samples = await self.attach([s for group in groups for s in to_samples(group)])
+            samples = with_advantages(groups, samples, self.algorithm)
+            updates = await self.learn(samples, step, position)
+            learned = time.perf_counter()
+            metrics = self.metrics(rollouts, samples, updates)
+            await self.sync_weights()
         synced = time.perf_counter()
+        if self.recipe.curriculum.length_stages:
+            metrics["curriculum/max_tokens"] = max_tokens_of(self.recipe, step)
         self.log.samples(step, rollouts.groups)
         self.totals.seconds += synced - started
         return (
             metrics
+            | self.train_prompts.metrics()
             | self.totals.metrics()
             | {
                 "time/rollout": sampled - started,
@@ -164,39 +192,53 @@ class Controller:
             }
         )
 
-    async def sample(self, step: int) -> Rollouts:
+    async def sample(self) -> Rollouts:
         """Rollouts of P prompts; with dynamic sampling, of further ones until P groups have something to compare."""
         wanted = self.recipe.rollout.prompts_per_step
-        rollouts = await self.roll_out(min(wanted, self._prompts_left()), seed_of(self.recipe.seed, "rollout", step))
-        for number in range(1, self.algorithm.dynamic_sampling + 1):
+        rollouts = await self.take(min(wanted, self._prompts_left()))
+        for _ in range(self.algorithm.dynamic_sampling):
             useful = sum(map(informative, rollouts.groups))
             left = self._prompts_left()
             if useful >= wanted or left == 0:
                 break
             # As many prompts as should do at the share seen so far, so that few rounds are needed.
             share = max(useful, 1) / len(rollouts.groups) if rollouts.groups else 1.0
-            more = min(math.ceil((wanted - useful) / share), wanted, left)
-            rollouts += await self.roll_out(more, seed_of(self.recipe.seed, "rollout", step, number))
+            rollouts += await self.take(min(math.ceil((wanted - useful) / share), wanted, left))
         return rollouts
 
-    async def roll_out(self, prompts: int, seed: int) -> Rollouts:
-        rollouts = await roll_out(
-            self.train_prompts.take(prompts),
-            group_size=self.recipe.rollout.group_size,
-            generate=self.workers.generate,
-            renderer=self.renderer,
-            rewards=self.rewards,
-            sampling=self.sampling,
-            seed=seed,
-            overlong_buffer=overlong_buffer_of(self.recipe, self.algorithm),
-            overlong_factor=self.recipe.algorithm.overlong_penalty,
-        )
+    async def take(self, prompts: int) -> Rollouts:
+        """The next groups from the buffer, counted."""
+        to_come = (self.recipe.train.steps - self.finished) * self.recipe.rollout.prompts_per_step
+        bound = self.recipe.train.max_prompts
+        left = min(max(to_come, prompts), bound - self.totals.prompts if bound else math.inf)
+        rollouts = await self.buffer.take(prompts, version=self.workers.version, left=int(left))
+        for group in rollouts.groups:
+            right = num_right(group, self.rewards.names[0])
+            self.train_prompts.observe(group.prompt.id, right=right, attempts=len(group.trajectories))
         self.totals.prompts += prompts
         self.totals.completions += prompts * self.recipe.rollout.group_size
         self.totals.tokens += rollouts.tokens
         return rollouts
 
+    async def roll_out(self, prompts: Sequence[Prompt], ticket: int) -> Rollouts:
+        """Samples and scores the prompts of one ticket."""
+        max_tokens = max_tokens_of(self.recipe, self.finished + 1)
+        return await roll_out(
+            prompts,
+            group_size=self.recipe.rollout.group_size,
+            generate=self.workers.generate,
+            renderer=self.renderer,
+            rewards=self.rewards,
+            sampling=replace(self.sampling, max_tokens=max_tokens),
+            seed=seed_of(self.recipe.seed, "rollout", ticket + 1),
+            overlong_buffer=overlong_buffer_of(self.recipe, self.algorithm, max_tokens),
+            overlong_factor=self.recipe.algorithm.overlong_penalty,
+        )
+
     def _prompts_left(self) -> int:
+        """How many prompts the next step may ask for, at most."""
+        if self.train_prompts.exhausted:
+            return self.buffer.waiting
         bound = self.recipe.train.max_prompts
         return max(bound - self.totals.prompts, 0) if bound else self.recipe.rollout.prompts_per_step
 
@@ -239,9 +281,9 @@ class Controller:
                 lr = self._lr(position * each + number, self.recipe.critic.lr)
                 updates.critic.append(await self.workers.update_critic(pack_for(self.recipe, share, "token"), lr))
             if not self.algorithm.critic or step > self.recipe.critic.warmup_steps:
-                self.lr = self._lr(position * each + number, self.recipe.learner.lr)
+                updates.lr = self._lr(position * each + number, self.recipe.learner.lr)
                 columns = pack_for(self.recipe, share, self.algorithm.reduction)
-                results = await self.workers.update(columns, self.algorithm.objective, self.lr)
+                results = await self.workers.update(columns, self.algorithm.objective, updates.lr)
                 self.totals.updates += 1
                 self._watch(results)
                 updates.policy.append(results)
@@ -267,8 +309,7 @@ class Controller:
             )
 
     async def sync_weights(self) -> None:
-        self.version += 1
-        await self.workers.sync_weights(self.version)
+        await self.workers.sync_weights(self.workers.version + 1)
 
     async def evaluate(self, step: int) -> dict[str, float]:
         if not self.eval_prompts:
@@ -286,46 +327,77 @@ class Controller:
         self.accuracy = metrics.get("eval/accuracy")
         return metrics
 
-    async def save(self, step: int) -> Path:
-        """Writes a checkpoint in Hugging Face form, tokenizer included."""
-        draft = self.log.folder / ".policy"
-        await self.workers.save(draft)
-        facts = {"version": self.version, "updates": self.totals.updates, "recipe": self.recipe.name}
-        return save_checkpoint(
-            self.log.folder, step, facts, draft, self.renderer.tokenizer.save_pretrained, self.recipe.train.keep
-        )
-
     def metrics(self, rollouts: Rollouts, samples: Sequence[Sample], updates: Updates) -> dict[str, float]:
-        metrics = rollout_metrics(rollouts.groups, version=self.version) | group_metrics(rollouts.groups)
-        metrics["reward/dropped_groups"] = rollouts.dropped
-        metrics["reward/errors"] = self.rewards.errors
-        metrics["reward/timeouts"] = self.rewards.timeouts
-        metrics["rollout/rounds"] = rollouts.rounds
-        metrics["learner/updates"] = len(updates.policy)
-        metrics["learner/skipped"] = sum(not r[0].taken for r in updates.policy)
-        metrics |= _critic_metrics(samples, updates.critic)
-        # A skipped update says nothing but that it was skipped: its values need not be finite.
-        taken = [r for r in updates.policy if r[0].taken]
-        if not taken:
-            return metrics
-        tokens = _merged(taken)
-        others = would_drop(tokens["ratio"], tokens["advantages"])
-        self.dropped_tokens.add(tokens)
-        # Before the first update the learner is the policy that sampled, so what differs there is the mismatch.
-        mismatch = tokens if "old_logprobs" in tokens else _merged(taken[:1])
-        learner = mismatch.get("old_logprobs", mismatch["logprobs"])
-        metrics |= importance_metrics(tokens, others) | mismatch_metrics(learner, mismatch["rollout_logprobs"])
-        metrics |= {name: float(tokens[name].double().mean()) for name in tokens if name not in _TOKEN_COLUMNS}
-        metrics |= {
-            "adv/std": float(tokens["advantages"].double().std(correction=0)),
-            "grad_norm": sum(r[0].grad_norm for r in taken) / len(taken),
-            "tokens_in_loss": len(tokens["advantages"]),
-            "learner/lr": self.lr,
-            "learner/loss": sum(r.batch.loss for r in taken[-1]),
-        }
-        if self.recipe.learner.router_aux_coef > 0:
-            metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in taken[-1])
+        tokens = updates.tokens()
+        if tokens:
+            self.dropped_tokens.add(tokens)
+        version, balanced = self.workers.version, self.recipe.learner.router_aux_coef > 0
+        metrics = sampling_metrics(rollouts, self.rewards, version=version)
+        metrics |= update_metrics(samples, updates, tokens, version=version, balanced=balanced)
+        if self.recipe.control.on_update == "abort":
+            metrics["rollout/aborted_tokens"] = self.workers.lost_tokens
         return metrics
+
+    @property
+    def _reference(self) -> Path:
+        return self.checkpoints.folder / "reference"
+
+    async def save(self, step: int, score: float | None = None) -> None:
+        """Begins a checkpoint, in Hugging Face form with what a resumed run needs; `settle` completes it.
+
+        Everything is copied before this returns; only writing goes on meanwhile. A step is saved once.
+        """
+        if step <= self.saved:
+            return
+        await self.settle(wait=True)
+        with self.checkpoints.writing() as draft:
+            await self.workers.start_save(draft)
+            self.renderer.tokenizer.save_pretrained(draft)
+            save_tensors(self.dropped_tokens.counts, draft / "training" / "driver.safetensors")
+            write_json(draft / "training" / "driver.json", self.state())
+        facts = {"version": self.workers.version, "updates": self.totals.updates, "recipe": self.recipe.name}
+        self._pending = {"step": step, "facts": facts, "score": score}
+        self.saved = step
+
+    async def settle(self, *, wait: bool) -> None:
+        """Completes the checkpoint that was begun once it is on the disk. Raises RunError where the disk refused."""
+        if self._pending is None:
+            return
+        with self.checkpoints.completing():
+            if await self.workers.saved(wait=wait):
+                self.checkpoints.finish(**self._pending)
+                self._pending = None
+
+    def state(self) -> dict[str, Any]:
+        """Where the loop stands, but for what tensors hold."""
+        return {
+            "version": self.workers.version,
+            "totals": asdict(self.totals),
+            "finished": self.finished,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "accuracy": self.accuracy,
+            "warned": sorted(self.warned),
+            "rewards": {"errors": self.rewards.errors, "timeouts": self.rewards.timeouts},
+            "prompts": self.train_prompts.state_dict(),
+            "buffer": self.buffer.state(),
+        }
+
+    async def resume(self, checkpoint: Path) -> None:
+        """Goes on where a checkpoint was taken; learners and engines have loaded its policy already."""
+        training = checkpoint / "training"
+        state = read_json(training / "driver.json")
+        self.dropped_tokens.counts = load_tensors(training / "driver.safetensors")
+        self.totals = Totals(**state["totals"])
+        self.finished = self.saved = state["finished"]
+        self.skipped_in_a_row, self.accuracy = state["skipped_in_a_row"], state["accuracy"]
+        self.warned = set(state["warned"])
+        self.rewards.errors, self.rewards.timeouts = state["rewards"]["errors"], state["rewards"]["timeouts"]
+        self.train_prompts.load_state_dict(state["prompts"])
+        await self.workers.restore(checkpoint)
+        if self.algorithm.needs_reference:
+            await self.workers.load_reference(self._reference)
+        await self.workers.sync_weights(state["version"])
+        self.buffer.restore(state["buffer"], prompts=self.train_prompts.prompts, version=state["version"])
 
     def _warn(self, kind: str, sentence: str) -> None:
         """Says one sentence of each kind a run."""
@@ -338,8 +410,8 @@ class Controller:
         if truncated > _TRUNCATION_ALARM:
             self._warn(
                 "truncation",
-                f"{truncated:.0%} of the completions of step {step} were cut at rollout.max_tokens; "
-                "runs that truncate more than 10 % tend to become unstable",
+                f"{truncated:.0%} of the completions of step {step} were cut at "
+                f"{max_tokens_of(self.recipe, step)} tokens; runs that truncate more than 10 % tend to become unstable",
             )
         if metrics["learner/updates"] == 0 and "critic/loss" not in metrics:
             self._warn("constant", f"every group of step {step} had equal rewards: there was nothing to learn from")
@@ -348,42 +420,3 @@ class Controller:
             numbers["accuracy"] = f"{self.accuracy:.3f}"
         numbers["tokens/s"] = f"{metrics['rollout/tokens_per_s']:,.0f}"
         self.screen.step(step, numbers)
-
-
-async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], log: RunLog, screen: Screen) -> None:
-    """Supervised fine-tuning on demonstrations with the learner's own update, then a fresh optimizer."""
-    assert recipe.sft is not None
-    keys = recipe.sft
-    batches = demonstration_batches(samples, batch_size=keys.batch_size, seed=seed_of(recipe.seed, "sft"))
-    screen.phase("warm-up", keys.steps)
-    for step in range(1, keys.steps + 1):
-        columns = pack_for(recipe, next(batches), "token")
-        lr = learning_rate(step - 1, steps=keys.steps, peak=keys.lr, warmup=keys.warmup_steps)
-        started = time.perf_counter()
-        results = await workers.update(columns, _SFT, lr)
-        speed = sum(mb.tokens.numel() for column in columns for mb in column) / (time.perf_counter() - started)
-        loss = sum(r.batch.loss for r in results)
-        if not results[0].taken:
-            raise UserError(f"sft: the gradient of step {step} is not finite; sft.lr {keys.lr} is too high")
-        log.metrics(step, {"sft/loss": loss, "sft/grad_norm": results[0].grad_norm, "sft/tokens_per_s": speed})
-        screen.step(step, {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"})
-    screen.done()
-    await workers.reset_optimizer()
-
-
-def _merged(results: Sequence[Sequence[UpdateResult]]) -> dict[str, Tensor]:
-    """Per-token values of all ranks and updates in one tensor a name."""
-    parts = [result.batch.tokens for ranks in results for result in ranks if result.batch.tokens]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _critic_metrics(samples: Sequence[Sample], updates: Sequence[Sequence[CriticResult]]) -> dict[str, float]:
-    """The critic's losses, and how well its values before this batch's updates predicted the returns."""
-    if not updates:
-        return {}
-    values, returns = (torch.cat([getattr(s, name)[s.loss_mask] for s in samples]) for name in ("values", "returns"))
-    return value_metrics(values, returns) | {
-        "critic/loss": sum(r.loss for r in updates[-1]),
-        "critic/grad_norm": sum(u[0].grad_norm for u in updates) / len(updates),
-        "critic/skipped": sum(not u[0].taken for u in updates),
-    }

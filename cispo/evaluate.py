@@ -17,6 +17,11 @@ def is_right(trajectory: Trajectory, judge: str) -> bool:
     return trajectory.rewards.get(judge, 0.0) >= 1.0
 
 
+def num_right(group: TrajectoryGroup, judge: str) -> int:
+    """How many attempts of the group are right."""
+    return sum(is_right(trajectory, judge) for trajectory in group.trajectories)
+
+
 async def evaluate(
     prompts: Sequence[Prompt],
     *,
@@ -42,7 +47,7 @@ async def evaluate(
         seed=seed,
     )
     judge = rewards.names[0]
-    right = [sum(is_right(t, judge) for t in group.trajectories) for group in rollouts.groups]
+    right = [num_right(group, judge) for group in rollouts.groups]
     if not right:
         return {}, []
     shares = [r / samples for r in right]

@@ -21,7 +21,6 @@ from torch import Tensor
 from cispo.algorithms import Algorithm
 from cispo.algorithms.words import describe, warnings
 from cispo.assemble import (
-    Workers,
     algorithm_of,
     new_config,
     pack_for,
@@ -30,17 +29,20 @@ from cispo.assemble import (
     renderer_of,
     running_workers,
     sampling_of,
-    seed_of,
     updates_per_batch,
 )
 from cispo.config import Recipe, dump_yaml, load_recipe
+from cispo.curriculum import describe_curriculum
 from cispo.learner.parallel import pick_device
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
 from cispo.packing import to_samples
 from cispo.placement import gpus_of
 from cispo.policies.base import count_parameters
+from cispo.seeds import seed_of
 from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn, UserError
+from cispo.watchdog import Activity
+from cispo.workers import Workers
 
 _PACKAGES = (
     "torch",
@@ -71,6 +73,11 @@ def show(path: Path, overrides: Sequence[str]) -> None:
     console.print(_table(describe(algorithm)))
     for sentence in warnings(algorithm, updates_per_batch=updates_per_batch(recipe)):
         console.print(f"[yellow]warning:[/] {sentence}")
+    rollout = recipe.rollout
+    curriculum = describe_curriculum(recipe.curriculum, group_size=rollout.group_size, max_tokens=rollout.max_tokens)
+    if curriculum:
+        console.print("\n[bold]curriculum[/]")
+        console.print(_table(curriculum))
     console.print("\n[bold]processes and memory[/]")
     console.print(_table(_plan(recipe, algorithm)))
 
@@ -194,8 +201,8 @@ def _parity(console: Console, recipe: Recipe, checkpoint: str | None) -> list[st
         policy = checkpoint or policy_folder(recipe, renderer, Path(temporary))
 
         async def run() -> list[str]:
-            async with running_workers(recipe, policy) as (workers, engines):
-                workers.engines = await engines
+            async with running_workers(recipe, policy, activity=Activity()) as (workers, engines):
+                await engines
                 failures = []
                 for version, when in enumerate(
                     ("from the model folder", "after a weight update", "after a second one")

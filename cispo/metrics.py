@@ -1,7 +1,8 @@
 """What a step reports: pure functions from tokens and trajectories to named numbers.
 
 Names are grouped by a prefix: reward/ adv/ is/ (importance weights) kl/ correction/ critic/ mismatch/ (engine against
-learner) length/ staleness/ learner/ time/ total/ (since the start) eval/; those that every run is judged by have none.
+learner) length/ staleness/ learner/ curriculum/ time/ total/ (since the start) eval/; those that every run is judged by
+have none.
 Fractions are shares of the trained tokens (is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac)
 or of the groups (zero_variance_*).
 """
@@ -50,13 +51,18 @@ def importance_metrics(tokens: Mapping[str, Tensor], would_drop: Mapping[str, Te
     }
 
 
-def mismatch_metrics(learner: Tensor, engine: Tensor) -> dict[str, float]:
+def mismatch_metrics(learner: Tensor, engine: Tensor, fresh: Tensor) -> dict[str, float]:
     """How far the learner's log-probabilities are from the engine's for the same policy and tokens, [N] each.
+
+    `fresh` says which tokens the engine sampled from the learner's version; others differ because the policy moved.
+    Without any there are no metrics.
 
     logprob_mean and logprob_max are of |difference|, token_mult_prob_error is the mean of its exponential. k1 and k3
     estimate KL(engine || learner) (k3 = r - 1 - log r with r = learner / engine), prob_pearson is a correlation.
     """
-    learner, engine = learner.double(), engine.double()
+    if not fresh.any():
+        return {}
+    learner, engine = learner[fresh].double(), engine[fresh].double()
     gap = learner - engine
     return {
         "mismatch/kl_k1": float(-gap.mean()),
@@ -84,7 +90,8 @@ def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
 def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[str, float]:
     """Rewards, lengths, finish reasons and staleness of a batch of groups that the policy `version` is trained on.
 
-    Lengths are split into completions above their group's mean reward (_better) and the others (_worse).
+    Lengths are split into completions above their group's mean reward (_better) and the others (_worse). Staleness is
+    in versions: of a completion that of its oldest token (mean, max), and of each token (tokens_mean).
     """
     everyone = [t for group in groups for t in group.trajectories]
     if not everyone:
@@ -104,8 +111,13 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
             lengths = sorted(t.length for t in some)
             metrics[f"length/mean{side}"] = _mean(lengths)
             metrics[f"length/p99{side}"] = float(lengths[math.ceil(0.99 * len(lengths)) - 1])
-    stale = [version - turn.completion.versions[0] for t in everyone for turn in t.turns]
-    metrics |= {"staleness/mean": _mean(stale), "staleness/max": float(max(stale))}
+    by_turn = [turn.completion.versions for t in everyone for turn in t.turns]
+    stale = [version - min(versions) for versions in by_turn]
+    metrics |= {
+        "staleness/mean": _mean(stale),
+        "staleness/max": float(max(stale)),
+        "staleness/tokens_mean": version - sum(map(sum, by_turn)) / sum(map(len, by_turn)),
+    }
     names = dict.fromkeys(name for t in everyone for name in t.rewards)
     for name in names:
         metrics[f"reward/{name}"] = _mean([t.rewards[name] for t in everyone if name in t.rewards])

@@ -35,9 +35,9 @@ def _turn_sample(trajectory: Trajectory, turn: Turn) -> Sample:
         token_ids=torch.tensor((*turn.prompt_ids, *completion.token_ids)),
         loss_mask=mask,
         rollout_logprobs=torch.tensor((*(0.0,) * prompt, *completion.logprobs)),
+        versions=torch.tensor((*(0,) * prompt, *completion.versions), dtype=torch.int32),
         group_id=trajectory.group_id,
         index=trajectory.index,
-        versions=completion.versions,
     )
 
 
@@ -49,6 +49,7 @@ def demonstration(prompt_ids: Sequence[int], completion_ids: Sequence[int], inde
         token_ids=torch.tensor((*prompt_ids, *completion_ids)),
         loss_mask=mask,
         rollout_logprobs=torch.zeros(len(mask)),
+        versions=torch.zeros(len(mask), dtype=torch.int32),
         group_id=index,
         index=0,
         advantages=mask.float(),
@@ -140,6 +141,7 @@ def _flatten(samples: Sequence[Sample], weights: Sequence[float], places: Sequen
         loss_mask=mask,
         trained=mask.nonzero()[:, 0],
         rollout_logprobs=torch.cat([s.rollout_logprobs[1:] for s in samples]),
+        versions=torch.cat([s.versions[1:] for s in samples]),
         # Passes that only read logprobs or values come before there are advantages.
         advantages=torch.zeros(len(mask)) if advantages is None else advantages,
         loss_weights=torch.where(mask, per_sample, 0.0).float(),

@@ -1,7 +1,7 @@
 """One run, from a recipe to a filled run folder: what `cispo train`, `cispo sft` and each arm of `cispo compare` do.
 
 load_task(recipe) -> Task (prompts, demonstrations ...)      read and checked before anything is written
-Run(recipe, task, folder, screen).train()
+Run(recipe, task, folder, screen, interrupts).train()
 """
 
 from __future__ import annotations
@@ -10,34 +10,40 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
+
 from cispo.algorithms.words import warnings
 from cispo.assemble import (
-    Workers,
     algorithm_of,
     check_same_shape,
     demonstrations_of,
     policy_folder,
+    prompt_source_of,
     prompts_of,
     renderer_of,
     rewards_of,
     running_workers,
     sampling_of,
-    seed_of,
     updates_per_batch,
 )
+from cispo.checkpoint import CheckpointFolder, check_checkpoint, disk_errors, step_of
 from cispo.config import Recipe, dump_yaml
-from cispo.controller import Controller, warm_up
+from cispo.controller import Controller
+from cispo.interrupts import Interrupts
 from cispo.policies.base import local_folder, weight_files
 from cispo.report import learning_curve, summary
-from cispo.rollout.prompts import PromptSource
 from cispo.rollout.renderer import Renderer
-from cispo.runfolder import RunLog, check_checkpoint, save_checkpoint
+from cispo.runfolder import RunLog, only_user_of
 from cispo.screen import Screen
 from cispo.shipping import check_output_dir
-from cispo.types import Prompt, Sample, UserError
+from cispo.types import Diverged, Prompt, RunError, Sample, UserError
+from cispo.warmup import warm_up
+from cispo.watchdog import Activity, guarded
+from cispo.workers import Workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,32 +77,66 @@ def load_task(recipe: Recipe) -> Task:
 class Run:
     """One training or warm-up in a folder of its own."""
 
-    def __init__(self, recipe: Recipe, task: Task, folder: Path, screen: Screen, *, alone: bool = True) -> None:
-        """Writes the resolved recipe and the first policy.
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        folder: Path,
+        screen: Screen,
+        interrupts: Interrupts,
+        *,
+        checkpoint: Path | None = None,
+        alone: bool = True,
+    ) -> None:
+        """Writes the resolved recipe, and the first policy of a run that does not go on from a `checkpoint`.
 
-        A run that is not `alone` is an arm of a comparison: it ends without a summary, and an interrupt saves nothing.
+        A run that is not `alone` is an arm of a comparison: it ends without a summary.
         """
         self.recipe, self.task, self.folder, self.screen = recipe, task, folder, screen
-        self.alone = alone
+        self.interrupts, self.checkpoint, self.alone = interrupts, checkpoint, alone
         self.algorithm = algorithm_of(recipe)
+        self.activity = Activity()
+        self.checkpoints = CheckpointFolder(folder, recipe.train.keep)
         self.started = time.perf_counter()
         (folder / "recipe.yaml").write_text(dump_yaml(recipe))
-        self.policy = policy_folder(recipe, task.renderer, folder / "checkpoints" / "initial")
+        if checkpoint is None:
+            self.checkpoints.forget_after(-1)
+            self.policy = policy_folder(recipe, task.renderer, self.checkpoints.folder / "initial")
+        else:
+            self.checkpoints.forget_after(step_of(checkpoint))
+            self.policy = str(checkpoint)
 
     def announce(self) -> None:
         self.screen.print(f"[bold]{self.recipe.name}[/]: {self.algorithm.name}, run folder {self.folder}")
+        if self.checkpoint is not None:
+            self.screen.print(f"going on after step {step_of(self.checkpoint)}")
         for sentence in warnings(self.algorithm, updates_per_batch=updates_per_batch(self.recipe)):
             self.screen.print(f"[yellow]warning:[/] {sentence}")
 
     async def train(self) -> None:
-        """The warm-up, if the recipe has one, and the training; an interrupt saves the policy first."""
+        """The warm-up, if the recipe has one, and the training, or what is left of it.
+
+        An interrupt ends it after a step, with a checkpoint. Raises RunError, which says what to go on from, where a
+        process that cannot be replaced died, nothing moved any more, or the disk refused.
+        """
+        try:
+            with only_user_of(self.folder), disk_errors(self.folder):
+                await guarded(self._train(), self.activity, silence=self.recipe.control.watchdog, say=self._say_warning)
+        except Diverged:
+            raise
+        except RunError as error:
+            last = self.checkpoints.last()
+            hint = f"--resume goes on after step {step_of(last)}" if last else "it had no checkpoint yet"
+            raise RunError(f"{error}; {hint} ({self.folder})") from None
+
+    async def _train(self) -> None:
         recipe, task = self.recipe, self.task
-        log = RunLog(self.folder)
-        rewards = rewards_of(recipe, task.prompts)
+        log = RunLog(self.folder, after=-1 if self.checkpoint is None else step_of(self.checkpoint))
+        rewards = rewards_of(recipe, task.prompts, self.activity)
         with self.screen, contextlib.closing(log), contextlib.closing(rewards):
-            async with running_workers(recipe, self.policy, critic=self.algorithm.critic) as (workers, engines):
+            async with self._workers(critic=self.algorithm.critic) as (workers, engines):
                 # Together: an engine that cannot start ends the warm-up at once.
-                workers.engines, _ = await asyncio.gather(engines, self._warm_up(workers))
+                await asyncio.gather(engines, self._warm_up(workers))
                 controller = Controller(
                     recipe=recipe,
                     algorithm=self.algorithm,
@@ -104,35 +144,37 @@ class Run:
                     renderer=task.renderer,
                     sampling=sampling_of(recipe, task.renderer),
                     rewards=rewards,
-                    train_prompts=PromptSource(task.prompts, seed_of(recipe.seed, "prompts")),
+                    train_prompts=prompt_source_of(recipe, task.prompts),
                     eval_prompts=task.held_out,
                     log=log,
                     screen=self.screen,
+                    checkpoints=self.checkpoints,
+                    interrupts=self.interrupts,
                 )
                 try:
-                    await controller.train()
-                except asyncio.CancelledError:
-                    if self.alone:
-                        self.screen.print("interrupted: saving the policy (once more Ctrl-C to skip that)")
-                        await controller.save(controller.finished)
-                    raise
+                    await controller.train(self.checkpoint)
                 finally:
                     self._finish(log, controller)
 
     async def sft(self) -> Path:
         """The warm-up alone; returns the checkpoint."""
         assert self.recipe.sft is not None
-        with self.screen:
-            async with running_workers(self.recipe, self.policy, engines=False) as (workers, _):
+        with self.screen, only_user_of(self.folder):
+            async with self._workers(engines=False) as (workers, _):
                 await self._warm_up(workers)
-                draft = self.folder / ".policy"
-                await workers.save(draft)
-        facts = {"recipe": self.recipe.name}
-        save_tokenizer = self.task.renderer.tokenizer.save_pretrained
-        return save_checkpoint(self.folder, self.recipe.sft.steps, facts, draft, save_tokenizer, 1)
+                with self.checkpoints.writing() as draft:
+                    await workers.save(draft)
+                    self.task.renderer.tokenizer.save_pretrained(draft)
+        return self.checkpoints.finish(self.recipe.sft.steps, {"recipe": self.recipe.name})
+
+    def _workers(self, **which: bool) -> AbstractAsyncContextManager[tuple[Workers, asyncio.Task[None]]]:
+        return running_workers(self.recipe, self.policy, activity=self.activity, say=self._say_warning, **which)
+
+    def _say_warning(self, sentence: str) -> None:
+        self.screen.print(f"[yellow]warning:[/] {escape(sentence)}")
 
     async def _warm_up(self, workers: Workers) -> None:
-        if self.recipe.sft is None:
+        if self.recipe.sft is None or self.checkpoint is not None:
             return
         with contextlib.closing(RunLog(self.folder, name="sft")) as log:
             await warm_up(self.recipe, workers, self.task.demonstrations, log, self.screen)
@@ -154,9 +196,10 @@ class Run:
             most = ", ".join(f"{row['token']!r} {row['ppo_dropped']}" for row in dropped[:5])
             self.screen.console.print(f"PPO's clip would have dropped, most often: {most}", markup=False)
         self.screen.print(f"learning curve: {picture}")
-        saved = sorted((self.folder / "checkpoints").glob("step_*"))
-        if saved:
-            self.screen.print(f"checkpoint:     {saved[-1]}")
+        saved, best = self.checkpoints.last(), self.checkpoints.best()
+        if saved is not None:
+            better = f" (best: {best.name})" if best is not None and best != saved else ""
+            self.screen.print(f"checkpoint:     {saved}{better}")
 
 
 def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:

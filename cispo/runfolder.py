@@ -1,18 +1,19 @@
 """The run folder: what a run leaves behind, and how it is written.
 
-runs/<name>/recipe.yaml  metrics.jsonl  events.out.tfevents.*  samples/step_000010.parquet
+runs/<name>/recipe.yaml  metrics.jsonl  events.out.tfevents.*  samples/train_000010.parquet
             checkpoints/step_000120/  learning_curve.png  dropped_tokens.json
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cispo.types import Diverged, TrajectoryGroup, UserError
 
@@ -33,16 +34,50 @@ def create_run_folder(output_dir: str, name: str) -> Path:
     raise UserError(f"output_dir {output_dir!r} holds ten thousand runs named {name!r}")
 
 
+def last_run_folder(output_dir: str, name: str) -> Path:
+    """The folder that the last run of a name made. Raises UserError where there is none."""
+    found = [f for f in Path(output_dir).glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", f.name)]
+    found = [f for f in found if (f / "recipe.yaml").exists()]
+    if not found:
+        raise UserError(f"--resume: {Path(output_dir) / name} holds no run")
+    return max(found, key=lambda f: int(f.name[len(name) + 1 :] or 1))
+
+
+@contextlib.contextmanager
+def only_user_of(folder: Path) -> Iterator[None]:
+    """Keeps other processes from running in a run folder. Raises UserError where one does."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use: another process is running in it") from None
+        yield
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl, [] where there is none; a last line that a killed run left unfinished is not one."""
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 class RunLog:
     """Writes one run's metrics (`name`.jsonl and TensorBoard) and sampled completions (parquet)."""
 
-    def __init__(self, folder: Path, name: str = "metrics") -> None:
+    def __init__(self, folder: Path, name: str = "metrics", *, after: int = -1) -> None:
+        """Goes on after step `after`: what a run wrote of later ones, before it was ended, goes."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.folder = folder
-        self.history: list[dict[str, float]] = []
-        self._lines = (folder / f"{name}.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder))
+        file = folder / f"{name}.jsonl"
+        self.history: list[dict[str, float]] = [row for row in read_metrics(file) if row["step"] <= after]
+        partial = folder / f"{name}.partial"
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        os.replace(partial, file)
+        for parquet in (folder / "samples").glob("*.parquet") if name == "metrics" else ():
+            if int(parquet.stem.rpartition("_")[2]) > after:
+                parquet.unlink()
+        self._lines = file.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder), purge_step=after + 1 if after >= 0 else None)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one step; every value must be a finite number."""
@@ -74,7 +109,9 @@ class RunLog:
                 "extra": json.dumps(dict(t.extra), default=str),
                 "finish_reason": t.finish_reason.value,
                 "length": t.length,
-                "version": t.turns[-1].completion.versions[1],
+                "token_ids": list(t.turns[-1].completion.token_ids),
+                "version": min(min(turn.completion.versions) for turn in t.turns),
+                "version_max": max(max(turn.completion.versions) for turn in t.turns),
             }
             for group in groups
             for t in group.trajectories
@@ -90,33 +127,3 @@ class RunLog:
     def close(self) -> None:
         self._lines.close()
         self._board.close()
-
-
-def save_checkpoint(
-    folder: Path, step: int, facts: Mapping[str, Any], policy: Path, save_tokenizer: Callable[[Path], object], keep: int
-) -> Path:
-    """Writes checkpoints/step_NNNNNN whole or not at all, then drops the oldest beyond `keep`.
-
-    `policy` is a folder on the same disk that becomes the checkpoint: the tokenizer and `facts` (cispo.json) join it.
-    """
-    final = folder / "checkpoints" / f"step_{step:06d}"
-    save_tokenizer(policy)
-    (policy / "cispo.json").write_text(json.dumps({"step": step, **facts}, indent=1) + "\n")
-    final.parent.mkdir(exist_ok=True)
-    os.replace(policy, final)
-    for old in sorted(final.parent.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
-    return final
-
-
-def check_checkpoint(folder: str) -> Path:
-    """The folder, if a policy can be loaded from it."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"checkpoint {folder} does not exist")
-    if not (path / "config.json").exists():
-        hint = sorted(path.glob("checkpoints/step_*"))
-        raise UserError(
-            f"checkpoint {folder} has no config.json" + (f" (a run folder? try {hint[-1]})" if hint else "")
-        )
-    return path

@@ -37,7 +37,7 @@ class Screen:
         self._owner = bars is None
         self._progress = bars or progress_bars(self.console)
         self._task = self._progress.add_task("", visible=False, numbers="")
-        self._name, self._total, self._started, self._printed = "", 0, 0.0, 0.0
+        self._name, self._total, self._before, self._started, self._printed = "", 0, 0, 0.0, 0.0
 
     def __enter__(self) -> Screen:
         if self._owner:
@@ -54,11 +54,12 @@ class Screen:
     def print(self, text: str) -> None:
         self.console.print(escape(self._label) + text, soft_wrap=True)
 
-    def phase(self, name: str, total: int) -> None:
-        """Starts a phase of `total` steps."""
+    def phase(self, name: str, total: int, *, done: int = 0) -> None:
+        """Starts a phase of `total` steps, of which some may be done already."""
         self._name, self._total, self._started, self._printed = name, total, time.monotonic(), 0.0
+        self._before = done
         description = escape(self._label) + name
-        self._progress.reset(self._task, description=description, total=total, visible=True, numbers="")
+        self._progress.reset(self._task, description=description, total=total, completed=done, visible=True, numbers="")
 
     def done(self) -> None:
         """Ends the phase."""
@@ -72,5 +73,5 @@ class Screen:
         if self.console.is_terminal or (now - self._printed < _LINE_EVERY and step < self._total):
             return
         self._printed = now
-        left = (now - self._started) / max(step, 1) * (self._total - step)
+        left = (now - self._started) / max(step - self._before, 1) * (self._total - step)
         self.print(f"{self._name} {step}/{self._total}  {text}  {left:.0f} s left")

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,15 @@ class RunError(RuntimeError):
 
 class Diverged(RunError):
     """A run whose numbers are no longer finite: the same run would end the same way."""
+
+
+class ProcessDied(RunError):
+    """A process of the run ended by itself, or was killed."""
+
+
+OnUpdate = Literal["wait", "keep", "recompute", "abort"]
+"""What an engine does with unfinished completions when new weights arrive: finish them first; go on with the old keys,
+values and states; compute those anew under the new weights; or begin the completions anew."""
 
 
 class FinishReason(StrEnum):
@@ -108,15 +117,16 @@ class Sampling:
 class Completion:
     """What the engine sampled after one prompt, token by token.
 
-    Example: Completion(token_ids=(5, 9), logprobs=(-0.1, -0.7), finish_reason=FinishReason.LENGTH, versions=(3, 3))
+    Example: Completion(token_ids=(5, 9), logprobs=(-0.1, -0.7), finish_reason=FinishReason.LENGTH, versions=(3, 4))
+    was under way when version 4 of the weights arrived.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     """Log-probability of each sampled token under the distribution it was drawn from; finite."""
     finish_reason: FinishReason
-    versions: tuple[int, int]
-    """Lowest and highest policy version that sampled a token of it."""
+    versions: tuple[int, ...]
+    """The policy version that sampled each token; they never fall."""
     routed_experts: Any = None
     """Expert ids per token and layer, where the engine records them."""
 
@@ -183,9 +193,10 @@ class Sample:
     """[L] bool: True where the token was sampled by the policy and is trained on."""
     rollout_logprobs: Tensor
     """[L] float32: 0 where loss_mask is False."""
+    versions: Tensor
+    """[L] int32: the policy version that sampled the token, 0 where loss_mask is False."""
     group_id: int
     index: int
-    versions: tuple[int, int] = (0, 0)
     advantages: Tensor | None = None
     """[L] float32: per token, so that reward-to-go and GAE need no other type; None until they are estimated."""
     old_logprobs: Tensor | None = None
@@ -228,6 +239,8 @@ class MicroBatch:
     """[N] int64: where `loss_mask` is True."""
     rollout_logprobs: Tensor
     """[T] float32."""
+    versions: Tensor
+    """[T] int32: the policy version that sampled the target."""
     advantages: Tensor
     """[T] float32."""
     loss_weights: Tensor

@@ -10,6 +10,8 @@ vLLM: the receiving class is made where vLLM is already loaded.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -28,6 +30,9 @@ from cispo.weight_buckets import BucketMessage, WeightReceiver
 TRANSFER_BACKEND = "cispo"
 """The name of our receiving side in vLLM's registry of weight transfer engines."""
 
+_PREFIX = "cispo-"
+_OWNER = "owner"
+
 
 @dataclass(frozen=True, slots=True)
 class FileMessage:
@@ -40,25 +45,51 @@ WeightMessage = FileMessage | BucketMessage
 """What an engine is told about weights that it may take."""
 
 
-def make_weights_folder(run: str, root: Path | None = None) -> Path:
-    """Makes a new folder for one run's weights: in `root`, else in shared memory where there is any, else on disk.
+@contextlib.contextmanager
+def weights_folder(run: str) -> Iterator[Path]:
+    """A new folder for one run's weights, in shared memory where there is any, else on disk; it goes with the block.
+
+    A driver that is killed leaves its folder behind: the next run finds that nobody holds its lock, and removes it.
+    """
+    shared = Path("/dev/shm")
+    root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
+    _remove_abandoned(root)
+    draft = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{run}-", dir=root))
+    with (draft / _OWNER).open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        folder = draft.rename(root / draft.name.removeprefix("."))
+        try:
+            yield folder
+        finally:
+            # An engine that still maps a version keeps it until it lets go.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def shared_weights_folder(run: str, root: Path) -> Iterator[Path]:
+    """The same in `root`, where other machines see it too; there locks cannot be relied on.
 
     Raises UserError where `root` cannot be written.
     """
-    if root is not None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".weights-{run}-", dir=root.absolute())
+    except OSError as error:
+        raise UserError(f"output_dir '{root}' cannot be written: {error.strerror}") from None
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    for folder in root.glob(f"{_PREFIX}*"):
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=f".weights-{run}-", dir=root.absolute()))
-        except OSError as error:
-            raise UserError(f"output_dir '{root}' cannot be written: {error.strerror}") from None
-    shared = Path("/dev/shm")
-    root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-    return Path(tempfile.mkdtemp(prefix=f"cispo-{run}-", dir=root))
-
-
-def remove_weights_folder(folder: str | Path) -> None:
-    """Deletes a run's weights; an engine that still maps them keeps them until it lets go."""
-    shutil.rmtree(folder, ignore_errors=True)
+            with (folder / _OWNER).open() as owner:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            continue  # in use, or somebody else's
 
 
 def publish_weights(state: Mapping[str, Tensor], folder: str | Path, version: int) -> Path:
@@ -163,7 +194,9 @@ def register_transfer_backend() -> None:
                 self.loaded |= model.load_weights(weights)
 
         def finish_weight_update(self) -> None:
-            missing = {name for name, _ in self.model.named_parameters()} - self.loaded
+            # Forgotten also where some are missing: then all must come again, for one version's weights are wanted.
+            loaded, self.loaded = self.loaded, set()
+            missing = {name for name, _ in self.model.named_parameters()} - loaded
             assert not missing, f"the weights lack {min(missing)} and {len(missing) - 1} more parameters"
 
         def shutdown(self) -> None:

@@ -1,11 +1,16 @@
-"""The learner ranks, the critic's and the engines, with the verbs of the training loop."""
+"""The learner ranks, the critic's and the engines, with the verbs of the training loop.
+
+An engine that dies is started again with the current weights, and what it was sampling is sampled again.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +21,15 @@ from cispo.algorithms.objective import Objective
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.seeds import seed_of
-from cispo.types import Completion, MicroBatch, Sampling
+from cispo.types import Completion, Diverged, MicroBatch, OnUpdate, ProcessDied, RunError, Sampling, UserError
+from cispo.watchdog import Activity
 from cispo.weight_buckets import Transport, merged
 
 Columns = Sequence[Sequence[MicroBatch]]
 """[ranks][micro-batches] of one pass or update."""
+
+# Bad input, and numbers that are no longer finite, would be the same in a new engine.
+_NO_BETTER_ANEW = (UserError, Diverged)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +40,8 @@ class Workers:
     critics: list[Handle]
     """As many ranks as the learner, or none."""
     engines: list[Handle]
+    start_engine: Callable[[int], Awaitable[Handle]]
+    """Starts the engine of a number, also in place of one that died."""
     weights_folder: str
     group_size: int
     transport: Transport | Literal["shared_memory"] = "shared_memory"
@@ -40,22 +51,100 @@ class Workers:
     sleeps: bool = False
     """Whether engines give their memory back while learners work."""
     tensor_parallel: int = 1
+    on_update: OnUpdate = "wait"
+    max_restarts: int = 0
+    """Engines that may die during the run."""
+    say: Callable[[str], None] = print
     asleep: bool = False
     joined: bool = False
     """Whether learner and engines have met in a broadcast group."""
+    version: int = 0
+    """Of the weights that the engines have; 0 before the learner sent any."""
+    restarts: int = 0
+    lost_tokens: int = 0
+    """What `on_update: abort` has thrown away."""
+    _load: Counter[int] = field(default_factory=Counter)
+    """Engine -> completions that it is sampling."""
+    _weights: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the learner's weights are changing or on their way."""
+    _published: str = ""
 
     async def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        """Shares the prompts over the engines; a group stays together, where prefix caching can share its prompt."""
+        """Shares the prompts over the engines; a group stays together, where prefix caching can share its prompt.
+
+        A single group goes to the engine that has least to do.
+        """
         groups = math.ceil(len(prompts) / self.group_size)
+        if groups == 1:
+            engine = min(range(len(self.engines)), key=lambda number: (self._load[number], number))
+            return await self._sample(engine, prompts, sampling, seed_of(seed, 0))
         share = math.ceil(groups / len(self.engines)) * self.group_size
         parts = [prompts[i : i + share] for i in range(0, len(prompts), share)]
         answers = await asyncio.gather(
-            *(
-                engine.call("generate", part, sampling, seed_of(seed, number))
-                for number, (engine, part) in enumerate(zip(self.engines, parts, strict=False))
-            )
+            *(self._sample(number, part, sampling, seed_of(seed, number)) for number, part in enumerate(parts))
         )
         return [completion for answer in answers for completion in answer]
+
+    async def _sample(self, number: int, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        self._load[number] += len(prompts)
+        try:
+            while True:
+                engine = self.engines[number]
+                try:
+                    return await engine.call("generate", prompts, sampling, seed)
+                except _NO_BETTER_ANEW:
+                    raise
+                # Whatever else an engine dies of.
+                except Exception as error:
+                    await self._replace(number, engine, error)
+        finally:
+            self._load[number] -= len(prompts)
+
+    async def _replace(self, number: int, dead: Handle, error: Exception) -> None:
+        """Starts an engine anew with the current weights; of several callers that lost it, the first does so."""
+        async with self._weights:
+            if self.engines[number] is dead:
+                await self._start_again(number, error)
+
+    async def start_engines(self, count: int) -> None:
+        """Starts the engines side by side; one that dies of it is started again."""
+        self.engines = await asyncio.gather(*map(self._started, range(count)))
+
+    async def _started(self, number: int) -> Handle:
+        while True:
+            try:
+                return await self.start_engine(number)
+            except ProcessDied as error:
+                self._count_restart(number, error)
+
+    def _count_restart(self, number: int, error: Exception) -> None:
+        if self.restarts >= self.max_restarts:
+            if not isinstance(error, ProcessDied):
+                raise error
+            raise RunError(f"{error}; control.max_restarts {self.max_restarts} allows no further restart")
+        self.restarts += 1
+        reason = error if isinstance(error, ProcessDied) else f"engine-{number}: {type(error).__name__}: {error}"
+        self.say(f"{reason}: starting it again (restart {self.restarts} of at most {self.max_restarts})")
+
+    async def _start_again(self, number: int, error: Exception) -> None:
+        self._count_restart(number, error)
+        self.engines[number].kill()
+        self.engines[number] = await self._started(number)
+        self.joined = False
+        if self.version:
+            await self._deliver([number])
+
+    async def report_progress(self, activity: Activity, *, every: float) -> None:
+        """Tells a watchdog while long completions get on; returns never."""
+        known: list[Any] = []
+        while True:
+            await asyncio.sleep(every)
+            if not self._load.total():
+                continue
+            now = await asyncio.gather(*(engine.ask("progress") for engine in self.engines), return_exceptions=True)
+            if now != known:
+                activity.moved()
+            known = now
 
     async def update(self, columns: Columns, objective: Objective, lr: float) -> list[UpdateResult]:
         """One optimizer step: rank r trains on columns[r]."""
@@ -73,6 +162,9 @@ class Workers:
     async def freeze_reference(self) -> None:
         await asyncio.gather(*(learner.call("freeze_reference") for learner in self.learners))
 
+    async def load_reference(self, folder: Path) -> None:
+        await asyncio.gather(*(learner.call("load_reference", str(folder.absolute())) for learner in self.learners))
+
     async def reset_optimizer(self) -> None:
         await asyncio.gather(*(learner.call("reset_optimizer") for learner in self.learners))
 
@@ -82,20 +174,46 @@ class Workers:
             await asyncio.gather(*(engine.call("sleep") for engine in self.engines))
             self.asleep = True
 
+    @contextlib.asynccontextmanager
+    async def learning(self) -> AsyncIterator[None]:
+        """A block in which the learner's weights change; until it ends, no engine can be given them from outside."""
+        async with self._weights:
+            yield
+
     async def sync_weights(self, version: int) -> None:
-        """Puts the learner's weights into every engine; returns when they sample with them."""
+        """Puts the learner's weights into every engine, inside a block of `learning`; returns when all have them."""
+        self.version = version
         if self.asleep:
             await asyncio.gather(*(learner.call("release_memory") for learner in self.learners + self.critics))
             await asyncio.gather(*(engine.call("wake") for engine in self.engines))
             self.asleep = False
         if self.transport == "shared_memory":
-            path = await self.publish(version)
-            await asyncio.gather(*(engine.call("update_weights", path, version) for engine in self.engines))
-        else:
-            await self._send_buckets(self.transport)
-            await asyncio.gather(*(engine.call("finish_update", version) for engine in self.engines))
+            self._published = await self.publish(version)
+        await self._deliver(range(len(self.engines)))
 
-    async def _send_buckets(self, transport: Transport) -> None:
+    async def _deliver(self, numbers: Sequence[int]) -> None:
+        """Gives engines the weights of `version`; those that die of it are started again."""
+        if self.transport == "broadcast" and not self.joined:
+            numbers = range(len(self.engines))  # they meet anew, and a broadcast reaches all of them
+        try:
+            await self._send([self.engines[number] for number in numbers])
+        except ProcessDied as error:
+            dead = [number for number in numbers if not await _answers(self.engines[number])]
+            if not dead:
+                raise  # it was a learner
+            for number in dead:
+                await self._start_again(number, error)
+            await self._deliver(numbers)
+
+    async def _send(self, engines: Sequence[Handle]) -> None:
+        self.lost_tokens += sum(await _all(engine.call("begin_update", self.on_update) for engine in engines))
+        if self.transport == "shared_memory":
+            await _all(engine.call("load_weights", self._published) for engine in engines)
+        else:
+            await self._send_buckets(self.transport, engines)
+        await _all(engine.call("finish_update", self.version) for engine in engines)
+
+    async def _send_buckets(self, transport: Transport, engines: Sequence[Handle]) -> None:
         """One bucket after another: staged, taken by every engine, and only then overwritten."""
         if transport == "broadcast" and not self.joined:
             await self._join()
@@ -105,10 +223,10 @@ class Workers:
             staged = await asyncio.gather(
                 *(sender.call("stage_bucket", number, transport, check=self.verify) for sender in senders)
             )
-            receive = [engine.call("receive_weights", merged(staged)) for engine in self.engines]
+            receive = [engine.call("receive_weights", merged(staged)) for engine in engines]
             if transport == "broadcast":
                 receive.append(self.learners[0].call("broadcast_bucket", number))
-            await asyncio.gather(*receive)
+            await _all(receive)
 
     async def _join(self) -> None:
         world = 1 + len(self.engines) * self.tensor_parallel
@@ -131,7 +249,40 @@ class Workers:
         await asyncio.gather(*(critic.call("load_backbone", path) for critic in self.critics))
 
     async def save(self, folder: Path) -> None:
+        """Writes the policy in Hugging Face form."""
         await self.learners[0].call("save", str(folder.absolute()))
+
+    async def start_save(self, folder: Path) -> None:
+        """Copies policy, critic and optimizers as they are now, and starts writing them; ranks hold the same."""
+        savers = self.learners[:1] + self.critics[:1]
+        await asyncio.gather(*(saver.call("start_save", str(folder.absolute())) for saver in savers))
+
+    async def saved(self, *, wait: bool) -> bool:
+        """Whether what `start_save` began is on the disk."""
+        savers = self.learners[:1] + self.critics[:1]
+        return all(await asyncio.gather(*(saver.call("saved", wait=wait) for saver in savers)))
+
+    async def restore(self, checkpoint: Path) -> None:
+        """Takes optimizers and critic from a checkpoint, whose policy was loaded at the start."""
+        ranks = self.learners + self.critics
+        await asyncio.gather(*(rank.call("restore", str(checkpoint.absolute())) for rank in ranks))
+
+
+async def _answers(engine: Handle) -> bool:
+    try:
+        await engine.ask("progress")
+    except ProcessDied:
+        return False
+    return True
+
+
+async def _all(calls: Iterable[Awaitable[Any]]) -> list[Any]:
+    """Waits for all of them, also where one fails; the results, or the first error."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 async def _each(ranks: Sequence[Handle], columns: Columns, method: str, *args: Any, **kwargs: Any) -> list[Any]:

@@ -27,6 +27,7 @@ from cispo.config import load_recipe
 from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.rollout.engine import make_engine
 from cispo.types import RepetitionStop, Sampling
+from cispo.watchdog import Activity
 
 PROMPT = 48
 RECIPE = Path(__file__).parents[1] / "recipes" / "lightning_30m.yaml"
@@ -77,15 +78,13 @@ async def tokens_per_second(
     **kwargs: Any,
 ) -> float:
     """Of `engines` actors on one device that share the prompts; `decode_only` takes the prompts' time off."""
-    runtime = RayRuntime(processes=engines)
+    runtime = RayRuntime(processes=engines, activity=Activity())
     try:
         gpus = 0.9 / engines if torch.cuda.is_available() else 0
         share = prompts // engines
+        kwargs |= {"max_sequences": share, "concurrent": build is make_engine}
         handles = await asyncio.gather(
-            *(
-                runtime.start(build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), max_sequences=share, **kwargs)
-                for i in range(engines)
-            )
+            *(runtime.start(build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), **kwargs) for i in range(engines))
         )
         generator = torch.Generator().manual_seed(0)
         asked = torch.randint(3, 4000, (prompts, length), generator=generator).tolist()

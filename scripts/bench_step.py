@@ -151,6 +151,12 @@ class Limited:
             kwargs["limits"] = self.lengths
         return await self.engine.call(method, *args, **kwargs)
 
+    async def ask(self, method: str) -> Any:
+        return await self.engine.ask(method)
+
+    def kill(self) -> None:
+        self.engine.kill()
+
 
 def recipe_of(job: Job) -> Any:
     from cispo.config import parse_recipe
@@ -188,20 +194,23 @@ async def _steps(job: Job, pipe: Connection) -> None:
     from rich.console import Console
 
     from cispo.assemble import algorithm_of, rewards_of, running_workers, sampling_of
+    from cispo.checkpoint import CheckpointFolder
     from cispo.controller import Controller
-    from cispo.rollout.prompts import PromptSource
+    from cispo.interrupts import Interrupts
+    from cispo.rollout.prompt_source import PromptSource
     from cispo.run import load_task
     from cispo.runfolder import RunLog
     from cispo.screen import Screen
+    from cispo.watchdog import Activity
 
     recipe = recipe_of(job)
     task = load_task(recipe)
     log, rewards = RunLog(Path(job.folder)), rewards_of(recipe, task.prompts)
     with contextlib.closing(log), contextlib.closing(rewards):
-        async with running_workers(recipe, job.model) as (workers, engines):
-            workers.engines = await engines
+        async with running_workers(recipe, job.model, activity=Activity()) as (workers, engines):
+            await engines
             if job.device == "cpu":
-                workers.engines = [Limited(engine, job.lengths) for engine in workers.engines]
+                workers.engines[:] = [Limited(engine, job.lengths) for engine in workers.engines]
             controller = Controller(
                 recipe=recipe,
                 algorithm=algorithm_of(recipe),
@@ -213,6 +222,8 @@ async def _steps(job: Job, pipe: Connection) -> None:
                 eval_prompts=[],
                 log=log,
                 screen=Screen(Console(quiet=True)),
+                checkpoints=CheckpointFolder(Path(job.folder), keep=1),
+                interrupts=Interrupts(print),
             )
             await controller.sync_weights()
             pipe.send("ready")

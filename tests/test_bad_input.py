@@ -122,6 +122,8 @@ def test_the_recipe_works_without_the_mistakes(
         ({"algorithm__advantage": "gaee"}, "algorithm.advantage 'gaee' is unknown; there are group_norm"),
         ({"rollout__group_size": 1}, "rollout.group_size 1"),
         ({"rollout__top_p": 0.9}, "top_p"),
+        ({"curriculum__drop_below": 0.1}, "unknown key curriculum.drop_below (did you mean curriculum.drop_above?)"),
+        ({"curriculum__length_stages": [[0, 2], [1, 8]]}, "curriculum.length_stages has 8 tokens, rollout.max_tokens"),
         ({"data__source": "missing.jsonl"}, "missing.jsonl"),
         ({"data__source": "rewards.sorting:problem"}, "did you mean"),
         ({"data__source": "reasoning_gym:chain_summ", "data__args": {"size": 2, "seed": 0}}, "chain_summ"),

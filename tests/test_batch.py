@@ -15,7 +15,7 @@ from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, Tr
 
 def turn(length: int, **rewards: float) -> Turn:
     completion = Completion(
-        token_ids=(5,) * length, logprobs=(-1.0,) * length, finish_reason=FinishReason.STOP, versions=(0, 0)
+        token_ids=(5,) * length, logprobs=(-1.0,) * length, finish_reason=FinishReason.STOP, versions=(0,) * length
     )
     return Turn(prompt_ids=(1, 2), completion=completion, rewards=rewards)
 

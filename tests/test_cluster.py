@@ -24,6 +24,7 @@ from cispo import ray_address, shipping
 from cispo.actors import RayRuntime, Seat
 from cispo.network import free_port, host_and_port, open_store
 from cispo.types import RunError, UserError
+from cispo.watchdog import Activity
 from tests.test_end_to_end import QUICKSTART, ROOT, VARIED, metrics
 
 RECIPE = [str(QUICKSTART), "sft.steps=4", "train.steps=2", "eval.limit=8", "learner.lr=1e-3", VARIED]
@@ -154,10 +155,11 @@ DRIVER = """
 import asyncio, os, sys
 from cispo.actors import RayRuntime, Seat
 from cispo.types import RunError, UserError
+from cispo.watchdog import Activity
 from my_parts import Part
 
 async def main():
-    runtime = RayRuntime(processes=3)
+    runtime = RayRuntime(processes=3, activity=Activity())
     try:
         await runtime.reserve([[{"CPU": 1}, {"CPU": 1}], [{"CPU": 1}]])
         print("home", runtime.is_home())
@@ -231,7 +233,7 @@ def test_parts_on_two_nodes_with_a_users_modules(way: str, two_nodes: TwoNodes, 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -250,8 +252,8 @@ def test_what_a_cluster_has_no_room_for_is_refused(two_nodes: TwoNodes, monkeypa
     monkeypatch.setattr("cispo.cluster._ROOM_SECONDS", 1.0)
 
     async def refusals() -> None:
-        runtime = RayRuntime(processes=1)
-        other = RayRuntime(processes=1)
+        runtime = RayRuntime(processes=1, activity=Activity())
+        other = RayRuntime(processes=1, activity=Activity())
         try:
             with pytest.raises(UserError, match="has 3 CPUs on 2 nodes, and .* need 4"):
                 await runtime.reserve([[{"CPU": 1}] * 2, [{"CPU": 1}] * 2])

@@ -11,7 +11,7 @@ import yaml
 
 from cispo.algorithms import ALGORITHMS, Algorithm, Changes, resolve
 from cispo.algorithms.presets import PRESETS
-from cispo.config import known_keys
+from cispo.config import known_keys, parse_recipe
 from cispo.types import LossInputs
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -35,6 +35,14 @@ def test_an_algorithm_of_your_own():
     output = resolve(algorithm, Changes()).objective(x)
     expected = torch.tensor([-1.0, 1.0]).double() * 4 * torch.tanh(torch.tensor([12.0, 1.0]).double() / 4)
     assert torch.allclose(torch.autograd.grad(output.loss.sum(), x.logprobs)[0], expected)
+
+
+def test_the_curriculum_of_the_docs():
+    (snippet,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "curriculum.md").read_text(), re.DOTALL)
+    values = yaml.safe_load(snippet)
+    values["rollout"]["max_context"] = 4096
+    keys = parse_recipe({"policy": {"config": {}, "tokenizer": "t"}, **values}).curriculum
+    assert set(values["curriculum"]) == set(type(keys).model_fields), "every key is in the example"
 
 
 def test_every_algorithm_and_preset_is_documented():

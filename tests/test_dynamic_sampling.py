@@ -12,16 +12,20 @@ import pytest
 from rich.console import Console
 
 from cispo.algorithms import ALGORITHMS, Changes, resolve
-from cispo.assemble import Workers, renderer_of, sampling_of
+from cispo.assemble import renderer_of, sampling_of
 from cispo.batch import informative
+from cispo.checkpoint import CheckpointFolder
 from cispo.config import Recipe, parse_recipe
 from cispo.controller import Controller
-from cispo.rollout.prompts import PromptSource, build_prompts
+from cispo.interrupts import Interrupts
+from cispo.rollout.prompt_source import PromptSource
+from cispo.rollout.prompts import build_prompts
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.rollout.rollout import Rollouts
 from cispo.runfolder import RunLog
 from cispo.screen import Screen
 from cispo.types import Completion, FinishReason
+from cispo.workers import Workers
 
 ROOT = Path(__file__).parents[1]
 GROUP = 4
@@ -32,6 +36,7 @@ class ScriptedWorkers:
 
     def __init__(self, renderer: Any, mixed: Callable[[int], bool]) -> None:
         self.renderer, self.mixed = renderer, mixed
+        self.version = 1
         self.calls: list[int] = []
         self.seeds: list[int] = []
 
@@ -45,7 +50,10 @@ class ScriptedWorkers:
         text = "1" if index % 2 or not self.mixed(number) else "0"
         tokens = tuple(self.renderer.tokenizer.encode(text, add_special_tokens=False)) + self.renderer.eos_ids[:1]
         return Completion(
-            token_ids=tokens, logprobs=(-1.0,) * len(tokens), finish_reason=FinishReason.STOP, versions=(1, 1)
+            token_ids=tokens,
+            logprobs=(-1.0,) * len(tokens),
+            finish_reason=FinishReason.STOP,
+            versions=(1,) * len(tokens),
         )
 
 
@@ -81,8 +89,10 @@ def sampled(
             eval_prompts=[],
             log=log,
             screen=Screen(Console(quiet=True)),
+            checkpoints=CheckpointFolder(tmp_path, keep=1),
+            interrupts=Interrupts(print),
         )
-        rollouts = asyncio.run(controller.sample(1))
+        rollouts = asyncio.run(controller.sample())
     return rollouts, controller.kept(rollouts), controller, workers.calls
 
 

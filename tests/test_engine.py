@@ -24,11 +24,12 @@ from torch import Tensor
 from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning_config import LightningConfig, dump_config
 from cispo.rollout.drafts import Draft, RunCounter, repeats_pattern
-from cispo.rollout.engine import Engine
+from cispo.rollout.serving import ServedEngine
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Diverged, FinishReason, RepetitionStop, Sampling, UserError
-from cispo.weight_sync import make_weights_folder, mapped_weights, publish_weights, remove_weights_folder
+from cispo.weight_sync import mapped_weights, publish_weights, weights_folder
+from tests.served import sampled, update
 
 VOCAB = 32
 CONTEXT = 48
@@ -58,12 +59,10 @@ def make_policy(folder: Path, certainty: float = 1.0, **changes: Any) -> Policy:
     return policy
 
 
-def make_engine(kind: str, folder: Path, **engine_args: Any) -> Engine:
+def make_engine(kind: str, folder: Path) -> ServedEngine:
     if kind == "torch":
-        return TorchEngine(str(folder), dtype="float32", max_context=CONTEXT)
-    return VLLMEngine(
-        str(folder), dtype="float32", seed=0, max_context=CONTEXT, max_sequences=16, engine_args=engine_args
-    )
+        return ServedEngine(TorchEngine(str(folder), dtype="float32", max_context=CONTEXT))
+    return ServedEngine(VLLMEngine(str(folder), dtype="float32", seed=0, max_context=CONTEXT, max_sequences=16))
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +81,14 @@ def certain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["vllm", "torch"])
-def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[ServedEngine]:
     engine = make_engine(request.param, folder)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module", params=["vllm", "torch"])
-def certain_engine(request: pytest.FixtureRequest, certain_folder: Path) -> Iterator[Engine]:
+def certain_engine(request: pytest.FixtureRequest, certain_folder: Path) -> Iterator[ServedEngine]:
     engine = make_engine(request.param, certain_folder)
     yield engine
     engine.close()
@@ -128,19 +127,20 @@ def test_pattern_rule_is_vllms(tokens: list[int], size: int, count: int) -> None
 
 def test_a_draft_keeps_nothing_after_the_token_that_ended_it() -> None:
     rule = RepetitionStop(run_length=2, probability=0.9)
-    draft = Draft(9, RunCounter(rule))
+    asked: dict[str, Any] = {"prompt": [1], "sampling": PLAIN, "seed": 0, "limit": 9}
+    draft = Draft(**asked, counter=RunCounter(rule))
     draft.extend([4, 5, 6, 7], [-2.0, -0.01, -0.01, -0.01], "length")
     assert (draft.tokens, draft.reason) == ([4, 5, 6], FinishReason.REPETITION)
-    draft = Draft(9, RunCounter(rule))
+    draft = Draft(**asked, counter=RunCounter(rule))
     draft.extend([4, 5], [-0.01, -0.01], "stop")
     assert (draft.tokens, draft.reason) == ([4, 5], FinishReason.STOP), "it had ended anyway"
     with pytest.raises(Diverged, match="not finite"):
-        Draft(1, None, [4], [math.nan], FinishReason.LENGTH).completion(0)
+        Draft(**asked, tokens=[4], logprobs=[math.nan], reason=FinishReason.LENGTH).completion()
 
 
-def test_eos_and_length(engine: Engine) -> None:
+def test_eos_and_length(engine: ServedEngine) -> None:
     eos = (1, 2, 3)
-    completions = engine.generate(PROMPTS, replace(PLAIN, eos_ids=eos), seed=3)
+    completions = sampled(engine, PROMPTS, replace(PLAIN, eos_ids=eos), seed=3)
     reasons = [c.finish_reason for c in completions]
     assert set(reasons) == {FinishReason.STOP, FinishReason.LENGTH}
     for completion in completions:
@@ -149,26 +149,26 @@ def test_eos_and_length(engine: Engine) -> None:
         assert (last in eos) == (completion.finish_reason is FinishReason.STOP)
         assert len(completion.logprobs) == len(completion.token_ids) <= PLAIN.max_tokens
         assert completion.finish_reason is FinishReason.STOP or len(completion.token_ids) == PLAIN.max_tokens
-        assert completion.versions == (0, 0)
+        assert completion.versions == (0,) * len(completion.token_ids)
 
 
-def test_the_context_bounds_a_completion(engine: Engine) -> None:
+def test_the_context_bounds_a_completion(engine: ServedEngine) -> None:
     prompts = [[5] * n for n in (CONTEXT - 1, CONTEXT - 7, 3)]
-    completions = engine.generate(prompts, replace(PLAIN, max_tokens=1000), seed=0)
+    completions = sampled(engine, prompts, replace(PLAIN, max_tokens=1000), seed=0)
     assert [len(c.token_ids) for c in completions] == [1, 7, CONTEXT - 3]
     assert {c.finish_reason for c in completions} == {FinishReason.LENGTH}
 
 
-def test_a_limit_for_each_completion(engine: Engine) -> None:
+def test_a_limit_for_each_completion(engine: ServedEngine) -> None:
     prompts = [[5] * n for n in (CONTEXT - 7, 3, 3)]
-    completions = engine.generate(prompts, PLAIN, seed=0, limits=[9, 1, 30])
+    completions = sampled(engine, prompts, PLAIN, seed=0, limits=[9, 1, 30])
     assert [len(c.token_ids) for c in completions] == [7, 1, 30]
 
 
 @pytest.mark.parametrize("run_length", [4, 30])
-def test_run_of_near_certain_tokens_ends_a_completion(certain_engine: Engine, run_length: int) -> None:
+def test_run_of_near_certain_tokens_ends_a_completion(certain_engine: ServedEngine, run_length: int) -> None:
     rule = RepetitionStop(run_length=run_length, probability=0.99)
-    completions = certain_engine.generate(PROMPTS, replace(PLAIN, max_tokens=30, repetition=rule), seed=1)
+    completions = sampled(certain_engine, PROMPTS, replace(PLAIN, max_tokens=30, repetition=rule), seed=1)
     for completion in completions:
         run = [x > math.log(0.99) for x in completion.logprobs]
         firings = [i for i in range(run_length, len(run) + 1) if all(run[i - run_length : i])]
@@ -178,9 +178,9 @@ def test_run_of_near_certain_tokens_ends_a_completion(certain_engine: Engine, ru
     assert any(len(c.token_ids) < 30 for c in completions) == (run_length == 4)
 
 
-def test_a_repeated_pattern_ends_a_completion(certain_engine: Engine) -> None:
+def test_a_repeated_pattern_ends_a_completion(certain_engine: ServedEngine) -> None:
     rule = RepetitionStop(run_length=0, pattern_size=4, pattern_count=3)
-    completions = certain_engine.generate(PROMPTS, replace(PLAIN, max_tokens=30, repetition=rule), seed=1)
+    completions = sampled(certain_engine, PROMPTS, replace(PLAIN, max_tokens=30, repetition=rule), seed=1)
     for completion in completions:
         tokens = completion.token_ids
         repeating = [n for n in range(1, len(tokens) + 1) if repeats_pattern(tokens[:n], rule)]
@@ -221,11 +221,11 @@ def reference_logprobs(policy: Policy, prompt: Sequence[int], tokens: Sequence[i
     ids=lambda changes: ",".join(changes) or "plain",
 )
 def test_logprobs_are_those_of_the_distribution_drawn_from(
-    engine: Engine, folder: Path, changes: dict[str, float]
+    engine: ServedEngine, folder: Path, changes: dict[str, float]
 ) -> None:
     sampling = replace(PLAIN, **changes)
     policy = load_policy(folder)
-    for prompt, completion in zip(PROMPTS, engine.generate(PROMPTS, sampling, seed=5), strict=True):
+    for prompt, completion in zip(PROMPTS, sampled(engine, PROMPTS, sampling, seed=5), strict=True):
         expected = reference_logprobs(policy, prompt, completion.token_ids, sampling)
         assert expected.isfinite().all(), "a token outside the truncated distribution was drawn"
         assert (torch.tensor(completion.logprobs) - expected).abs().max() <= 1e-5
@@ -236,7 +236,7 @@ def test_greedy_engines_agree(folder: Path) -> None:
     sides = []
     for kind in ("vllm", "torch"):
         engine = make_engine(kind, folder)
-        sides.append(engine.generate(PROMPTS, sampling, seed=0))
+        sides.append(sampled(engine, PROMPTS, sampling, seed=0))
         engine.close()
     for ours, theirs in zip(*sides, strict=True):
         assert ours.token_ids == theirs.token_ids
@@ -244,9 +244,9 @@ def test_greedy_engines_agree(folder: Path) -> None:
         assert max(ours.logprobs) < -1e-3, "the policy's own probabilities, not those of a certain choice"
 
 
-def test_tokens_come_as_often_as_their_probabilities_say(engine: Engine, folder: Path) -> None:
+def test_tokens_come_as_often_as_their_probabilities_say(engine: ServedEngine, folder: Path) -> None:
     draws = 3000
-    completions = engine.generate([[7, 8]] * draws, replace(PLAIN, max_tokens=1), seed=11)
+    completions = sampled(engine, [[7, 8]] * draws, replace(PLAIN, max_tokens=1), seed=11)
     counts = torch.bincount(torch.tensor([c.token_ids[0] for c in completions]), minlength=VOCAB)
     logprobs = [reference_logprobs(load_policy(folder), [7, 8], [t], PLAIN).item() for t in range(VOCAB)]
     expected = draws * torch.tensor(logprobs).exp()
@@ -258,18 +258,18 @@ def test_tokens_come_as_often_as_their_probabilities_say(engine: Engine, folder:
 # ---- seeds
 
 
-def sample(engine: Engine, seed: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+def sample(engine: ServedEngine, seed: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
     """With ends at different lengths, and more prompts than run at once."""
-    completions = engine.generate(PROMPTS * 2, replace(PLAIN, eos_ids=(1, 2)), seed)
+    completions = sampled(engine, PROMPTS * 2, replace(PLAIN, eos_ids=(1, 2)), seed)
     return [(c.token_ids, c.logprobs) for c in completions]
 
 
-def test_the_seed_decides(engine: Engine) -> None:
+def test_the_seed_decides(engine: ServedEngine) -> None:
     first = sample(engine, 1)
     other = sample(engine, 2)
     assert sample(engine, 1) == first
     assert [tokens for tokens, _ in other] != [tokens for tokens, _ in first]
-    copies = engine.generate([[9, 9]] * 8, PLAIN, seed=4)
+    copies = sampled(engine, [[9, 9]] * 8, PLAIN, seed=4)
     assert len({c.token_ids for c in copies}) == 8, "the attempts at one prompt are independent"
 
 
@@ -278,7 +278,7 @@ def test_another_process_samples_the_same(folder: Path) -> None:
     expected = sample(engine, 1)
     engine.close()
     script = (
-        "import json, sys; sys.path.insert(0, 'tests'); from pathlib import Path; import test_engine as t;"
+        "import json, sys; from pathlib import Path; import tests.test_engine as t;"
         "print(json.dumps(t.sample(t.make_engine('vllm', Path(sys.argv[1])), 1)))"
     )
     # Another order of every set of strings.
@@ -303,7 +303,7 @@ def test_engines_leave_the_process_its_random_streams(folder: Path) -> None:
     for stream in (torch.manual_seed, random.seed, np.random.seed):
         stream(0)
     engine = make_engine("vllm", folder)
-    engine.generate(PROMPTS, PLAIN, seed=5)
+    sampled(engine, PROMPTS, PLAIN, seed=5)
     engine.close()
     after = torch.rand(3), random.random(), np.random.rand()
     assert torch.equal(untouched[0], after[0]) and untouched[1:] == after[1:]
@@ -312,22 +312,22 @@ def test_engines_leave_the_process_its_random_streams(folder: Path) -> None:
 # ---- bad input
 
 
-def test_prompts_without_room_are_named(engine: Engine) -> None:
+def test_prompts_without_room_are_named(engine: ServedEngine) -> None:
     with pytest.raises(UserError, match=r"prompt 1 has 48 tokens.*max_context 48"):
-        engine.generate([[1], [1] * CONTEXT], PLAIN, seed=0)
+        sampled(engine, [[1], [1] * CONTEXT], PLAIN, seed=0)
     with pytest.raises(UserError, match="prompt 0 is empty"):
-        engine.generate([[]], PLAIN, seed=0)
-    assert engine.generate([], PLAIN, seed=0) == []
-    assert len(engine.generate([[1]], PLAIN, seed=0)) == 1, "nothing of the refused calls is left behind"
+        sampled(engine, [[]], PLAIN, seed=0)
+    assert sampled(engine, [], PLAIN, seed=0) == []
+    assert len(sampled(engine, [[1]], PLAIN, seed=0)) == 1, "nothing of the refused calls is left behind"
 
 
-def test_the_run_rule_needs_the_policys_own_probabilities(engine: Engine) -> None:
+def test_the_run_rule_needs_the_policys_own_probabilities(engine: ServedEngine) -> None:
     rule = RepetitionStop(run_length=12)
     for changes in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}):
         with pytest.raises(UserError, match=r"repetition\.run_length"):
-            engine.generate([[1]], replace(PLAIN, repetition=rule, **changes), seed=0)
+            sampled(engine, [[1]], replace(PLAIN, repetition=rule, **changes), seed=0)
     out_of_reach = replace(PLAIN, repetition=RepetitionStop(run_length=13), temperature=0.7)
-    assert len(engine.generate([[1]], out_of_reach, seed=0)) == 1
+    assert len(sampled(engine, [[1]], out_of_reach, seed=0)) == 1
 
 
 def test_what_vllm_cannot_run_is_refused_in_a_sentence(folder: Path, tmp_path: Path) -> None:
@@ -353,9 +353,8 @@ def test_what_vllm_cannot_run_is_refused_in_a_sentence(folder: Path, tmp_path: P
 
 @pytest.fixture
 def weights() -> Iterator[Path]:
-    path = make_weights_folder("test")
-    yield path
-    remove_weights_folder(path)
+    with weights_folder("test") as folder:
+        yield folder
 
 
 def test_a_published_version_arrives_bit_for_bit_and_replaces_the_last(weights: Path) -> None:
@@ -395,12 +394,12 @@ def test_an_update_changes_what_is_sampled(folder: Path, certain_folder: Path, w
         engine, target = make_engine(kind, folder), make_engine(kind, certain_folder)
         path = publish_weights(load_policy(certain_folder).to_hf(), weights, 3)
         with pytest.raises(UserError, match="do not exist"):
-            engine.update_weights(str(weights / "weights-00000009.safetensors"), 9)
+            update(engine, str(weights / "weights-00000009.safetensors"), 9)
         assert engine.version == 0
-        engine.update_weights(str(path), 3)
+        update(engine, str(path), 3)
         assert engine.version == 3
-        updated, expected = engine.generate(PROMPTS, PLAIN, seed=2), target.generate(PROMPTS, PLAIN, seed=2)
+        updated, expected = sampled(engine, PROMPTS, PLAIN, seed=2), sampled(target, PROMPTS, PLAIN, seed=2)
         assert [c.logprobs for c in updated] == [c.logprobs for c in expected]
-        assert {c.versions for c in updated} == {(3, 3)}
+        assert {version for c in updated for version in c.versions} == {3}
         for each in (engine, target):
             each.close()

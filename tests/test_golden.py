@@ -69,6 +69,7 @@ def samples_of(case: dict) -> list[Sample]:
             token_ids=torch.zeros(len(s["mask"]), dtype=torch.int64),
             loss_mask=torch.tensor(s["mask"]).bool(),
             rollout_logprobs=torch.zeros(len(s["mask"])),
+            versions=torch.zeros(len(s["mask"]), dtype=torch.int32),
             group_id=s["group"],
             index=index,
         )

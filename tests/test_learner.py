@@ -62,6 +62,7 @@ def samples(count: int = 13) -> list[Sample]:
                 token_ids=torch.randint(40, (length,), generator=generator),
                 loss_mask=mask,
                 rollout_logprobs=torch.where(mask, -4.5 + torch.randn(length, generator=generator), 0.0),
+                versions=mask.int() * (1 + number % 3),
                 advantages=mask * float(torch.randn((), generator=generator)),
                 group_id=number // 4,
                 index=number % 4,
@@ -152,6 +153,9 @@ def test_old_anchor_starts_at_ratio_one(policy_folder: Path):
     objective = Objective(loss=clipped_surrogate, settings={"clip_low": 0.2, "clip_high": 0.2}, anchor="old")
     result = learner.update(column, objective, lr=1e-2)
     assert torch.equal(result.batch.tokens["ratio"], torch.ones_like(result.batch.tokens["ratio"]))
+    versions = result.batch.tokens["versions"]
+    assert torch.equal(versions, torch.cat([mb.versions[mb.loss_mask] for mb in column]))
+    assert set(versions.tolist()) == {1, 2, 3}
     again = learner.update(column, objective, lr=1e-2)
     assert float((again.batch.tokens["ratio"] - 1).abs().max()) > 1e-3
 
@@ -235,7 +239,7 @@ def test_demonstration_batches_cover_an_epoch_and_repeat_by_seed():
 
 def test_masters_keep_what_bfloat16_would_round_away():
     weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
-    optimizer = Optimizer([weight], betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)
+    optimizer = Optimizer([("weight", weight)], betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)
     for _ in range(8):
         weight.sum().backward()
         optimizer.collect()

@@ -96,6 +96,7 @@ def samples(longest: int = 150, count: int = 12) -> list[Sample]:
                 token_ids=torch.randint(320, (length,), generator=generator),
                 loss_mask=mask if number != 5 else torch.zeros_like(mask),
                 rollout_logprobs=near[0],
+                versions=mask.int() * (1 + number % 3),
                 old_logprobs=near[1],
                 ref_logprobs=near[2],
                 advantages=mask * float(torch.randn((), generator=generator)),
@@ -156,7 +157,7 @@ def checked_against_cpu(folder: Path, dtype: Any, objective: str, **config: Any)
     assert batch.aux_loss == pytest.approx(expected.aux_loss, rel=1e-4)
     assert batch.tokens.keys() == expected.tokens.keys()
     assert all(column.device.type == "cpu" for column in batch.tokens.values())
-    for name in ("targets", "rollout_logprobs", "advantages", "old_logprobs"):
+    for name in ("targets", "rollout_logprobs", "versions", "advantages", "old_logprobs"):
         assert torch.equal(batch.tokens[name], expected.tokens[name]), name
     for name in ("logprobs", "entropy"):
         difference = (batch.tokens[name] - expected.tokens[name]).abs()
@@ -194,7 +195,8 @@ def test_the_fused_optimizer_is_the_plain_one():
     masters = []
     for device in ("cpu", GPU):
         parameters = [torch.nn.Parameter(w.clone().to(device)) for w in weights]
-        optimizer = Optimizer(parameters, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.1)
+        named = [(str(i), p) for i, p in enumerate(parameters)]
+        optimizer = Optimizer(named, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.1)
         for gradients in steps:
             for _ in range(2):
                 for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -65,24 +65,34 @@ def test_value_metrics():
 
 
 def test_mismatch_metrics():
-    same = mismatch_metrics(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.0]))
+    all_fresh = torch.tensor([True, True])
+    same = mismatch_metrics(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.0]), all_fresh)
     assert (
         same["mismatch/kl_k1"] == 0
         and same["mismatch/kl_k3"] == 0
         and same["mismatch/prob_pearson"] == pytest.approx(1)
     )
-    off = mismatch_metrics(torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.5]).log())
+    off = mismatch_metrics(torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.5]).log(), all_fresh)
     assert off["mismatch/kl_k1"] == pytest.approx(0, abs=1e-6)
     assert off["mismatch/kl_k3"] == pytest.approx(0.25, abs=1e-6)  # mean of 2 - 1 - ln 2 and .5 - 1 + ln 2
     assert off["mismatch/token_mult_prob_error"] == pytest.approx(2, abs=1e-5)
     assert off["mismatch/prob_pearson"] == pytest.approx(-1, abs=1e-6)
+    learner, engine = torch.tensor([-1.0, -9.0, -2.0]), torch.tensor([-1.0, -0.1, -2.0])
+    assert mismatch_metrics(learner, engine, torch.tensor([True, False, True]))["mismatch/logprob_max"] == 0
+    assert mismatch_metrics(learner, engine, torch.tensor([False] * 3)) == {}
 
 
-def group(rewards: list[float], lengths: list[int], reason: FinishReason = FinishReason.STOP) -> TrajectoryGroup:
+def group(
+    rewards: list[float], lengths: list[int], reason: FinishReason = FinishReason.STOP, newer: int = 0
+) -> TrajectoryGroup:
+    """Completions of version 3, but for their last `newer` tokens."""
     trajectories = []
     for index, (reward, length) in enumerate(zip(rewards, lengths, strict=True)):
         completion = Completion(
-            token_ids=(1,) * length, logprobs=(-1.0,) * length, finish_reason=reason, versions=(3, 3)
+            token_ids=(1,) * length,
+            logprobs=(-1.0,) * length,
+            finish_reason=reason,
+            versions=(3,) * (length - newer) + (5,) * newer,
         )
         turn = Turn(prompt_ids=(0,), completion=completion)
         trajectories.append(
@@ -98,7 +108,10 @@ def test_rollout_and_group_metrics():
     assert m["length/mean"] == pytest.approx(28 / 6) and m["length/p99"] == 8
     assert m["truncation_frac"] == pytest.approx(1 / 3) and m["repetition_stop_frac"] == 0
     assert m["length/mean_better"] == 4 and m["length/mean_worse"] == pytest.approx(24 / 5)
-    assert m["staleness/mean"] == 2 and m["staleness/max"] == 2
+    assert m["staleness/mean"] == 2 and m["staleness/max"] == 2 and m["staleness/tokens_mean"] == 2
+    mixed = rollout_metrics([group([1, 0], [4, 2], newer=2)], version=5)
+    assert mixed["staleness/mean"] == 1 and mixed["staleness/max"] == 2
+    assert mixed["staleness/tokens_mean"] == pytest.approx(2 * 2 / 6)
     g = group_metrics(groups)
     assert g["zero_variance_frac"] == pytest.approx(2 / 3)
     assert g["zero_variance_right_frac"] == pytest.approx(1 / 3) and g["zero_variance_wrong_frac"] == pytest.approx(

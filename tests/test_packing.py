@@ -15,6 +15,10 @@ from cispo.packing import demonstration, pack, reduction_weights, to_samples, un
 from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
 
 
+def version_of(token: int) -> int:
+    return 1 + token % 100 // 3
+
+
 def sample(group: int, index: int, prompt: int, completion: int, advantage: float = 1.0) -> Sample:
     """A sample whose tokens say where they are from."""
     base = 10_000 * group + 100 * index
@@ -25,7 +29,7 @@ def sample(group: int, index: int, prompt: int, completion: int, advantage: floa
             token_ids=ids[prompt:],
             logprobs=tuple(-0.01 * (t % 100) for t in ids[prompt:]),
             finish_reason=FinishReason.STOP,
-            versions=(0, 0),
+            versions=tuple(map(version_of, ids[prompt:])),
         ),
     )
     trajectory = Trajectory(group_id=group, index=index, turns=(turn,), text="", reward=0.0)
@@ -40,6 +44,7 @@ def test_the_shift():
     assert mb.tokens.tolist() == [0, 1, 2] and mb.targets.tolist() == [1, 2, 3]
     assert mb.loss_mask.tolist() == [False, True, True]
     assert mb.rollout_logprobs.tolist() == pytest.approx([0, -0.02, -0.03])
+    assert mb.versions.tolist() == [0, 1, 2]
     assert mb.advantages.tolist() == [0, 0.5, 0.5] and mb.loss_weights.tolist() == [0, 0.5, 0.5]
     assert mb.positions.tolist() == [0, 1, 2] and mb.cu_seqlens.tolist() == [0, 3]
 
@@ -84,6 +89,7 @@ def test_every_token_keeps_its_weight(shapes: list, reduction: Reduction, budget
             assert int(mb.cu_seqlens[-1]) == len(mb.tokens)
             kept = mb.loss_mask.nonzero()[:, 0].tolist()
             assert bool((mb.loss_weights[~mb.loss_mask] == 0).all())
+            assert mb.versions[mb.loss_mask].tolist() == [version_of(int(mb.targets[t])) for t in kept]
             found |= {int(mb.targets[t]): float(mb.loss_weights[t]) for t in kept}
         return found
 

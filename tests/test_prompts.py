@@ -1,22 +1,19 @@
-"""Datasets from every kind of source, prompts from rows, and the stream of prompts."""
+"""Datasets from every kind of source, and prompts from rows."""
 
 from __future__ import annotations
 
 import json
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cispo.loading import is_hub_id, load_object
-from cispo.rollout.prompts import PromptSource, build_prompts, load_rows
-from cispo.types import Prompt, UserError
+from cispo.rollout.prompts import build_prompts, load_rows
+from cispo.types import UserError
 
 USER_CODE = """
 def rows(size, split="train"):
@@ -285,40 +282,3 @@ def test_messages_then_template_then_prompt() -> None:
 def test_a_row_that_makes_no_prompt(row: dict, template: str | None, sentence: str) -> None:
     with pytest.raises(UserError, match="^" + re.escape(sentence)):
         build_prompts([row], template, "data")
-
-
-# The stream
-
-
-def prompts(n: int) -> list[Prompt]:
-    return [Prompt(id=i, messages=()) for i in range(n)]
-
-
-@given(size=st.integers(1, 7), seed=st.integers(0, 3), takes=st.lists(st.integers(0, 9), max_size=6))
-def test_the_stream_is_a_shuffle_an_epoch_however_it_is_taken(size: int, seed: int, takes: list[int]) -> None:
-    source = PromptSource(prompts(size), seed)
-    taken = [p.id for n in takes for p in source.take(n)]
-    assert taken == [p.id for p in PromptSource(prompts(size), seed).take(sum(takes))]
-    for start in range(0, len(taken), size):
-        assert max(Counter(taken[start : start + size]).values()) == 1
-    assert source.epoch == sum(takes) / size
-
-    resumed = PromptSource(prompts(size), seed)
-    resumed.load_state_dict(json.loads(json.dumps(source.state_dict())))
-    assert resumed.take(2 * size) == source.take(2 * size)
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    source = PromptSource(prompts(50), seed=0)
-    first, second = [p.id for p in source.take(50)], [p.id for p in source.take(50)]
-    assert sorted(first) == sorted(second) == list(range(50))
-    assert first != second and first != [p.id for p in PromptSource(prompts(50), seed=1).take(50)]
-    assert [p.id for p in PromptSource(prompts(3), seed=0, shuffle=False).take(7)] == [0, 1, 2, 0, 1, 2, 0]
-
-
-def test_a_state_of_other_prompts_is_refused() -> None:
-    state = PromptSource(prompts(5), seed=0).state_dict()
-    with pytest.raises(UserError, match="the checkpoint's prompts have size 5, this run's have size 6"):
-        PromptSource(prompts(6), seed=0).load_state_dict(state)
-    with pytest.raises(UserError, match="seed 0, this run's have seed 1"):
-        PromptSource(prompts(5), seed=1).load_state_dict(state)

@@ -91,20 +91,40 @@ def test_every_token_gets_its_own(data: st.DataObject) -> None:
     turns = {name: data.draw(st.lists(st.integers(0, 9), min_size=40, max_size=40)) for name in {e[0] for e in entries}}
     steps = {name: np.cumsum(turn).tolist() for name, turn in turns.items()}
     order = sorted(range(len(entries)), key=lambda k: steps[entries[k][0]].pop(0))
-    table = LogprobTable({f"r{i}": i for i in range(count)}, prompts, lengths)
+    table = LogprobTable(max(lengths))
+    for name, start, limit in zip(truth, prompts, lengths, strict=True):
+        table.open(f"r{name}", start=start, limit=limit)
     cut = data.draw(st.integers(0, len(entries)))
     for part in (order[:cut], order[cut:]):
         if part:
             table.add(rows([entries[k] for k in part]))
     for i, n in enumerate(lengths):
         middle = data.draw(st.integers(0, n))
-        values = table.get(i, 0, middle) + table.get(i, middle, n)
+        values = table.get(f"r{i}", 0, middle) + table.get(f"r{i}", middle, n)
         assert values == pytest.approx(truth[i], abs=1e-6)
 
 
+def test_a_row_goes_from_one_request_to_the_next() -> None:
+    """Nothing of a closed request shows in the one that takes its row, and its late records go nowhere."""
+    table = LogprobTable(4)
+    for number in range(100):
+        name, old = f"r{number}", f"r{number - 3}"
+        table.open(name, start=number, limit=1 + number % 4)
+        if number >= 3:
+            table.close(old)
+        late = [(old, number - 3, -7.0, True)] if number >= 3 else []
+        with pytest.raises(AssertionError, match="no log-probability"):
+            table.get(name, 0, 1)
+        table.add(rows([*late, *((name, number + place, -number - place / 8, True) for place in range(6))]))
+        for other in range(max(number - 2, 0), number + 1):
+            limit = 1 + other % 4
+            assert table.get(f"r{other}", 0, limit) == [-other - place / 8 for place in range(limit)]
+
+
 def test_a_token_that_was_never_recorded_is_an_error() -> None:
-    table = LogprobTable({"a": 0}, [3], [4])
+    table = LogprobTable(9)
+    table.open("a", start=3, limit=4)
     table.add(rows([("a", 3, -0.5, True), ("a", 5, -0.7, True)]))
-    assert table.get(0, 0, 1) == [-0.5]
+    assert table.get("a", 0, 1) == [-0.5]
     with pytest.raises(AssertionError, match="no log-probability"):
-        table.get(0, 0, 3)
+        table.get("a", 0, 3)

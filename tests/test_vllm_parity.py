@@ -18,9 +18,11 @@ from torch import Tensor
 
 from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning_config import LightningConfig, dump_config, parse_config
+from cispo.rollout.serving import ServedEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Completion, RepetitionStop, Sampling
-from cispo.weight_sync import make_weights_folder, publish_weights, remove_weights_folder
+from cispo.weight_sync import publish_weights, weights_folder
+from tests.served import sampled, update
 
 ORACLE = Path(__file__).parents[2] / "shared/oracle/m1_like"
 
@@ -100,9 +102,9 @@ def learner_logprobs(policy: Policy, prompts: Sequence[Sequence[int]], completio
     return logprobs[rows].gather(1, sampled[:, None]).squeeze(1)
 
 
-def difference(engine: VLLMEngine, policy: Policy, prompts: Sequence[Sequence[int]], seed: int = 0) -> float:
+def difference(engine: ServedEngine, policy: Policy, prompts: Sequence[Sequence[int]], seed: int = 0) -> float:
     """The largest difference over what the engine samples now; 0 tokens and NaN are failures."""
-    completions = engine.generate(prompts, SAMPLING, seed)
+    completions = sampled(engine, prompts, SAMPLING, seed)
     engine_side = torch.tensor([x for c in completions for x in c.logprobs])
     learner_side = learner_logprobs(policy, prompts, completions)
     assert len(engine_side) == len(prompts) * TOKENS
@@ -111,9 +113,9 @@ def difference(engine: VLLMEngine, policy: Policy, prompts: Sequence[Sequence[in
 
 
 @contextmanager
-def running(folder: Path, **engine_args: Any) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(
-        str(folder), dtype="float32", max_context=640, max_sequences=12, seed=0, engine_args=engine_args
+def running(folder: Path, **engine_args: Any) -> Iterator[ServedEngine]:
+    engine = ServedEngine(
+        VLLMEngine(str(folder), dtype="float32", max_context=640, max_sequences=12, seed=0, engine_args=engine_args)
     )
     try:
         yield engine
@@ -134,21 +136,24 @@ def counting(owner: Any, method: str, amount: Callable[[Any], int]) -> list[int]
     return total
 
 
-def scheduler(engine: VLLMEngine) -> Any:
-    core: Any = engine._engine.engine_core
-    return core.engine_core.scheduler
+def vllm(engine: ServedEngine) -> Any:
+    assert isinstance(engine.engine, VLLMEngine)
+    return engine.engine._engine
 
 
-def model_parameters(engine: VLLMEngine) -> dict[str, Tensor]:
-    (parameters,) = engine._engine.apply_model(lambda model: {n: p.clone() for n, p in model.named_parameters()})
+def scheduler(engine: ServedEngine) -> Any:
+    return vllm(engine).engine_core.engine_core.scheduler
+
+
+def model_parameters(engine: ServedEngine) -> dict[str, Tensor]:
+    (parameters,) = vllm(engine).apply_model(lambda model: {n: p.clone() for n, p in model.named_parameters()})
     return parameters
 
 
 @pytest.fixture(scope="module")
 def weights() -> Iterator[Path]:
-    folder = make_weights_folder("test")
-    yield folder
-    remove_weights_folder(folder)
+    with weights_folder("test") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,7 @@ def test_engine_equals_learner(mode: str, tiny: tuple[Path, list[Policy]], weigh
         hits = counting(scheduler(engine).kv_cache_manager, "get_computed_blocks", lambda found: found[1])
         assert difference(engine, policies[0], prompts) <= TOLERANCE
         for version in (1, 2):
-            engine.update_weights(str(publish_weights(policies[version].to_hf(), weights, version)), version)
+            update(engine, str(publish_weights(policies[version].to_hf(), weights, version)), version)
             assert engine.version == version
         assert difference(engine, policies[2], prompts, seed=1) <= TOLERANCE
         # One token prompts alone, in the slots that longer sequences have left.
@@ -198,15 +203,15 @@ def test_an_updated_engine_is_the_engine_of_those_weights(
     folder, policies = tiny
     with running(folder) as engine:
         for version in (1, 2):
-            engine.update_weights(str(publish_weights(policies[version].to_hf(), weights, version)), version)
-        updated, parameters = engine.generate(RAGGED, SAMPLING, 7), model_parameters(engine)
+            update(engine, str(publish_weights(policies[version].to_hf(), weights, version)), version)
+        updated, parameters = sampled(engine, RAGGED, SAMPLING, 7), model_parameters(engine)
     save_policy(policies[2], tmp_path)
     with running(tmp_path) as engine:
-        fresh, expected = engine.generate(RAGGED, SAMPLING, 7), model_parameters(engine)
+        fresh, expected = sampled(engine, RAGGED, SAMPLING, 7), model_parameters(engine)
     assert parameters.keys() == expected.keys()
     assert all(torch.equal(parameters[name], expected[name]) for name in expected)
     assert [(c.token_ids, c.logprobs) for c in updated] == [(c.token_ids, c.logprobs) for c in fresh]
-    assert {c.versions for c in updated} == {(2, 2)}
+    assert {version for c in updated for version in c.versions} == {2}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -217,7 +222,7 @@ def test_dense_policy_equals_learner_through_two_updates(tied: bool, weights: Pa
     with running(tmp_path) as engine:
         assert difference(engine, policies[0], prompts) <= TOLERANCE
         for version in (1, 2):
-            engine.update_weights(str(publish_weights(policies[version].to_hf(), weights, version)), version)
+            update(engine, str(publish_weights(policies[version].to_hf(), weights, version)), version)
             assert difference(engine, policies[version], prompts) <= TOLERANCE
 
 
@@ -266,7 +271,7 @@ def test_conventions_equal_learner(variant: str, weights: Path, tmp_path: Path) 
     save_policy(first, tmp_path)
     with running(tmp_path) as engine:
         assert difference(engine, first, RAGGED[:12]) <= TOLERANCE
-        engine.update_weights(str(publish_weights(second.to_hf(), weights, 1)), 1)
+        update(engine, str(publish_weights(second.to_hf(), weights, 1)), 1)
         assert difference(engine, second, RAGGED[:12]) <= TOLERANCE
 
 
@@ -277,10 +282,11 @@ def test_tensor_parallel_equals_learner(variant: str, weights: Path, tmp_path: P
     changes = VARIANTS["original"] if variant == "original" else {"tie_word_embeddings": True, "num_kv_heads": 1}
     first, second = (init_policy(lightning(**changes), seed) for seed in range(2))
     save_policy(first, tmp_path)
-    engine = VLLMEngine(str(tmp_path), dtype="float32", max_context=640, max_sequences=12, tensor_parallel=2, seed=0)
+    sizes: dict[str, Any] = {"max_context": 640, "max_sequences": 12, "tensor_parallel": 2}
+    engine = ServedEngine(VLLMEngine(str(tmp_path), dtype="float32", seed=0, **sizes))
     try:
         assert difference(engine, first, RAGGED[:12]) <= TOLERANCE
-        engine.update_weights(str(publish_weights(second.to_hf(), weights, 1)), 1)
+        update(engine, str(publish_weights(second.to_hf(), weights, 1)), 1)
         assert difference(engine, second, RAGGED[:12]) <= TOLERANCE
     finally:
         engine.close()
@@ -297,7 +303,7 @@ def test_fused_expert_names_and_hugging_face_buffers_load(
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with running(tmp_path) as engine:
         assert difference(engine, policies[0], RAGGED[:8]) <= TOLERANCE
-        engine.update_weights(str(publish_weights(fused[1], weights, 1)), 1)
+        update(engine, str(publish_weights(fused[1], weights, 1)), 1)
         assert difference(engine, policies[1], RAGGED[:8]) <= TOLERANCE
 
 
@@ -330,10 +336,10 @@ def test_engine_equals_the_original_code() -> None:
         for length in lengths:
             ids = expected[f"ids_{length}"].flatten().tolist()
             params = SamplingParams(max_tokens=1, prompt_logprobs=-1, logprobs=-1, detokenize=False)
-            engine._engine.add_request(str(length), tokens_input(ids), params)
+            vllm(engine).add_request(str(length), tokens_input(ids), params)
         outputs: dict[int, Any] = {}
-        while engine._engine.has_unfinished_requests():
-            outputs |= {int(o.request_id): o for o in engine._engine.step() if o.finished}
+        while vllm(engine).has_unfinished_requests():
+            outputs |= {int(o.request_id): o for o in vllm(engine).step() if o.finished}
     for length in lengths:
         rows = [*outputs[length].prompt_logprobs[1:], outputs[length].outputs[0].logprobs[0]]
         ours = torch.tensor([[row[token].logprob for token in range(96)] for row in rows])

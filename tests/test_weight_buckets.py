@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cispo.policies.base import init_policy, save_policy
+from cispo.rollout.serving import ServedEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.weight_buckets import BucketMessage, WeightReceiver, WeightSender, checksum, merged, plan_buckets
-from tests.test_vllm_parity import QWEN3, RAGGED, difference, lightning, model_parameters
+from tests.served import sampled
+from tests.test_vllm_parity import QWEN3, RAGGED, SAMPLING, difference, lightning, model_parameters
 
 CPU = torch.device("cpu")
 
@@ -113,25 +116,38 @@ def test_an_engine_takes_buckets(kind: str, tmp_path: Path) -> None:
     config = lightning() if kind == "lightning" else QWEN3
     first, second = (init_policy(config, seed) for seed in range(2))
     save_policy(first, tmp_path)
-    engine = VLLMEngine(str(tmp_path), dtype="float32", max_context=640, max_sequences=12, seed=0)
+    vllm = VLLMEngine(str(tmp_path), dtype="float32", max_context=640, max_sequences=12, seed=0)
+    engine = ServedEngine(vllm)
     try:
         sender = WeightSender(second.to_hf(), bucket_bytes=100_000)
-        assert len(sender.buckets) > 3
+        numbers = range(len(sender.buckets))
+        assert len(numbers) > 3
         before = model_parameters(engine)
+        with pytest.raises(AssertionError, match="begin_update comes first"):
+            engine.receive_weights(sender.stage(0, "direct"))
+        asyncio.run(engine.begin_update("wait"))
         engine.receive_weights(sender.stage(0, "direct", check=True))
         bad = sender.stage(1, "direct", check=True)
         assert bad.buffer is not None
         bad.buffer[5] ^= 1
         with pytest.raises(RuntimeError, match="damaged"):
             engine.receive_weights(bad)
-        for number in range(len(sender.buckets)):
+        with pytest.raises(RuntimeError, match="damaged"):  # weights of two versions
+            sampled(engine, RAGGED[:1], SAMPLING, 0)
+        for number in numbers:
             engine.receive_weights(sender.stage(number, "direct", check=True))
         engine.finish_update(3)
         assert engine.version == 3 and any(not torch.equal(before[n], t) for n, t in model_parameters(engine).items())
         assert difference(engine, second, RAGGED[:8]) <= 1e-5
-        for number in range(len(sender.buckets) - 1):
-            engine.receive_weights(sender.stage(number, "direct"))
-        with pytest.raises(AssertionError, match="the weights lack"):
-            engine.finish_update(4)
+        # Without the last bucket, and then the last bucket alone.
+        for part in (numbers[:-1], numbers[-1:]):
+            asyncio.run(engine.begin_update("wait"))
+            for number in part:
+                engine.receive_weights(sender.stage(number, "direct"))
+            with pytest.raises(AssertionError, match="the weights lack"):
+                engine.finish_update(4)
+            with pytest.raises(AssertionError, match="the weights lack"):
+                sampled(engine, RAGGED[:1], SAMPLING, 0)
+        assert engine.version == 3
     finally:
         engine.close()

@@ -1,7 +1,11 @@
-"""A reward that differs from completion to completion, also where an untrained policy answers nothing right."""
+"""Rewards for policies that answer nothing right: one that differs from completion to completion, one that does not."""
 
 from __future__ import annotations
 
 
 def varied(completion: str, **_: object) -> float:
     return sum(map(ord, completion)) % 8 / 8
+
+
+def always_right(completion: str, **_: object) -> float:
+    return 1.0

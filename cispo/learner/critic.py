@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cispo.algorithms.losses import value_loss
+from cispo.checkpoint import BackgroundSave, load_tensors, save_tensors
 from cispo.config import Critic as CriticConfig
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.optim import Optimizer
@@ -21,6 +24,9 @@ from cispo.policies.base import load_policy
 from cispo.policies.value import ValueModel
 from cispo.types import MicroBatch
 from cispo.weight_sync import mapped_weights
+
+# Before the names of the value model's own tensors in a checkpoint.
+_MODEL = "model/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +56,13 @@ class Critic:
     ) -> None:
         self.config = config
         self.max_grad_norm = learner.max_grad_norm
+        self._save: BackgroundSave | None = None
         self.ranks = join(rank=rank, world=world, device=torch.device(device), address=address)
         backbone = load_policy(folder, dtype=getattr(torch, dtype)).to(self.ranks.device)
         backbone.gradient_checkpointing = learner.gradient_checkpointing
         self.model = ValueModel(backbone).to(self.ranks.device).train()
         self.optimizer = Optimizer(
-            list(self.model.parameters()),
+            self.model.named_parameters(),
             betas=learner.betas,
             eps=learner.eps,
             weight_decay=learner.weight_decay,
@@ -87,6 +94,24 @@ class Critic:
         norm, taken = self.optimizer.step(lr, max_grad_norm=self.max_grad_norm)
         total = float(torch.stack(shares).double().sum()) if shares else 0.0
         return CriticResult(loss=total, grad_norm=norm, taken=taken)
+
+    def start_save(self, folder: str) -> None:
+        """As the learner's: copies value model and optimizer, and writes them in the background."""
+        state = {f"{_MODEL}{name}": p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
+        state |= self.optimizer.state()
+        self._save = BackgroundSave(partial(save_tensors, state, Path(folder) / "training" / "critic.safetensors"))
+
+    def saved(self, *, wait: bool) -> bool:
+        return self._save is None or self._save.done(wait=wait)
+
+    @torch.no_grad()
+    def restore(self, checkpoint: str) -> None:
+        """Takes value model and optimizer from a checkpoint."""
+        state = load_tensors(Path(checkpoint) / "training" / "critic.safetensors")
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(state.pop(f"{_MODEL}{name}"))
+        self.optimizer.reload_masters()
+        self.optimizer.restore(state)
 
     def release_memory(self) -> None:
         release_memory(self.ranks.device)

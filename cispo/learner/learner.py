@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from cispo.algorithms.objective import Objective
+from cispo.checkpoint import BackgroundSave, disk_errors, load_tensors, save_tensors
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.loss import Columns, micro_batch_loss, spread, trained_logprobs
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Ranks, join, leave, release_memory, to_device
-from cispo.policies.base import Policy, load_policy, save_policy
+from cispo.policies.base import Policy, load_policy, save_policy, write_policy
 from cispo.policies.moe import expert_counts, router_aux_loss
 from cispo.types import MicroBatch, UserError
 from cispo.weight_buckets import BucketMessage, Transport, WeightSender
@@ -36,8 +37,8 @@ class BatchLoss:
     aux_loss: float
     """The router's balancing loss, before its coefficient."""
     tokens: Mapping[str, Tensor]
-    """[N] over this rank's trained tokens: targets, logprobs, rollout_logprobs, advantages, ratio, weight, entropy,
-    old_logprobs where they are attached, and what else the objective reports."""
+    """[N] over this rank's trained tokens: targets, logprobs, rollout_logprobs, versions, advantages, ratio, weight,
+    entropy, old_logprobs where they are attached, and what else the objective reports."""
 
 
 class ExpertLoad(NamedTuple):
@@ -83,6 +84,7 @@ class Learner:
         self.policy.train()
         self.reference: Policy | None = None
         self._sender: WeightSender | None = None
+        self._save: BackgroundSave | None = None
         if config.router_aux_coef > 0 and self.policy.router_shape == (0, 0):
             raise UserError(f"learner.router_aux_coef {config.router_aux_coef}: the policy has no experts to balance")
         self.reset_optimizer()
@@ -90,7 +92,7 @@ class Learner:
     def reset_optimizer(self) -> None:
         """Forgets the optimizer's moments, as between supervised warm-up and reinforcement learning."""
         self.optimizer = Optimizer(
-            list(self.policy.parameters()),
+            self.policy.named_parameters(),
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
@@ -184,9 +186,37 @@ class Learner:
         release_memory(self.ranks.device)
 
     def save(self, folder: str) -> None:
-        """Writes the policy in Hugging Face form (rank 0)."""
-        if self.ranks.rank == 0:
-            save_policy(self.policy, Path(folder))
+        """Writes the policy in Hugging Face form."""
+        save_policy(self.policy, folder)
+
+    def start_save(self, folder: str) -> None:
+        """Copies policy and optimizer as they are now; a thread writes them while training goes on.
+
+        The ranks hold the same, so one of them saves.
+        """
+        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.policy.to_hf().items()}
+        config, state = self.policy.hf_config(), self.optimizer.state()
+
+        def write() -> None:
+            with disk_errors(Path(folder)):
+                write_policy(weights, config, folder)
+            save_tensors(state, Path(folder) / "training" / "learner.safetensors")
+
+        self._save = BackgroundSave(write)
+
+    def saved(self, *, wait: bool) -> bool:
+        """Whether what `start_save` began is written. Raises RunError where the disk refused."""
+        return self._save is None or self._save.done(wait=wait)
+
+    def restore(self, checkpoint: str) -> None:
+        """Takes the optimizer from a checkpoint, whose policy is loaded already."""
+        self.optimizer.restore(load_tensors(Path(checkpoint) / "training" / "learner.safetensors"))
+
+    def load_reference(self, folder: str) -> None:
+        """Takes the reference policy from where `save` wrote it."""
+        self.freeze_reference()
+        assert self.reference is not None
+        self.reference.load_hf(load_policy(folder, dtype=next(self.policy.parameters()).dtype).to_hf().items())
 
     def close(self) -> None:
         leave(self.ranks)
@@ -219,7 +249,7 @@ class Learner:
 
 def _given(micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
     """[N] each: what came with the trained tokens, from where it still lies."""
-    names = ["targets", "rollout_logprobs", "advantages"]
+    names = ["targets", "rollout_logprobs", "versions", "advantages"]
     if any(mb.old_logprobs is not None for mb in micro_batches):
         names.append("old_logprobs")
     if not micro_batches:

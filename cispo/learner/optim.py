@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from cispo.types import UserError
 
 
 def learning_rate(
@@ -41,9 +43,17 @@ class Optimizer:
     """
 
     def __init__(
-        self, parameters: Sequence[Parameter], *, betas: tuple[float, float], eps: float, weight_decay: float
+        self,
+        parameters: Iterable[tuple[str, Parameter]],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
     ) -> None:
-        self.parameters = list(parameters)
+        """`parameters` have names, under which their state is saved."""
+        named = list(parameters)
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
         exact = (torch.float32, torch.float64)
         self.masters = [p if p.dtype in exact else Parameter(p.detach().float()) for p in self.parameters]
         self.copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
@@ -60,6 +70,35 @@ class Optimizer:
         """Takes the weights that were put into the parameters from outside."""
         if self.copies:
             torch._foreach_copy_([m for _, m in self.copies], [p for p, _ in self.copies])
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments, step counts and float32 masters under "name/what": copies on the CPU, which no later step changes.
+
+        A parameter without an update has no moments yet.
+        """
+        found: dict[str, Tensor] = {}
+        copied = {id(m) for _, m in self.copies}
+        for name, master in zip(self.names, self.masters, strict=True):
+            found |= {f"{name}/{what}": value for what, value in self.adam.state[master].items()}
+            if id(master) in copied:
+                found[f"{name}/master"] = master
+        return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what `state` gave. Raises UserError where it belongs to other parameters."""
+        places = dict(zip(self.names, self.masters, strict=True))
+        for key, value in state.items():
+            name, _, what = key.rpartition("/")
+            if name not in places or (what != "step" and value.shape != places[name].shape):
+                raise UserError(f"the checkpoint's optimizer has {key} {list(value.shape)}, which this policy has not")
+            master = places[name]
+            if what == "master":
+                master.copy_(value)
+            else:
+                # A fused step counts on the device, a plain one on the CPU.
+                counted = what == "step" and not self.adam.defaults["fused"]
+                self.adam.state[master][what] = value.to("cpu" if counted else master.device, copy=True)
 
     @torch.no_grad()
     def collect(self) -> None:

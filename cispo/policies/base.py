@@ -162,16 +162,21 @@ def count_parameters(source: str | None, config: Mapping[str, Any] | None) -> in
 
 def save_policy(policy: Policy, folder: str | Path) -> None:
     """Writes config.json and model.safetensors, each under a temporary name first."""
+    write_policy(policy.to_hf(), policy.hf_config(), folder)
+
+
+def write_policy(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | Path) -> None:
+    """What `save_policy` writes, of tensors in checkpoint format and a config.json's content."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous().cpu() for name, tensor in policy.to_hf().items()}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     partial = folder / "model.safetensors.partial"
     save_file(weights, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
     partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(policy.hf_config(), indent=2) + "\n")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(partial, folder / "config.json")
 
 

@@ -7,13 +7,9 @@ tokens. Where two fall on one token the earlier of this list is the reason; that
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-import torch
+from itertools import pairwise
 
 from cispo.types import Completion, Diverged, FinishReason, RepetitionStop, Sampling, UserError
 
@@ -43,17 +39,27 @@ def repeats_pattern(tokens: Sequence[int], rule: RepetitionStop) -> bool:
     return False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Draft:
-    """A completion in the making."""
+    """A completion in the making: what was asked for, and what has been sampled of it. Two drafts are never equal."""
 
+    prompt: Sequence[int]
+    sampling: Sampling
+    seed: int
+    """Its own, for an engine whose requests each have a random stream."""
     limit: int
     """The most tokens it may have."""
-    counter: RunCounter | None
+    counter: RunCounter | None = None
     """None where no run can get long enough."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    starts: dict[int, int] = field(default_factory=dict)
+    """{place: version}: which version samples the tokens from a place on, in order."""
     reason: FinishReason | None = None
+
+    def sampled_by(self, version: int) -> None:
+        """The next token, and those after it, are sampled by this version of the policy."""
+        self.starts[len(self.tokens)] = version
 
     def extend(self, tokens: Sequence[int], logprobs: Sequence[float], reason: str | None) -> None:
         """Adds what was sampled; `reason` says why the last token ended the completion, None while it goes on."""
@@ -67,21 +73,35 @@ class Draft:
         self.logprobs.extend(logprobs[:kept])
         self.reason = None if reason is None else FinishReason(reason)
 
-    def completion(self, version: int) -> Completion:
-        """The finished completion, all of it sampled from one version of the policy."""
+    def start_again(self) -> int:
+        """Forgets what was sampled; returns how many tokens that were."""
+        lost = len(self.tokens)
+        self.tokens, self.logprobs, self.starts = [], [], {}
+        if self.counter is not None:
+            self.counter.run = 0
+        return lost
+
+    def completion(self) -> Completion:
+        """The finished completion. Raises Diverged where a log-probability is not finite."""
         assert self.reason is not None, "the engine stopped before this completion did"
         if not all(map(math.isfinite, self.logprobs)):
             raise Diverged("a sampled token has a log-probability that is not finite: the policy has diverged")
+        spans = zip(pairwise([*self.starts, len(self.tokens)]), self.starts.values(), strict=True)
         return Completion(
             token_ids=tuple(self.tokens),
             logprobs=tuple(self.logprobs),
             finish_reason=self.reason,
-            versions=(version, version),
+            versions=tuple(version for (start, end), version in spans for _ in range(start, end)),
         )
 
 
 def start_drafts(
-    prompts: Sequence[Sequence[int]], sampling: Sampling, max_context: int, limits: Sequence[int] | None = None
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    seed: int,
+    *,
+    max_context: int,
+    limits: Sequence[int] | None = None,
 ) -> list[Draft]:
     """An empty draft a prompt. Raises UserError on a prompt that leaves no room, or a rule that cannot be applied."""
     for index, prompt in enumerate(prompts):
@@ -91,30 +111,25 @@ def start_drafts(
             raise UserError(f"prompt {index} has {len(prompt)} tokens: no room to answer in max_context {max_context}")
     asked = limits or [sampling.max_tokens] * len(prompts)
     limits = [min(most, max_context - len(prompt)) for most, prompt in zip(asked, prompts, strict=True)]
-    run_length = sampling.repetition.run_length
-    if 0 < run_length <= max(limits, default=0) and not _draws_from_the_policy(sampling):
+    rule = sampling.repetition
+    if 0 < rule.run_length <= max(limits, default=0) and not _draws_from_the_policy(sampling):
         raise UserError(
             "repetition.run_length counts the policy's own probabilities, which sampling with a temperature other than "
             "1, top_p, top_k or min_p does not give: set repetition.run_length to 0 or sample at temperature 1"
         )
-    return [Draft(n, RunCounter(sampling.repetition) if 0 < run_length <= n else None) for n in limits]
+    return [
+        Draft(
+            prompt=prompt,
+            sampling=sampling,
+            seed=(seed + index * 0x9E3779B97F4A7C15) % 2**63,
+            limit=limit,
+            counter=RunCounter(rule) if 0 < rule.run_length <= limit else None,
+        )
+        for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
 
 
 def _draws_from_the_policy(sampling: Sampling) -> bool:
     """Whether the reported log-probabilities are the policy's own: plain sampling, or greedy."""
     plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
     return plain or sampling.temperature == 0
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch inside the block and gives the process its own random streams back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

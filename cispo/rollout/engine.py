@@ -1,9 +1,8 @@
 """Engines turn prompts into completions, token in, token out, with the log-probability of every sampled token.
 
-    Engine.generate(prompts, sampling, seed) -> [Completion]        one a prompt, in order
-    Engine.update_weights(path, version)                            what `publish_weights` wrote
+    make_engine(...) -> ServedEngine         what the rest of the project calls: overlapping calls, updates in flight
+                          Engine             what it drives step by step: VLLMEngine, or TorchEngine for tests
 
-`VLLMEngine` runs vLLM inside this process; `TorchEngine` recomputes everything with the learner's policy, for tests.
 When a completion ends: `drafts`. How weights arrive: `weight_sync`.
 """
 
@@ -12,27 +11,61 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cispo.policies.base import weight_files
-from cispo.types import Completion, Sampling, UserError
+from cispo.rollout.drafts import Draft
+from cispo.types import UserError
+from cispo.weight_sync import WeightMessage
+
+if TYPE_CHECKING:
+    from cispo.rollout.serving import ServedEngine
 
 
 class Engine(Protocol):
-    """Samples completions from one version of the policy."""
+    """Extends drafts by a step at a time, each under the weights it has then."""
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
-    ) -> list[Completion]:
-        """Samples one completion a prompt, in order; the same batch and seed give the same tokens.
+    @property
+    def max_context(self) -> int:
+        """The most tokens of prompt and completion together."""
+        ...
 
-        `limits` is the most tokens of each completion, in place of the one number in `sampling`. Raises UserError on
-        a prompt that leaves no room for a token, naming its index.
+    @property
+    def sampled(self) -> int:
+        """Tokens since the start, those of dropped drafts included."""
+        ...
+
+    def submit(self, drafts: Sequence[Draft]) -> None:
+        """Takes empty drafts; steps extend them until each has a reason to end."""
+        ...
+
+    def step(self) -> list[Draft]:
+        """Samples a token for as many drafts as run at once; returns those that are complete."""
+        ...
+
+    def settle(self) -> list[Draft]:
+        """Waits for steps that are still on a device, so that every draft holds all that was sampled for it; returns
+        those that are complete."""
+        ...
+
+    def drop(self, drafts: Sequence[Draft]) -> None:
+        """Forgets drafts that are not complete."""
+        ...
+
+    def receive_weights(self, message: WeightMessage) -> None:
+        """Takes a whole version or one of its buckets; `finish_update` follows the last. Nothing may be on a device."""
+        ...
+
+    def finish_update(self, *, recompute: bool) -> None:
+        """Ends an update. With `recompute` what was computed before it is dropped and computed again where a draft
+        needs it; without, running drafts keep it, and only they.
+
+        Raises AssertionError where a parameter has not arrived.
         """
         ...
 
-    def update_weights(self, path: str, version: int) -> None:
-        """Replaces the weights by a published version."""
+    def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
+        """Enters the group over which the learner sends weights; its workers take the ranks from the first."""
         ...
 
     def sleep(self) -> None:
@@ -40,11 +73,6 @@ class Engine(Protocol):
         ...
 
     def wake(self) -> None: ...
-
-    @property
-    def version(self) -> int:
-        """Of the weights that the next completion is sampled from; 0 is the model folder's."""
-        ...
 
     def close(self) -> None:
         """Frees what the engine holds; nothing works afterwards."""
@@ -73,22 +101,25 @@ def make_engine(
     memory: float,
     sleeps: bool,
     engine_args: Mapping[str, Any],
-) -> Engine:
+) -> ServedEngine:
     """The engine that a recipe's rollout.engine names."""
+    from cispo.rollout.serving import ServedEngine
+
     if kind == "torch":
         from cispo.rollout.torch_engine import TorchEngine
 
-        return TorchEngine(model, dtype=dtype, max_context=max_context)
+        return ServedEngine(TorchEngine(model, dtype=dtype, max_context=max_context))
     from cispo.rollout.vllm_engine import VLLMEngine
 
-    return VLLMEngine(
+    engine = VLLMEngine(
         model,
         dtype=dtype,
         max_context=max_context,
         max_sequences=max_sequences,
         tensor_parallel=tensor_parallel,
-        seed=0,  # every call of generate seeds for itself
+        seed=0,  # whoever serves it seeds every call
         memory=memory,
         sleeps=sleeps,
         engine_args=engine_args,
     )
+    return ServedEngine(engine)

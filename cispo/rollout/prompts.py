@@ -1,4 +1,4 @@
-"""From a dataset's name to an endless, resumable stream of prompts.
+"""From a dataset's name to prompts.
 
     source --load_rows--> rows --build_prompts--> prompts --PromptSource.take--> the P prompts of a step
 
@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import random
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -245,45 +244,3 @@ def _checked_messages(value: Any, where: str) -> tuple[Message, ...]:
 
 def _available(row: Row) -> str:
     return f"its columns are {', '.join(map(str, row)) or 'none'}"
-
-
-class PromptSource:
-    """An endless stream of prompts: every epoch is one shuffle that depends on nothing but the seed and the epoch."""
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
-        assert prompts, "load_rows refuses an empty dataset"
-        self.prompts = prompts
-        self.seed = seed
-        self.shuffle = shuffle
-        self.taken = 0
-        self._epoch, self._order = -1, list[int]()
-
-    def take(self, n: int) -> list[Prompt]:
-        """The next n prompts; they wrap around into the next epoch."""
-        chosen = [self.prompts[self._index(position)] for position in range(self.taken, self.taken + n)]
-        self.taken += n
-        return chosen
-
-    @property
-    def epoch(self) -> float:
-        """How many times the dataset has been gone through."""
-        return self.taken / len(self.prompts)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken, "seed": self.seed, "size": len(self.prompts)}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where `state` was taken. UserError if it belongs to another dataset or seed."""
-        for name, here in (("size", len(self.prompts)), ("seed", self.seed)):
-            if state[name] != here:
-                raise UserError(f"the checkpoint's prompts have {name} {state[name]}, this run's have {name} {here}")
-        self.taken = state["taken"]
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.prompts))
-        if epoch != self._epoch:
-            order = list(range(len(self.prompts)))
-            if self.shuffle:
-                random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._epoch, self._order = epoch, order
-        return self._order[offset]

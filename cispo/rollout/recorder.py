@@ -10,7 +10,6 @@ vLLM's own way back makes objects for every token and step, which costs as much 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -89,27 +88,54 @@ class RecorderExtension:
 
 
 class LogprobTable:
-    """Where the records of one batch of requests come together."""
+    """Where the records of requests come together, as long as these are open: a row of the table each."""
 
-    def __init__(self, requests: Mapping[str, int], starts: Sequence[int], limits: Sequence[int]) -> None:
-        """`requests` gives each internal id its row, `starts` the prompts' lengths, `limits` the most tokens."""
-        self._rows = requests
-        self._starts = np.array(starts, np.int64)
-        self._ends: npt.NDArray[np.int64] = np.array(limits, np.int64).cumsum(dtype=np.int64)
-        self._begins: npt.NDArray[np.int64] = self._ends - np.array(limits, np.int64)
-        self._values = np.full(int(self._ends[-1]) if limits else 0, np.nan, np.float32)
-        self._known = np.zeros(len(self._values), bool)
+    def __init__(self, width: int) -> None:
+        """`width` is the most tokens that a request may sample."""
+        self._rows: dict[str, int] = {}
+        self._free: list[int] = []
+        self._starts = np.zeros(0, np.int64)
+        self._limits = np.zeros(0, np.int64)
+        self._values = np.zeros((0, width), np.float32)
+        self._known = np.zeros((0, width), bool)
+
+    def open(self, request: str, *, start: int, limit: int) -> None:
+        """`start` is the prompt's length, `limit` the most tokens; later ones are dropped."""
+        if not self._free:
+            self._grow()
+        row = self._rows[request] = self._free.pop()
+        self._starts[row], self._limits[row] = start, limit
+        self._known[row, :limit] = False
+
+    def close(self, request: str) -> None:
+        self._free.append(self._rows.pop(request))
 
     def add(self, records: Records) -> None:
         """A token that was sampled twice, because its request was preempted meanwhile, counts as the second time."""
+        if not self._rows:
+            return
         rows = np.fromiter((self._rows.get(r, -1) for r in records.requests), np.int64, len(records.requests))
-        places: npt.NDArray[np.int64] = self._begins[rows] + records.positions - self._starts[rows]
-        kept = records.sampled & (rows >= 0) & (places < self._ends[rows])
-        self._values[places[kept]] = records.logprobs[kept]
-        self._known[places[kept]] = True
+        places: npt.NDArray[np.int64] = records.positions - self._starts[rows]
+        kept = records.sampled & (rows >= 0) & (places < self._limits[rows])
+        self._values[rows[kept], places[kept]] = records.logprobs[kept]
+        self._known[rows[kept], places[kept]] = True
 
-    def get(self, row: int, start: int, stop: int) -> list[float]:
+    def get(self, request: str, start: int, stop: int) -> list[float]:
         """Of a request's tokens start to stop."""
-        part = slice(self._begins[row] + start, self._begins[row] + stop)
-        assert self._known[part].all(), "a sampled token has no log-probability"
-        return self._values[part].tolist()
+        row = self._rows[request]
+        assert self._known[row, start:stop].all(), "a sampled token has no log-probability"
+        return self._values[row, start:stop].tolist()
+
+    def _grow(self) -> None:
+        """Twice as many rows; what is never written takes no memory."""
+        rows = len(self._starts)
+        more = max(rows, 16)
+        self._free += range(rows + more - 1, rows - 1, -1)
+        self._starts, self._limits = (np.pad(column, (0, more)) for column in (self._starts, self._limits))
+        self._values, self._known = (_longer(table, more) for table in (self._values, self._known))
+
+
+def _longer(table: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+    result = np.zeros((len(table) + rows, table.shape[1]), table.dtype)
+    result[: len(table)] = table
+    return result

@@ -28,6 +28,9 @@ from cispo.rollout.reward_worker import (
 )
 from cispo.types import UserError
 
+# Beyond twice the limit of a call: a worker whose own watchdog works has ended itself by then, also on a busy machine.
+_SLACK_SECONDS = 10.0
+
 _BOOT = "import sys; sys.path[:] = {path!r}; from cispo.rollout.reward_worker import main; main({socket}, {black_box})"
 
 
@@ -41,6 +44,11 @@ class WorkerDied(Exception):
         self._exit_code = process.process.returncode
         self._last_call, self._report = process.read_black_box()
         self._timed_out = self._report.startswith("Timeout")
+
+    @property
+    def killed(self) -> bool:
+        """Whether it was ended from outside, and not for the time that it took."""
+        return self._exit_code == -signal.SIGKILL and not self._timed_out
 
     def failure(self, job: Job) -> Failure:
         """What happened, if it was this job."""
@@ -118,9 +126,20 @@ class WorkerProcess:
         if self._reader is None or self._reader.done():
             self._reader = loop.create_task(self._read())
         try:
+            await self._watch(answer)
             return await answer
         finally:
             self._jobs.pop(job.id, None)
+
+    async def _watch(self, answer: asyncio.Future[Reply]) -> None:
+        """Waits for an answer; ends a process that has begun no call for so long that its watchdog must be stuck."""
+        before = None
+        while not answer.done():
+            await asyncio.wait({answer}, timeout=2 * self.setup.timeout + _SLACK_SECONDS)
+            now = self.read_black_box()[0] if self.alive else None
+            if not answer.done() and self.alive and now == before:
+                self._bury()
+            before = now
 
     async def _read(self) -> None:
         while self._jobs:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from cispo.rollout.reward_process import WorkerDied, WorkerProcess
 from cispo.rollout.reward_worker import Failure, Job, Reply, Setup, Signature, Value
 from cispo.types import Prompt, UserError
+from cispo.watchdog import Activity
 
 KEPT_PROBLEMS = 100
 
@@ -77,8 +78,12 @@ class RewardRunner:
         timeout: float = 10.0,
         workers: int = 2,
         key: str = "reward.functions",
+        activity: Activity | None = None,
     ) -> None:
-        """`timeout` is in seconds for one call; `key` is the recipe key of the functions, for error sentences."""
+        """`timeout` is in seconds for one call; `key` is the recipe key of the functions, for error sentences.
+
+        `activity` is told which groups are being scored.
+        """
         assert functions and workers > 0 and timeout > 0
         self.functions = tuple(functions)
         self.names = _names([function.fn for function in functions])
@@ -90,6 +95,7 @@ class RewardRunner:
         self._timeout = timeout
         self._workers = workers
         self._key = key
+        self._activity = activity or Activity()
         self._signatures: tuple[Signature, ...] = ()
         self._job_ids = itertools.count()
         self._processes: set[WorkerProcess] = set()
@@ -165,6 +171,10 @@ class RewardRunner:
                 raise UserError(f"reward {function.fn} needs a column '{name}', but {what} has {has}")
 
     async def _score_group(self, group: Attempts) -> Scores | Failure:
+        with self._activity.doing(f"rewards of prompt {group.prompt.id}"):
+            return await self._score(group)
+
+    async def _score(self, group: Attempts) -> Scores | Failure:
         plain = [i for i, signature in enumerate(self._signatures) if not signature.asynchronous]
         others = [i for i, signature in enumerate(self._signatures) if signature.asynchronous]
         replies = await asyncio.gather(
@@ -198,6 +208,9 @@ class RewardRunner:
             worker = self._idle.pop() if self._idle else await self._start(asynchronous=False)
             try:
                 return await self._run_alone(worker, job)
+            except _Killed:
+                worker = await self._start(asynchronous=False)
+                return await self._run_alone(worker, job, again=True)
             finally:
                 if worker.alive:
                     self._idle.append(worker)
@@ -210,21 +223,27 @@ class RewardRunner:
         try:
             return await worker.run(job)
         except WorkerDied as death:
-            if death.suspects == 1:
+            if death.suspects == 1 and not death.killed:
                 return Reply(job.id, [], death.failure(job))
-        # Other jobs were in that process: one after the other in a process of its own, only the guilty one fails.
+        # Other jobs were in that process, or somebody killed it: one after the other in a process of its own, only a
+        # guilty one fails.
         async with self._one_suspect:
             worker = await self._start(asynchronous=True)
             try:
-                return await self._run_alone(worker, job)
+                return await self._run_alone(worker, job, again=True)
             finally:
                 worker.kill()
 
-    async def _run_alone(self, worker: WorkerProcess, job: Job) -> Reply:
-        """The job in a worker that runs nothing else, so that it is this job that the worker dies of."""
+    async def _run_alone(self, worker: WorkerProcess, job: Job, *, again: bool = False) -> Reply:
+        """The job in a worker that runs nothing else, so that it is this job that the worker dies of.
+
+        Raises _Killed where somebody killed it, unless that happens `again`: then it is the job's doing after all.
+        """
         try:
             return await worker.run(job)
         except WorkerDied as death:
+            if death.killed and not again:
+                raise _Killed from None
             return Reply(job.id, [], death.failure(job))
         except asyncio.CancelledError:
             # It is still at work on a job that nobody waits for.
@@ -240,6 +259,10 @@ class RewardRunner:
         self._signatures = worker.signatures
         self._processes = {worker, *(process for process in self._processes if process.alive)}
         return worker
+
+
+class _Killed(Exception):
+    """A worker got SIGKILL, from a person or from a machine without memory."""
 
 
 def _names(paths: Sequence[str]) -> tuple[str, ...]:

@@ -9,36 +9,47 @@ import torch
 from torch import Tensor
 
 from cispo.policies.base import load_policy
-from cispo.rollout.drafts import repeats_pattern, seeded, start_drafts
+from cispo.rollout.drafts import Draft, repeats_pattern
 from cispo.rollout.engine import check_model
-from cispo.types import Completion, FinishReason, Sampling
-from cispo.weight_sync import mapped_weights
+from cispo.types import FinishReason, Sampling
+from cispo.weight_sync import FileMessage, WeightMessage, mapped_weights
 
 
 class TorchEngine:
-    """The learner's policy, recomputed from the first token at every step: small, slow, for tests."""
+    """The learner's policy, recomputed from the first token at every step: small, slow, for tests.
+
+    All drafts run at once. It keeps nothing from step to step, so an update that keeps is one that recomputes.
+    """
 
     def __init__(self, model: str, *, dtype: str, max_context: int) -> None:
         check_model(model, max_context)
         self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
-        self._max_context = max_context
-        self._version = 0
+        self.max_context = max_context
+        self.sampled = 0
+        self._drafts: list[Draft] = []
 
-    @property
-    def version(self) -> int:
-        return self._version
+    def submit(self, drafts: Sequence[Draft]) -> None:
+        self._drafts += drafts
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
-    ) -> list[Completion]:
-        drafts = start_drafts(prompts, sampling, self._max_context, limits)
-        with torch.no_grad(), seeded(seed):
-            while active := [i for i, draft in enumerate(drafts) if draft.reason is None]:
-                logits = self._logits([[*prompts[i], *drafts[i].tokens] for i in active])
-                for i, token, logprob in zip(active, *_sample(logits, sampling), strict=True):
-                    tokens = [*drafts[i].tokens, token]
-                    drafts[i].extend([token], [logprob], _finish_reason(tokens, drafts[i].limit, sampling))
-        return [draft.completion(self._version) for draft in drafts]
+    @torch.no_grad()
+    def step(self) -> list[Draft]:
+        logits = self._logits([[*draft.prompt, *draft.tokens] for draft in self._drafts])
+        for sampling in dict.fromkeys(draft.sampling for draft in self._drafts):
+            rows = [row for row, draft in enumerate(self._drafts) if draft.sampling == sampling]
+            for row, token, logprob in zip(rows, *_sample(logits[rows], sampling), strict=True):
+                draft = self._drafts[row]
+                draft.extend([token], [logprob], _finish_reason([*draft.tokens, token], draft.limit, sampling))
+        self.sampled += len(self._drafts)
+        complete = [draft for draft in self._drafts if draft.reason is not None]
+        self.drop(complete)
+        return complete
+
+    def settle(self) -> list[Draft]:
+        return []
+
+    def drop(self, drafts: Sequence[Draft]) -> None:
+        dropped = set(drafts)
+        self._drafts = [draft for draft in self._drafts if draft not in dropped]
 
     def _logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Of the token after each sequence, [S, V] float32."""
@@ -49,9 +60,15 @@ class TorchEngine:
         hidden = self._policy(tokens, positions, torch.cat([ends.new_zeros(1), ends]).int()).hidden
         return hidden[ends - 1].float() @ self._policy.lm_head_weight.float().T
 
-    def update_weights(self, path: str, version: int) -> None:
-        self._policy.load_hf(mapped_weights(path))
-        self._version = version
+    def receive_weights(self, message: WeightMessage) -> None:
+        assert isinstance(message, FileMessage), "only vLLM's engine takes buckets"
+        self._policy.load_hf(mapped_weights(message.path))
+
+    def finish_update(self, *, recompute: bool) -> None:
+        pass
+
+    def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
+        raise AssertionError("only vLLM's engine takes buckets")
 
     def sleep(self) -> None:
         pass

@@ -1,32 +1,36 @@
 """vLLM as an engine: in this process, driven step by step, tokens straight from its core.
 
-    generate:  core.add_request ... while unfinished: core.step -> new tokens of each request -> drafts
+    submit -> core.add_request      step -> core.get_output -> new tokens of each request -> drafts
 
-Where vLLM's second model runner is in use (GPUs), log-probabilities are recorded on the device and fetched at the end
-(`recorder`); else they arrive with the tokens.
+Where vLLM's second model runner is in use (GPUs), log-probabilities are recorded on the device and fetched when drafts
+end (`recorder`); else they arrive with the tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cispo.rollout.drafts import Draft, seeded, start_drafts
+from cispo.rollout.drafts import Draft
 from cispo.rollout.engine import check_model
 from cispo.rollout.recorder import LogprobTable
+from cispo.rollout.stream import seeded
 from cispo.rollout.vllm_start import start_vllm
-from cispo.types import Completion, FinishReason, Sampling
-from cispo.weight_sync import FileMessage, WeightMessage
+from cispo.types import Sampling
+from cispo.weight_sync import WeightMessage
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreOutput
 
-# Steps between looks at recorded log-probabilities where a rule may end a completion because of them.
-_LOOK_EVERY = 64
+# Steps between looks at recorded log-probabilities: where a request has ended and others go on, and where a rule may
+# end one because of them. A look waits for the device.
+_LOOK_FOR_ENDED = 16
+_LOOK_FOR_RULES = 64
 
 
 @dataclass(slots=True)
@@ -37,6 +41,7 @@ class _Request:
     tokens: list[int] = field(default_factory=list)
     """Sampled, and waiting for their log-probabilities."""
     reason: str | None = None
+    """Why vLLM ended it."""
 
 
 class VLLMEngine:
@@ -62,9 +67,16 @@ class VLLMEngine:
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         check_model(model, max_context)
-        self._max_context = max_context
-        self._version = 0
+        self.max_context = max_context
+        self.sampled = 0
+        self._requests: dict[str, _Request] = {}
+        self._ended: set[str] = set()
+        """Requests that vLLM has ended, and whose last tokens wait for their log-probabilities."""
+        self._numbers = itertools.count()
+        self._updates = 0
         self._updating = False
+        self._steps = 0
+        """Since the last look."""
         arguments = {
             "model": str(model),
             "dtype": dtype,
@@ -90,95 +102,111 @@ class VLLMEngine:
         self._core: Any = self._engine.engine_core
         # A worker on a CPU has no such method: its sampler reports as it goes.
         on_gpu = self._engine.vllm_config.device_config.device_type == "cuda"
-        self._records = on_gpu and all(self._engine.collective_rpc("record_logprobs"))
+        records = on_gpu and all(self._engine.collective_rpc("record_logprobs"))
+        self._table = LogprobTable(max_context) if records else None
+        self._caches = self._engine.vllm_config.cache_config.enable_prefix_caching
 
-    @property
-    def version(self) -> int:
-        return self._version
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
-    ) -> list[Completion]:
-        drafts = start_drafts(prompts, sampling, self._max_context, limits)
-        # Seed the process: on a CPU a per-request seed ends vLLM's engine when a prompt is prefilled in parts.
-        with seeded(seed):
-            requests = self._add(prompts, drafts, sampling, seed)
-            rows = {request.id: row for row, request in enumerate(requests)}
-            table = None
-            if self._records:
-                table = LogprobTable(rows, [len(p) for p in prompts], [d.limit for d in drafts])
-            looks = any(draft.counter for draft in drafts)
-            unfinished, steps = len(requests), 0
-            while unfinished:
-                for output in self._core.get_output().outputs:
-                    request = requests[rows[output.request_id]]
-                    unfinished -= self._extend(request, output, later=table is not None)
-                steps += 1
-                if table is not None and looks and steps % _LOOK_EVERY == 0:
-                    unfinished -= self._look(requests, table)
-            # With asynchronous scheduling a step that nobody needs may still be on its way.
-            while self._core.engine_core.batch_queue:
-                self._core.get_output()
-            if table is not None:
-                self._look(requests, table)
-        return [draft.completion(self._version) for draft in drafts]
-
-    def _add(
-        self, prompts: Sequence[Sequence[int]], drafts: Sequence[Draft], sampling: Sampling, seed: int
-    ) -> list[_Request]:
+    def submit(self, drafts: Sequence[Draft]) -> None:
         from vllm.inputs import tokens_input
 
-        processor, tasks, requests = self._engine.input_processor, self._engine.get_supported_tasks(), []
-        common = _sampling_params(sampling)
-        for index, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
-            params = copy.copy(common)
+        processor, tasks = self._engine.input_processor, self._engine.get_supported_tasks()
+        # Drafts that began before an update and keep what was computed then share it with none that begin after it.
+        salt = str(self._updates) if self._caches else None
+        common = {sampling: _sampling_params(sampling) for sampling in {draft.sampling for draft in drafts}}
+        for draft in drafts:
+            params = copy.copy(common[draft.sampling])
             params.max_tokens = draft.limit
-            if self._records:
-                params.seed = (seed + index * 0x9E3779B97F4A7C15) % 2**63
-            request = processor.process_inputs(str(index), tokens_input(list(prompt)), params, supported_tasks=tasks)
+            if self._table is not None:
+                params.seed = draft.seed
+            prompt = tokens_input(list(draft.prompt), cache_salt=salt)
+            request = processor.process_inputs(str(next(self._numbers)), prompt, params, supported_tasks=tasks)
             processor.assign_request_id(request)
             self._core.add_request(request)
-            requests.append(_Request(draft, request.request_id))
-        return requests
+            self._requests[request.request_id] = _Request(draft, request.request_id)
+            if self._table is not None:
+                self._table.open(request.request_id, start=len(draft.prompt), limit=draft.limit)
 
-    def _extend(self, request: _Request, output: EngineCoreOutput, later: bool) -> bool:
-        """Adds a request's new tokens; True where that ends it. `later`: their log-probabilities are being recorded."""
-        if request.reason is not None:  # cut before, while this step was under way
-            return False
-        reason = None if output.finish_reason is None else str(output.finish_reason)
-        if later:
-            request.tokens += output.new_token_ids
-            request.reason = reason
-            return reason is not None
-        logprobs = [] if output.new_logprobs is None else output.new_logprobs.logprobs[:, 0].tolist()
-        request.draft.extend(output.new_token_ids, logprobs, reason)
-        request.reason = request.draft.reason
-        if request.reason is FinishReason.REPETITION and reason is None:
-            self._core.abort_requests([request.id])
-        return request.reason is not None
+    def step(self) -> list[Draft]:
+        complete = self._take(self._core.get_output().outputs)
+        if self._table is None:
+            return complete
+        self._steps += 1
+        return self._look() if self._look_is_due() else []
 
-    def _look(self, requests: Sequence[_Request], table: LogprobTable) -> int:
-        """Gives waiting tokens their log-probabilities; returns how many requests a rule ends because of them."""
-        table.add(self._engine.collective_rpc("take_logprobs")[0])
-        ended = 0
-        for row, request in enumerate(requests):
+    def _look_is_due(self) -> bool:
+        """Whether somebody waits for log-probabilities, or a rule may end a request because of them."""
+        if self._ended and (self._steps >= _LOOK_FOR_ENDED or len(self._ended) == len(self._requests)):
+            return True
+        return self._steps % _LOOK_FOR_RULES == 0 and any(r.draft.counter for r in self._requests.values())
+
+    def settle(self) -> list[Draft]:
+        from vllm.v1.core.sched.interface import PauseState
+
+        complete, core = [], self._core.engine_core
+        if core.batch_queue:
+            # Asynchronous scheduling would put another step behind the one on its way.
+            core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+            while core.batch_queue:
+                complete += self._take(self._core.get_output().outputs)
+            core.scheduler.set_pause_state(PauseState.UNPAUSED)
+        return complete if self._table is None else self._look()
+
+    def drop(self, drafts: Sequence[Draft]) -> None:
+        dropped = set(drafts)
+        requests = [request for request in self._requests.values() if request.draft in dropped]
+        self._core.abort_requests([request.id for request in requests if request.reason is None])
+        self._forget(requests)
+
+    def _take(self, outputs: Sequence[EngineCoreOutput]) -> list[Draft]:
+        """Adds what a step sampled to the requests; returns drafts that this completes."""
+        complete = []
+        for output in outputs:
+            request = self._requests.get(output.request_id)
+            if request is None:  # dropped, or cut by a rule, while this step was under way
+                continue
+            self.sampled += len(output.new_token_ids)
+            reason = None if output.finish_reason is None else str(output.finish_reason)
+            if self._table is not None:
+                request.tokens += output.new_token_ids
+                request.reason = reason
+                if reason is not None:
+                    self._ended.add(request.id)
+                continue
+            logprobs = [] if output.new_logprobs is None else output.new_logprobs.logprobs[:, 0].tolist()
+            request.draft.extend(output.new_token_ids, logprobs, reason)
+            if request.draft.reason is not None:
+                complete.append(request)
+                if reason is None:
+                    self._core.abort_requests([request.id])
+        return self._forget(complete)
+
+    def _look(self) -> list[Draft]:
+        """Gives waiting tokens their log-probabilities; returns the drafts that are complete with them."""
+        assert self._table is not None
+        self._table.add(self._engine.collective_rpc("take_logprobs")[0])
+        complete = []
+        for request in self._requests.values():
             if not request.tokens:
                 continue
             tokens, request.tokens = request.tokens, []
-            done = len(request.draft.tokens)
-            request.draft.extend(tokens, table.get(row, done, done + len(tokens)), request.reason)
-            if request.reason is None and request.draft.reason is not None:
-                request.reason = request.draft.reason
-                self._core.abort_requests([request.id])
-                ended += 1
-        return ended
+            draft, done = request.draft, len(request.draft.tokens)
+            draft.extend(tokens, self._table.get(request.id, done, done + len(tokens)), request.reason)
+            if draft.reason is not None:
+                complete.append(request)
+                if request.reason is None:  # a rule's
+                    self._core.abort_requests([request.id])
+        self._steps = 0
+        return self._forget(complete)
 
-    def update_weights(self, path: str, version: int) -> None:
-        self.receive_weights(FileMessage(str(path)))
-        self.finish_update(version)
+    def _forget(self, requests: Sequence[_Request]) -> list[Draft]:
+        for request in requests:
+            del self._requests[request.id]
+            self._ended.discard(request.id)
+            if self._table is not None:
+                self._table.close(request.id)
+        return [request.draft for request in requests]
 
     def receive_weights(self, message: WeightMessage) -> None:
-        """Takes a whole version or one of its buckets; `finish_update` follows the last."""
         if not self._updating:
             self._engine.collective_rpc("start_weight_update")
             self._updating = True
@@ -188,16 +216,14 @@ class VLLMEngine:
             self._updating = False  # the worker has ended it too
             raise
 
-    def finish_update(self, version: int) -> None:
-        """Ends an update. Raises AssertionError where a parameter has not arrived."""
+    def finish_update(self, *, recompute: bool) -> None:
         self._engine.collective_rpc("finish_weight_update")
         self._updating = False
-        emptied = self._engine.reset_prefix_cache()
-        assert emptied, "weights change between two calls of generate, when no request holds a block"
-        self._version = version
+        self._updates += 1
+        if recompute:
+            self._core.reset_prefix_cache(reset_running_requests=True)
 
     def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
-        """Enters the group over which the learner sends weights; its workers take the ranks from the first."""
         info = {"address": address, "first_rank": first_rank, "world": world}
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 

@@ -1,0 +1,70 @@
+"""What a curriculum computes: how often a prompt is drawn, when it is dropped, how long a completion may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from cispo.config import Curriculum
+
+
+def difficulty_weights(right: NDArray[np.int64], attempts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[N]: p (1 - p) with p = (right + 1) / (attempts + 2), the mean of a uniform prior after these attempts.
+
+    p (1 - p) is the variance of a right-or-wrong reward: what a group of such a prompt has to compare. The prior keeps
+    every weight above 0, and gives a prompt without attempts the largest, 1/4.
+    """
+    p = (right + 1) / (attempts + 2)
+    return p * (1 - p)
+
+
+def effective_number(weights: NDArray[np.float64]) -> float:
+    """(sum w)^2 / sum w^2: of how many prompts equally weighted draws would be as spread out; 0 without prompts."""
+    return float(weights.sum() ** 2 / np.square(weights).sum()) if len(weights) else 0.0
+
+
+def enough(right: int, attempts: int, drop_above: float) -> bool:
+    """Whether a group's pass rate is at or above the threshold.
+
+    A quotient is rounded as the recipe's decimal number is, so 7 of 10 is at 0.7; 0.7 * 10 need not be 7.
+    """
+    return right / attempts >= drop_above
+
+
+def max_tokens_at(step: int, *, stages: Sequence[tuple[int, int]], max_tokens: int) -> int:
+    """Most tokens of a completion that is sampled for a training step: the last stage that has begun by then.
+
+    `stages` are (first step, tokens) pairs in ascending order, the first at step 0; without any it is `max_tokens`.
+    """
+    begun = [tokens for start, tokens in stages if start <= step]
+    return begun[-1] if begun else max_tokens
+
+
+def describe_curriculum(keys: Curriculum, *, group_size: int, max_tokens: int) -> list[tuple[str, str]]:
+    """(item, words) rows: what each key that is set does to a run; none where none is set."""
+    rows = []
+    if keys.weighting == "difficulty":
+        rows.append(
+            (
+                "prompts",
+                "drawn with weight p (1 - p), p = (right + 1) / (attempts + 2) in the prompt's last group; "
+                "no prompt twice in a pass of rollout.prompts_per_step draws",
+            )
+        )
+    if keys.drop_above is not None:
+        needed = next(k for k in range(group_size + 1) if enough(k, group_size, keys.drop_above))
+        rows.append(
+            (
+                "dropped",
+                f"once {needed} of {group_size} attempts of its last group are right, a prompt is never sampled "
+                "again; the run ends when none is left",
+            )
+        )
+    if keys.length_stages:
+        stages = ", ".join(f"{tokens} tokens from step {start}" for start, tokens in keys.length_stages)
+        rows.append(("longest completion", f"{stages}; in evaluations {max_tokens}"))
+    return rows

@@ -1,0 +1,288 @@
+"""Running Python code that nobody has read, such as a model's: in a fresh interpreter that can do nothing but compute.
+
+    run_python(code) --> launcher (`cispo.confinement`) --> the program: no network, no processes, no files but its own
+                     <-- stdout, stderr, exit code, and what stopped it
+
+Two mechanisms, of which the first that works on this machine is taken; each is complete by itself:
+
+    namespaces   the program is alone on a machine of its own, in which nothing is but Python. Needs root, or a kernel
+                 that lets users make user namespaces.
+    landlock     the program sees this machine and may open nothing of it. Needs Linux 5.13 or newer, no rights at all.
+
+Both add the same filter on system calls and the same limits. A machine with neither runs no such code: UserError.
+"""
+
+from __future__ import annotations
+
+import marshal
+import math
+import os
+import platform
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Literal
+
+from cispo.confinement.launcher import HEADER
+from cispo.types import RunError, UserError
+
+Mechanism = Literal["namespaces", "landlock"]
+Stop = Literal["time", "memory", "output", "disk", "threads"]
+
+MAX_THREADS = 64
+"""Threads of one program; there is no second process."""
+START_SECONDS = 30
+"""Limit for building a sandbox, which takes some 20 ms, on a busy machine."""
+END_SECONDS = 10
+"""Limit for ending it, likewise."""
+
+_REASONS: dict[str, Stop] = {"time": "time", "disk": "disk", "threads": "threads"}
+
+_PROJECT = str(Path(__file__).parents[1])
+_BOOT = "import sys; sys.path.append({project!r}); from cispo.confinement.launcher import main; main({status})"
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+_TRY_TO_ESCAPE = """
+import os, socket
+attempts = [socket.socket, os.fork, lambda: os.listdir("/proc"), lambda: open({secret!r}), lambda: open("/out", "w"),
+            lambda: os.kill(os.getppid(), 0), lambda: os.chmod("/", 0o755)]
+for number, attempt in enumerate(attempts):
+    try:
+        attempt()
+    except OSError:
+        continue
+    raise SystemExit(f"attempt {{number}} to escape succeeded")
+print("contained")
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxResult:
+    """What a program did.
+
+    Example: SandboxResult(stdout="42\\n", stderr="", exit_code=0, stopped=None)
+    """
+
+    stdout: str
+    """UTF-8; what is not becomes U+FFFD. Cut at the limit, after which the program is killed."""
+    stderr: str
+    """Likewise; the traceback is here."""
+    exit_code: int
+    """Negative: the number of the signal that ended it."""
+    stopped: Stop | None
+    """The limit that ended it. A file that grows too large is an error in the program (OSError), as is a socket."""
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0 and self.stopped is None
+
+
+def run_python(
+    code: str,
+    *,
+    stdin: str = "",
+    timeout: float = 5.0,
+    memory_mb: int = 512,
+    disk_mb: int = 16,
+    output_kb: int = 1024,
+    mechanism: Mechanism | None = None,
+) -> SandboxResult:
+    """Runs a program in a sandbox and waits for its end.
+
+    It has the standard library and nothing else, an empty environment, `stdin`, and an empty folder to work in, which
+    is removed afterwards. `timeout` is in seconds of wall clock, and of CPU time of all threads (rounded up);
+    `memory_mb` limits the address space, `disk_mb` its files, `output_kb` each of stdout and stderr. `mechanism` is the
+    first that works here, or the one that is named.
+
+    UserError where this machine cannot contain it, RunError where the sandbox itself failed.
+    """
+    limits = _Limits(timeout, memory_mb << 20, disk_mb << 20, output_kb << 10)
+    return _run(code, stdin, limits, mechanism or available_mechanisms()[0])
+
+
+@cache
+def available_mechanisms() -> tuple[Mechanism, ...]:
+    """What can contain a program on this machine, tried out by one that attempts to escape, the better one first.
+
+    UserError when there is none.
+    """
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise UserError(
+            "model-written code runs on Linux on x86_64 or aarch64 only, which this machine is not: nothing else here "
+            "can contain it"
+        )
+    works: list[Mechanism] = []
+    problems: list[str] = []
+    for mechanism in ("namespaces", "landlock"):
+        try:
+            with tempfile.NamedTemporaryFile() as secret:
+                code = _TRY_TO_ESCAPE.format(secret=secret.name)
+                result = _run(code, "", _Limits(20.0, 1 << 29, 1 << 20, 1 << 16), mechanism)
+        except RunError as error:
+            problems.append(f"{mechanism}: {error}")
+            continue
+        if result.stdout == "contained\n" and result.ok:
+            works.append(mechanism)
+        else:
+            problems.append(f"{mechanism}: {' '.join(result.stderr.split()[-20:]) or result.stopped}")
+    if not works:
+        raise UserError(
+            "model-written code cannot be contained on this machine, so it is not run: allow user namespaces or start "
+            f"the kernel with Landlock ({'; '.join(problems)})"
+        )
+    return tuple(works)
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """`timeout` in seconds, the rest in bytes."""
+
+    timeout: float
+    memory: int
+    disk: int
+    output: int
+
+
+def _run(code: str, stdin: str, limits: _Limits, mechanism: Mechanism) -> SandboxResult:
+    python, readable, devices = _interpreter()
+    request = {
+        "mechanism": mechanism,
+        "code": code.encode(errors="replace"),
+        "stdin": stdin.encode(errors="replace"),
+        "python": python,
+        "readable": readable,
+        "devices": devices,
+        "scratch": tempfile.gettempdir(),
+        "cpu_seconds": max(1, math.ceil(limits.timeout)),
+        "memory_bytes": limits.memory,
+        "disk_bytes": limits.disk,
+        "threads": MAX_THREADS,
+    }
+    report, status = os.pipe()
+    with open(report, "rb", buffering=0) as reports:
+        try:
+            launcher = subprocess.Popen(
+                [python, "-I", "-S", "-c", _BOOT.format(project=_PROJECT, status=status)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(status,),
+                # A caller that is killed with its whole group leaves it alive for as long as it takes to clean up.
+                start_new_session=True,
+                env={},
+                cwd="/",
+                bufsize=0,
+            )
+        finally:
+            os.close(status)
+        try:
+            outcome = _Conversation(launcher, reports, limits)
+            outcome.hold(marshal.dumps(request))
+        finally:
+            _end(launcher)
+    return outcome.result()
+
+
+class _Conversation:
+    """What a launcher and its program say, and when they are told to stop."""
+
+    def __init__(self, launcher: subprocess.Popen[bytes], reports: IO[bytes], limits: _Limits) -> None:
+        assert launcher.stdin and launcher.stdout and launcher.stderr
+        self._orders = launcher.stdin
+        self._sources = {"stdout": launcher.stdout, "stderr": launcher.stderr, "report": reports}
+        self._texts = {name: bytearray() for name in self._sources}
+        self._limits = limits
+        self._stopped: Stop | None = None
+        self._started = False
+        self._deadline = 0.0
+
+    def hold(self, request: bytes) -> None:
+        """Sends the request, and listens until both are silent for good or do not obey."""
+        try:
+            # Raw pipes write what they have room for.
+            rest = memoryview(HEADER.pack(len(request)) + request)
+            while rest:
+                rest = rest[self._orders.write(rest) :]
+        except BrokenPipeError:
+            # It ended early; what it said tells why.
+            pass
+        self._deadline = time.monotonic() + START_SECONDS
+        with selectors.DefaultSelector() as selector:
+            for name, source in self._sources.items():
+                selector.register(source, selectors.EVENT_READ, name)
+            while selector.get_map():
+                ready = selector.select(max(0.0, self._deadline - time.monotonic()))
+                for key, _ in ready:
+                    if not self._take(key.data, os.read(key.fd, 1 << 16)):
+                        selector.unregister(key.fileobj)
+                if not self._started and b"started\n" in self._texts["report"]:
+                    self._started = True
+                    self._deadline = time.monotonic() + self._limits.timeout
+                if time.monotonic() >= self._deadline:
+                    if self._orders.closed:
+                        return
+                    self._stop("time")
+
+    def _take(self, name: str, chunk: bytes) -> bool:
+        """Keeps what fits; False at the end."""
+        text = self._texts[name]
+        room = self._limits.output - len(text)
+        text += chunk[:room]
+        if len(chunk) > room:
+            self._stop("output")
+        return bool(chunk)
+
+    def _stop(self, reason: Stop) -> None:
+        if not self._orders.closed:
+            self._orders.close()
+            self._stopped = reason
+            self._deadline = time.monotonic() + END_SECONDS
+
+    def result(self) -> SandboxResult:
+        report = self._texts["report"].decode(errors="replace")
+        stdout, stderr = (self._texts[name].decode(errors="replace") for name in ("stdout", "stderr"))
+        words = report.rpartition("exit ")[2].split()
+        if "error " in report or len(words) != 2:
+            raise RunError(
+                f"the sandbox failed: {report.partition('error ')[2].strip() or report + stderr or 'no reason'}"
+            )
+        exit_code = int(words[0])
+        # What ended by itself before it was killed for its time was in time; output that was cut stays cut.
+        told = words[1] == "caller" or self._stopped == "output"
+        stopped = self._stopped if told else _REASONS.get(words[1])
+        # At its limit Python gets no more memory, which ends a program unless it catches that.
+        if stopped is None and exit_code != 0 and stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
+            stopped = "memory"
+        return SandboxResult(stdout=stdout, stderr=stderr, exit_code=exit_code, stopped=stopped)
+
+
+def _end(launcher: subprocess.Popen[bytes]) -> None:
+    """Gives the launcher time to clean up, and kills it with its program after that."""
+    pipes = [pipe for pipe in (launcher.stdin, launcher.stdout, launcher.stderr) if pipe]
+    for pipe in pipes:
+        pipe.close()
+    try:
+        launcher.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+@cache
+def _interpreter() -> tuple[str, list[str], list[str]]:
+    """The real Python behind this one, the files and folders that it needs to read, and the devices."""
+    python = os.path.realpath(sys.executable)
+    prefix = Path(python).parents[1]
+    library = [os.path.dirname(os.__file__), prefix / "lib", prefix / "lib64"]
+    wanted = [python, *map(os.path.realpath, library), *_LIBRARIES]
+    found = sorted({path for path in wanted if os.path.exists(path)})
+    covered = [path for path in found if any(path.startswith(f"{other}/") for other in found)]
+    devices = [device for device in _DEVICES if os.path.exists(device)]
+    return python, [path for path in found if path not in covered], devices

@@ -1,0 +1,41 @@
+"""Supervised warm-up before the first training step, with the learner's own update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from cispo.algorithms.losses import negative_log_likelihood
+from cispo.algorithms.objective import Objective
+from cispo.assemble import pack_for
+from cispo.config import Recipe
+from cispo.learner.optim import learning_rate
+from cispo.learner.sft import demonstration_batches
+from cispo.runfolder import RunLog
+from cispo.screen import Screen
+from cispo.seeds import seed_of
+from cispo.types import Sample, UserError
+from cispo.workers import Workers
+
+_SFT = Objective(loss=negative_log_likelihood)
+
+
+async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], log: RunLog, screen: Screen) -> None:
+    """Supervised fine-tuning on demonstrations with the learner's own update, then a fresh optimizer."""
+    assert recipe.sft is not None
+    keys = recipe.sft
+    batches = demonstration_batches(samples, batch_size=keys.batch_size, seed=seed_of(recipe.seed, "sft"))
+    screen.phase("warm-up", keys.steps)
+    for step in range(1, keys.steps + 1):
+        columns = pack_for(recipe, next(batches), "token")
+        lr = learning_rate(step - 1, steps=keys.steps, peak=keys.lr, warmup=keys.warmup_steps)
+        started = time.perf_counter()
+        results = await workers.update(columns, _SFT, lr)
+        speed = sum(mb.tokens.numel() for column in columns for mb in column) / (time.perf_counter() - started)
+        loss = sum(r.batch.loss for r in results)
+        if not results[0].taken:
+            raise UserError(f"sft: the gradient of step {step} is not finite; sft.lr {keys.lr} is too high")
+        log.metrics(step, {"sft/loss": loss, "sft/grad_norm": results[0].grad_norm, "sft/tokens_per_s": speed})
+        screen.step(step, {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"})
+    screen.done()
+    await workers.reset_optimizer()

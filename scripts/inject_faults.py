@@ -1,0 +1,348 @@
+"""Injects faults into real runs at random moments and says what became of them.
+
+    scripts/inject_faults.py --times 10                              every fault, a table at the end
+    scripts/inject_faults.py kill-driver kill-engine --times 3 rollout.engine=torch
+
+Each trial runs a small recipe of its own on Ray, does something to it, resumes it where it ended, and compares it all
+with a run that nobody disturbed: metrics (but times), sampled tokens, weights and optimizer must be equal bit for bit.
+A trial counts as a hang where it does not end within --limit seconds, as orphans where a process of it is alive 20 s
+after its end, and as lost where a whole checkpoint from before the fault is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+MARK = "CISPO_FAULT_TRIAL"
+SMALL = [
+    "sft.steps=5",
+    "sft.batch_size=32",
+    "train.steps=8",
+    "train.save_every=4",
+    "train.eval_every=4",
+    "eval.limit=8",
+    "rollout.prompts_per_step=2",
+    "rollout.group_size=4",
+    "learner.ranks=1",
+    "learner.lr=1e-3",
+    "reward={functions: [{fn: 'tests.varied_reward:varied'}]}",
+]
+"""So short a run answers nothing right: varied rewards make it learn all the same."""
+
+
+@dataclass
+class Trial:
+    """One run in a folder and processes of its own."""
+
+    folder: Path
+    overrides: Sequence[str]
+    limit: float
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "quickstart"
+
+    def start(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "cispo.cli", "train", str(ROOT / "recipes" / "quickstart.yaml"), *flags]
+        command += [f"output_dir={self.folder}", *SMALL, *self.overrides]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # As a shell would start it, also where this script was started in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def end(self) -> tuple[int | None, str]:
+        """(exit code, output); None is a hang, which is then ended."""
+        assert self.process is not None
+        try:
+            output, _ = self.process.communicate(timeout=self.limit)
+            return self.process.returncode, output
+        except subprocess.TimeoutExpired:
+            for process in self.processes():
+                process.kill()
+            return None, self.process.communicate()[0]
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Every living process that the trial started, whoever is its parent now, whose title holds `title`."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                mine = process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE
+                if mine and title in " ".join(process.cmdline()):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def wait_for(self, title: str) -> psutil.Process | None:
+        """A process of a title, once there is one; None where the run ended before."""
+        assert self.process is not None
+        while self.process.poll() is None:
+            found = self.processes(title)
+            if found:
+                return random.choice(found)
+            time.sleep(0.1)
+        return None
+
+    def orphans(self) -> list[str]:
+        """What is left of it 20 s after its end; it is ended then."""
+        deadline = time.monotonic() + 20
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        names = [" ".join(p.cmdline())[:60] for p in left]
+        for process in left:
+            process.kill()
+        return names
+
+    def checkpoints(self) -> set[str]:
+        return {f.parent.name for f in self.run.glob("checkpoints/step_*/cispo.json")}
+
+
+def kill(title: str, number: int = signal.SIGKILL) -> Callable[[Trial], None]:
+    def act(trial: Trial) -> None:
+        process = trial.wait_for(title)
+        if process is not None:
+            _send(process, number)
+
+    return act
+
+
+def _send(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def starve(trial: Trial) -> None:
+    """The engine gets no memory any more."""
+    process = trial.wait_for("ray::engine-0")
+    if process is not None:
+        try:
+            room = process.memory_info().vms + 1024
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            pass
+
+
+def interrupt(times: int) -> Callable[[Trial], None]:
+    def act(trial: Trial) -> None:
+        assert trial.process is not None
+        for _ in range(times):
+            trial.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+
+    return act
+
+
+def fill_disk(trial: Trial) -> None:
+    with (trial.folder / "ballast").open("wb") as file:
+        try:
+            while True:
+                file.write(b"\0" * 65536)
+        except OSError:
+            pass
+
+
+def make_room(trial: Trial) -> None:
+    (trial.folder / "ballast").unlink(missing_ok=True)
+
+
+def remount(mode: str) -> Callable[[Trial], None]:
+    def act(trial: Trial) -> None:
+        subprocess.run(["mount", "-o", f"remount,{mode}", str(trial.folder)], check=False)
+
+    return act
+
+
+def nothing(trial: Trial) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Fault:
+    act: Callable[[Trial], None]
+    ends_with: tuple[int, ...]
+    """Exit codes that are right after it; 0 also where it came too late to matter."""
+    undo: Callable[[Trial], None] = nothing
+    overrides: tuple[str, ...] = ()
+    own_disk: bool = False
+
+
+FAULTS: Mapping[str, Fault] = {
+    "kill-driver": Fault(kill("cispo.cli"), (-signal.SIGKILL, 0)),
+    "kill-learner": Fault(kill("ray::learner-0"), (1, 0)),
+    "kill-engine": Fault(kill("ray::engine-0"), (0,)),
+    "engine-without-memory": Fault(starve, (0,)),
+    "hang-engine": Fault(kill("ray::engine-0", signal.SIGSTOP), (1, 0), overrides=("control.watchdog=15",)),
+    "kill-reward": Fault(kill("reward_worker"), (0,)),
+    "hang-reward": Fault(kill("reward_worker", signal.SIGSTOP), (0,), overrides=("reward.timeout=2",)),
+    "ctrl-c": Fault(interrupt(1), (130, 0)),
+    "ctrl-c-twice": Fault(interrupt(2), (130, 0)),
+    "full-disk": Fault(fill_disk, (1, 2, 0), undo=make_room, own_disk=True),
+    "read-only": Fault(remount("ro"), (1, 2, 0), undo=remount("rw"), own_disk=True),
+}
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    """Everything that two equal runs must share."""
+    import pyarrow.parquet as pq
+    from safetensors.torch import load_file
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time/", "rollout/tokens_per_s", "total/seconds")
+    last = sorted((run / "checkpoints").glob("step_*"))[-1]
+    tensors = {f.name: load_file(f) for f in [*last.glob("*.safetensors"), *last.glob("training/*.safetensors")]}
+    return {
+        "metrics": [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows],
+        "samples": {f.name: pq.read_table(f).to_pylist() for f in sorted((run / "samples").glob("*.parquet"))},
+        "tensors": {(f, k): v.numpy().tobytes() for f, values in tensors.items() for k, v in values.items()},
+    }
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What differs, "" where nothing does."""
+    for what in one:
+        if one[what] != other[what]:
+            return what
+    return ""
+
+
+@dataclass
+class Result:
+    fault: str
+    moment: float
+    code: int | None
+    problems: list[str]
+    seconds: float
+
+
+def try_once(name: str, folder: Path, reference: Reference, moment: float, args: argparse.Namespace) -> Result:
+    """One trial: run, fault, resume, compare."""
+    fault, started = FAULTS[name], time.monotonic()
+    folder.mkdir(parents=True)
+    if fault.own_disk:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(folder)], check=True)
+    trial = Trial(folder, [*args.overrides, *fault.overrides], args.limit)
+    problems = []
+    trial.start()
+    time.sleep(moment * reference.seconds)
+    before = trial.checkpoints()
+    fault.act(trial)
+    code, output = trial.end()
+    if code not in fault.ends_with:
+        problems.append("hang" if code is None else f"exit code {code}: {output[-600:]}")
+    if "Traceback" in output:
+        problems.append(f"traceback: {output[-600:]}")
+    problems += [f"orphans: {names}" for names in [trial.orphans()] if names]
+    # Two newest and the best stay: an older one may have gone in order.
+    if before and (not trial.checkpoints() or max(trial.checkpoints()) < max(before)):
+        problems.append(f"lost: {before - trial.checkpoints()}")
+    fault.undo(trial)
+    if code != 0 and code is not None:
+        # A run that was ended before it had made its folder starts anew.
+        trial.start(*(["--resume"] if (trial.run / "recipe.yaml").exists() else []))
+        again, output = trial.end()
+        if again != 0:
+            problems.append(f"the resumed run ended with {again}: {output[-600:]}")
+        problems += [f"orphans after the resumed run: {names}" for names in [trial.orphans()] if names]
+    if not problems and (what := difference(reference.state, state_of(trial.run))):
+        problems.append(f"not the same run: {what}")
+    if fault.own_disk:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    if not problems and not args.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Result(name, moment, code, problems, time.monotonic() - started)
+
+
+@dataclass
+class Reference:
+    """The run that nobody disturbs."""
+
+    state: Mapping[str, Any]
+    seconds: float
+
+
+def undisturbed(folder: Path, args: argparse.Namespace) -> Reference:
+    trial, started = Trial(folder, args.overrides, args.limit), time.monotonic()
+    trial.start()
+    code, output = trial.end()
+    if code != 0:
+        raise SystemExit(f"the undisturbed run failed: {output[-2000:]}")
+    return Reference(state_of(trial.run), time.monotonic() - started)
+
+
+def table(results: Sequence[Result]) -> str:
+    lines = ["| fault | trials | ended by | hangs | lost checkpoints | orphans | not the same run | other |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(r.fault for r in results):
+        own = [r for r in results if r.fault == name]
+        codes = [str(r.code) for r in own]
+        ended = ", ".join(f"{codes.count(code)} x {code}" for code in sorted(set(codes)))
+        kinds = ("hang", "lost", "orphans", "not the same")
+        counts = [sum(any(p.startswith(kind) for p in r.problems) for r in own) for kind in kinds]
+        other = sum(any(not p.startswith(kinds) for p in r.problems) for r in own)
+        lines.append(f"| {name} | {len(own)} | {ended} | " + " | ".join(map(str, [*counts, other])) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("items", nargs="*", metavar="FAULT|KEY=VALUE", help=", ".join(FAULTS))
+    parser.add_argument("--times", type=int, default=10, help="trials of each fault")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--limit", type=float, default=240, help="seconds after which a run is a hang")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of trials that went well")
+    args = parser.parse_intermixed_args()
+    args.overrides = [item for item in args.items if "=" in item]
+    names = [item for item in args.items if "=" not in item] or list(FAULTS)
+    unknown = [name for name in names if name not in FAULTS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no fault: there are {', '.join(FAULTS)}")
+    if any(FAULTS[name].own_disk for name in names) and MARK not in os.environ:
+        # Mounting a disk of one's own needs a name space of one's own.
+        own = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, *sys.argv]
+        os.execvpe(own[0], own, {**os.environ, MARK: "none"})
+    moments = random.Random(args.seed)
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        reference = undisturbed(folder / "reference", args)
+        print(f"undisturbed: {reference.seconds:.0f} s", flush=True)
+        results = []
+        for number in range(args.times):
+            for name in names:
+                result = try_once(name, folder / f"{name}-{number}", reference, moments.random(), args)
+                results.append(result)
+                said = "; ".join(result.problems) or "ok"
+                print(f"{name} at {result.moment:.0%}: exit {result.code}, {result.seconds:.0f} s, {said}", flush=True)
+    print(table(results))
+    sys.exit(any(r.problems for r in results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Objects that take several calls at once, in this process and in a Ray actor: overlap, cancellation, errors, order."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from cispo.actors import Handle, LocalRuntime, RayRuntime, Runtime
+from cispo.types import RunError, UserError
+from cispo.watchdog import Activity
+
+
+class Clerk:
+    """Answers late, and at once."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+    async def wait(self, seconds: float) -> float:
+        self.waiting += 1
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self.waiting -= 1
+        return seconds
+
+    def count(self) -> int:
+        return self.waiting
+
+    async def fail(self, kind: str) -> None:
+        await asyncio.sleep(0.01)
+        raise {"user": UserError, "run": RunError}[kind](f"a {kind} error")
+
+    def close(self) -> None:
+        pass
+
+
+async def until(handle: Handle, waiting: int) -> None:
+    started = time.monotonic()
+    while await handle.call("count") != waiting:
+        assert time.monotonic() - started < 20
+        await asyncio.sleep(0.01)
+
+
+async def work(runtime: Runtime) -> None:
+    handle = await runtime.start(Clerk, name="clerk", concurrent=True)
+    long = asyncio.ensure_future(handle.call("wait", 60.0))
+    await until(handle, 1)
+    assert await asyncio.gather(*(handle.call("wait", 0.01 * i) for i in range(5))) == [0.01 * i for i in range(5)]
+    assert await handle.call("count") == 1, "the long call goes on"
+    long.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await long
+    await until(handle, 0)
+    for kind, error in (("user", UserError), ("run", RunError)):
+        with pytest.raises(error, match=f"^a {kind} error$"):
+            await handle.call("fail", kind)
+
+
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_calls_overlap_and_are_cancelled(kind: str) -> None:
+    runtime = LocalRuntime() if kind == "local" else RayRuntime(processes=1, activity=Activity())
+    try:
+        asyncio.run(work(runtime))
+    finally:
+        runtime.close()

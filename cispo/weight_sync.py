@@ -63,6 +63,23 @@ def weights_folder(run: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def shared_weights_folder(run: str, root: Path) -> Iterator[Path]:
+    """The same in `root`, where other machines see it too; there locks cannot be relied on.
+
+    Raises UserError where `root` cannot be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".weights-{run}-", dir=root.absolute())
+    except OSError as error:
+        raise UserError(f"output_dir '{root}' cannot be written: {error.strerror}") from None
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_abandoned(root: Path) -> None:
     for folder in root.glob(f"{_PREFIX}*"):
         try:

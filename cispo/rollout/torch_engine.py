@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cispo.policies.base import load_policy
 from cispo.rollout.drafts import Draft, repeats_pattern
-from cispo.rollout.engine import check_context
+from cispo.rollout.engine import check_model
 from cispo.types import FinishReason, Sampling
 from cispo.weight_sync import FileMessage, WeightMessage, mapped_weights
 
@@ -22,7 +22,7 @@ class TorchEngine:
     """
 
     def __init__(self, model: str, *, dtype: str, max_context: int) -> None:
-        check_context(model, max_context)
+        check_model(model, max_context)
         self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
         self.max_context = max_context
         self.sampled = 0

@@ -98,7 +98,7 @@ class Controller:
             next_prompts=self.train_prompts.take,
             batch=batch,
             max_staleness=control.max_staleness,
-            window=math.floor(control.window * control.max_staleness * batch),
+            window=math.floor(control.window * max(control.max_staleness - 1, 0) * batch),
         )
 
     async def train(self, checkpoint: Path | None) -> None:

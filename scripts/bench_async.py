@@ -83,7 +83,7 @@ def main() -> None:
         subprocess.run(command, check=True)
     finally:
         for file in recipes:
-            file.unlink()
+            file.unlink(missing_ok=True)
     arms = {}
     for bound, file in zip((0, *args.staleness.split(",")), recipes, strict=True):
         folder = args.folder / args.recipe.stem / "arms" / file.stem

@@ -131,7 +131,7 @@ class Trial:
         return {str(f.parent) for run in self.runs() for f in run.glob("checkpoints/step_*/cispo.json")}
 
     def state(self) -> dict[str, Any]:
-        return {f"{run.parent.name}/{what}": v for run in self.runs() for what, v in state_of(run).items()}
+        return {f"{run.relative_to(self.folder)}/{k}": v for run in self.runs() for k, v in state_of(run).items()}
 
 
 def kill(title: str, number: int = signal.SIGKILL) -> Callable[[Trial], None]:

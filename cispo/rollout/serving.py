@@ -169,7 +169,8 @@ class ServedEngine:
         for draft in drafts:
             draft.sampled_by(self._version)
         self._active |= drafts
-        self._run(self.engine.submit, list(drafts))
+        for call in dict.fromkeys(drafts.values()):
+            self._run(self.engine.submit, [draft for draft, own in drafts.items() if own is call])
         if self._active and (self._stepping is None or self._stepping.done()):
             self._stepping = asyncio.get_running_loop().create_task(self._steps())
 

@@ -27,10 +27,17 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreOutput
 
-# Steps between looks at recorded log-probabilities: where a request has ended and others go on, and where a rule may
-# end one because of them. A look waits for the device.
-_LOOK_FOR_ENDED = 16
+# Steps between looks at recorded log-probabilities, which wait for the device: where a submission has ended and others
+# go on, and where a rule may end a request because of them.
+_LOOK_FOR_ENDED = 3
 _LOOK_FOR_RULES = 64
+
+
+@dataclass(slots=True)
+class _Submission:
+    """Drafts that came together: nobody waits for one of them before all have ended."""
+
+    left: int
 
 
 @dataclass(slots=True)
@@ -38,6 +45,7 @@ class _Request:
     draft: Draft
     id: str
     """vLLM's own."""
+    submission: _Submission
     tokens: list[int] = field(default_factory=list)
     """Sampled, and waiting for their log-probabilities."""
     reason: str | None = None
@@ -70,8 +78,10 @@ class VLLMEngine:
         self.max_context = max_context
         self.sampled = 0
         self._requests: dict[str, _Request] = {}
-        self._ended: set[str] = set()
+        self._ended = 0
         """Requests that vLLM has ended, and whose last tokens wait for their log-probabilities."""
+        self._awaited = False
+        """Whether all of a submission is among them."""
         self._numbers = itertools.count()
         self._updates = 0
         self._updating = False
@@ -113,6 +123,7 @@ class VLLMEngine:
         # Drafts that began before an update and keep what was computed then share it with none that begin after it.
         salt = str(self._updates) if self._caches else None
         common = {sampling: _sampling_params(sampling) for sampling in {draft.sampling for draft in drafts}}
+        submission = _Submission(len(drafts))
         for draft in drafts:
             params = copy.copy(common[draft.sampling])
             params.max_tokens = draft.limit
@@ -122,7 +133,7 @@ class VLLMEngine:
             request = processor.process_inputs(str(next(self._numbers)), prompt, params, supported_tasks=tasks)
             processor.assign_request_id(request)
             self._core.add_request(request)
-            self._requests[request.request_id] = _Request(draft, request.request_id)
+            self._requests[request.request_id] = _Request(draft, request.request_id, submission)
             if self._table is not None:
                 self._table.open(request.request_id, start=len(draft.prompt), limit=draft.limit)
 
@@ -135,7 +146,7 @@ class VLLMEngine:
 
     def _look_is_due(self) -> bool:
         """Whether somebody waits for log-probabilities, or a rule may end a request because of them."""
-        if self._ended and (self._steps >= _LOOK_FOR_ENDED or len(self._ended) == len(self._requests)):
+        if self._awaited and (self._steps >= _LOOK_FOR_ENDED or self._ended == len(self._requests)):
             return True
         return self._steps % _LOOK_FOR_RULES == 0 and any(r.draft.counter for r in self._requests.values())
 
@@ -170,7 +181,7 @@ class VLLMEngine:
                 request.tokens += output.new_token_ids
                 request.reason = reason
                 if reason is not None:
-                    self._ended.add(request.id)
+                    self._end(request)
                 continue
             logprobs = [] if output.new_logprobs is None else output.new_logprobs.logprobs[:, 0].tolist()
             request.draft.extend(output.new_token_ids, logprobs, reason)
@@ -195,13 +206,21 @@ class VLLMEngine:
                 complete.append(request)
                 if request.reason is None:  # a rule's
                     self._core.abort_requests([request.id])
-        self._steps = 0
+        self._steps, self._awaited = 0, False
         return self._forget(complete)
+
+    def _end(self, request: _Request) -> None:
+        """vLLM is done with a request, whose last tokens may wait for their log-probabilities."""
+        self._ended += 1
+        request.submission.left -= 1
+        self._awaited |= request.submission.left == 0
 
     def _forget(self, requests: Sequence[_Request]) -> list[Draft]:
         for request in requests:
             del self._requests[request.id]
-            self._ended.discard(request.id)
+            if request.reason is None:  # dropped, or ended by a rule
+                self._end(request)
+            self._ended -= 1
             if self._table is not None:
                 self._table.close(request.id)
         return [request.draft for request in requests]

@@ -60,7 +60,7 @@ def make_policy(folder: Path, certainty: float = 1.0, **changes: Any) -> Policy:
 
 def make_engine(kind: str, folder: Path, **engine_args: Any) -> Engine:
     if kind == "torch":
-        return TorchEngine(str(folder), dtype="float32", max_context=CONTEXT)
+        return TorchEngine(str(folder), dtype="float32", max_context=CONTEXT, max_sequences=16)
     return VLLMEngine(
         str(folder), dtype="float32", seed=0, max_context=CONTEXT, max_sequences=16, engine_args=engine_args
     )

@@ -3,7 +3,7 @@
     Engine.generate(prompts, sampling, seed) -> [Completion]        one a prompt, in order
     Engine.update_weights(path, version)                            what `publish_weights` wrote
 
-`VLLMEngine` runs vLLM inside this process; `TorchEngine` recomputes everything with the learner's policy, for tests.
+`VLLMEngine` runs vLLM inside this process; `TorchEngine` the learner's policy with a cache, for small ones on a CPU.
 When a completion ends: `drafts`. How weights arrive: `weight_sync`.
 """
 
@@ -76,7 +76,7 @@ def make_engine(
     if kind == "torch":
         from cispo.rollout.torch_engine import TorchEngine
 
-        return TorchEngine(model, dtype=dtype, max_context=max_context)
+        return TorchEngine(model, dtype=dtype, max_context=max_context, max_sequences=max_sequences)
     from cispo.rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(

@@ -1,27 +1,27 @@
-"""The engine for tests: the learner's policy, recomputed from the first token at every step."""
+"""The learner's policy as an engine, for small policies on a CPU: `torch_sampler` behind the engines' protocol."""
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from cispo.policies.base import load_policy
-from cispo.rollout.drafts import repeats_pattern, seeded, start_drafts
+from cispo.rollout.drafts import start_drafts
 from cispo.rollout.engine import check_context
-from cispo.types import Completion, FinishReason, Sampling
+from cispo.rollout.torch_sampler import Sampler
+from cispo.types import Completion, Sampling
 from cispo.weight_sync import mapped_weights
 
 
 class TorchEngine:
-    """The learner's policy, recomputed from the first token at every step: small, slow, for tests."""
+    """The policy that trains, with a cache. At most `max_sequences` are sampled at once; the others wait."""
 
-    def __init__(self, model: str, *, dtype: str, max_context: int) -> None:
+    def __init__(self, model: str, *, dtype: str, max_context: int, max_sequences: int) -> None:
         check_context(model, max_context)
         self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
-        self._max_context = max_context
+        self._max_context, self._max_sequences = max_context, max_sequences
         self._version = 0
 
     @property
@@ -32,22 +32,15 @@ class TorchEngine:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
     ) -> list[Completion]:
         drafts = start_drafts(prompts, sampling, self._max_context, limits)
-        with torch.no_grad(), seeded(seed):
-            while active := [i for i, draft in enumerate(drafts) if draft.reason is None]:
-                logits = self._logits([[*prompts[i], *drafts[i].tokens] for i in active])
-                for i, token, logprob in zip(active, *_sample(logits, sampling), strict=True):
-                    tokens = [*drafts[i].tokens, token]
-                    drafts[i].extend([token], [logprob], _finish_reason(tokens, drafts[i].limit, sampling))
+        sampler = Sampler(self._policy, sampling, seed)
+        waiting = deque(range(len(prompts)))
+        while waiting or len(sampler):
+            admitted = [waiting.popleft() for _ in range(min(len(waiting), self._max_sequences - len(sampler)))]
+            sampler.add(admitted, [prompts[i] for i in admitted], [drafts[i].limit for i in admitted])
+            for done in sampler.step():
+                draft = drafts[done.request]
+                draft.tokens, draft.logprobs, draft.reason = done.tokens, done.logprobs, done.reason
         return [draft.completion(self._version) for draft in drafts]
-
-    def _logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Of the token after each sequence, [S, V] float32."""
-        lengths = torch.tensor([len(s) for s in sequences])
-        ends = lengths.cumsum(0)
-        tokens = torch.tensor([t for s in sequences for t in s])
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
-        hidden = self._policy(tokens, positions, torch.cat([ends.new_zeros(1), ends]).int()).hidden
-        return hidden[ends - 1].float() @ self._policy.lm_head_weight.float().T
 
     def update_weights(self, path: str, version: int) -> None:
         self._policy.load_hf(mapped_weights(path))
@@ -61,42 +54,3 @@ class TorchEngine:
 
     def close(self) -> None:
         del self._policy
-
-
-def _finish_reason(tokens: Sequence[int], limit: int, sampling: Sampling) -> FinishReason | None:
-    """Why the last token ends the completion, in vLLM's order of precedence."""
-    if tokens[-1] in sampling.eos_ids:
-        return FinishReason.STOP
-    if len(tokens) >= limit:
-        return FinishReason.LENGTH
-    if repeats_pattern(tokens, sampling.repetition):
-        return FinishReason.REPETITION
-    return None
-
-
-def _sample(logits: Tensor, sampling: Sampling) -> tuple[list[int], list[float]]:
-    """One token a row of logits [S, V] and its log-probability in the distribution it was drawn from (greedy: raw)."""
-    if sampling.temperature == 0:
-        logprobs = logits.log_softmax(-1)
-        tokens = logits.argmax(-1, keepdim=True)
-    else:
-        logprobs = _truncate(logits / sampling.temperature, sampling).log_softmax(-1)
-        tokens = logprobs.exp().multinomial(1)
-    return tokens.flatten().tolist(), logprobs.gather(-1, tokens).flatten().tolist()
-
-
-def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Masks what min_p, top_k and top_p leave out, in vLLM's order."""
-    if sampling.min_p > 0:
-        probabilities = logits.softmax(-1)
-        smallest = sampling.min_p * probabilities.amax(-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < smallest, -math.inf)
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    if sampling.top_p < 1:
-        ordered, places = logits.sort(-1)
-        beyond = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
-        beyond[:, -1] = False
-        logits = logits.masked_fill(beyond.scatter(-1, places, beyond), -math.inf)
-    return logits

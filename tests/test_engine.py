@@ -61,7 +61,7 @@ def make_policy(folder: Path, certainty: float = 1.0, **changes: Any) -> Policy:
 
 def make_engine(kind: str, folder: Path) -> ServedEngine:
     if kind == "torch":
-        return ServedEngine(TorchEngine(str(folder), dtype="float32", max_context=CONTEXT))
+        return ServedEngine(TorchEngine(str(folder), dtype="float32", max_context=CONTEXT, max_sequences=16))
     return ServedEngine(VLLMEngine(str(folder), dtype="float32", seed=0, max_context=CONTEXT, max_sequences=16))
 
 

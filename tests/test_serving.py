@@ -343,7 +343,9 @@ def test_a_stream_for_each_engine(tmp_path) -> None:
     from tests.test_engine import PROMPTS, make_policy
 
     make_policy(tmp_path)
-    engines = [ServedEngine(TorchEngine(str(tmp_path), dtype="float32", max_context=48)) for _ in range(2)]
+    engines = [
+        ServedEngine(TorchEngine(str(tmp_path), dtype="float32", max_context=48, max_sequences=16)) for _ in range(2)
+    ]
     alone = [sampled(engine, PROMPTS[:6], PLAIN, seed) for seed, engine in enumerate(engines)]
 
     async def both() -> list[list[Completion]]:

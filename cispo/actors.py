@@ -1,24 +1,26 @@
-"""Where the heavy classes live: in this process or in Ray actors, behind one handle. The only file that imports Ray.
+"""Where the heavy classes live: in this process or in Ray actors, behind one handle.
 
     handle = await runtime.start(Learner, ..., name="learner-0")
     result = await handle.call("update", micro_batches, ...)
 
 Both runtimes run the same classes. `local` is for tests and debuggers: calls run in this process. An object that is
 started `concurrent` takes any number of calls at once, in its event loop; any other one call after another.
+Which Ray cluster it is, and what of it is reserved: `cluster`. No other file imports Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import os
 import re
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cispo import cluster
+from cispo.cluster import Bundle
+from cispo.network import free_port, in_url, listen_on
 from cispo.types import ProcessDied, RunError, UserError
 from cispo.watchdog import Activity
 
@@ -79,8 +81,19 @@ class Runtime(Protocol):
         """How many there are."""
         ...
 
-    async def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
-        """Reserves resources, a bundle each on one machine, for the seats that name one."""
+    async def reserve(self, groups: Sequence[Sequence[Bundle]]) -> None:
+        """Reserves resources for the seats that name a bundle, counted through all groups.
+
+        A bundle is on one machine, a group's bundles are near each other.
+        """
+        ...
+
+    def is_home(self) -> bool:
+        """Whether all that is reserved is on this machine."""
+        ...
+
+    async def check_paths(self, paths: Mapping[str, str]) -> None:
+        """Raises UserError where a machine with a reserved bundle does not see one of the paths, given by key."""
         ...
 
     async def start(
@@ -136,7 +149,13 @@ class LocalRuntime:
 
         return torch.cuda.device_count()
 
-    async def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
+    async def reserve(self, groups: Sequence[Sequence[Bundle]]) -> None:
+        pass
+
+    def is_home(self) -> bool:
+        return True
+
+    async def check_paths(self, paths: Mapping[str, str]) -> None:
         pass
 
     async def start(
@@ -167,6 +186,10 @@ class _Host:
     """The Ray actor: an empty process until it is told what to build, so that errors of a constructor arrive whole."""
 
     def __init__(self) -> None:
+        import ray
+
+        self._address: str = ray.util.get_node_ip_address()
+        listen_on(self._address)
         self._target: Any = None
 
     def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -177,12 +200,7 @@ class _Host:
 
     def free_address(self) -> str:
         """tcp://host:port of this actor's machine, free at the moment."""
-        import ray
-
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"tcp://{host}:{probe.getsockname()[1]}"
+        return f"tcp://{in_url(self._address)}:{free_port(self._address)}"
 
 
 class _ConcurrentHost(_Host):
@@ -245,43 +263,28 @@ class RayRuntime:
         os.environ.setdefault("RAY_DISABLE_MEMORY_MONITOR", "1")
         # Ray would hide the GPUs from actors that ask for none, in a way that it will itself abandon.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self._actors: list[Any] = []
+        self._room = cluster.Room()
+        self._owner = cluster.connect(processes)
         import ray
 
-        # Ray would say at every start that its own token authentication is on.
-        logging.getLogger("ray").setLevel(logging.ERROR)
         self._ray = ray
         self._activity = activity
-        self._actors: list[Any] = []
-        self._group: Any = None
-        self._owner = not ray.is_initialized()
-        if self._owner:
-            self._connect(processes)
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus < processes:
             raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
 
-    def _connect(self, processes: int) -> None:
-        address = os.environ.get("RAY_ADDRESS")
-        try:
-            self._ray.init(
-                # Without "local", Ray would join whatever cluster somebody left running on this machine.
-                address=address or "local",
-                num_cpus=None if address else max(os.cpu_count() or 1, processes),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
-        except ConnectionError:
-            raise UserError(f"RAY_ADDRESS {address}: no Ray cluster answers there") from None
-
     def gpus(self) -> int:
         return int(self._ray.cluster_resources().get("GPU", 0))
 
-    async def reserve(self, bundles: Sequence[Mapping[str, float]]) -> None:
-        if bundles:
-            self._group = self._ray.util.placement_group([dict(bundle) for bundle in bundles])
-            await self._group.ready()
+    async def reserve(self, groups: Sequence[Sequence[Bundle]]) -> None:
+        self._room = await cluster.reserve(groups)
+
+    def is_home(self) -> bool:
+        return cluster.is_home(self._room)
+
+    async def check_paths(self, paths: Mapping[str, str]) -> None:
+        await cluster.check_paths(self._room, paths)
 
     async def start(
         self,
@@ -311,11 +314,7 @@ class RayRuntime:
         environment = {"env_vars": {} if seat.gpus else _CPU_ENV}
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": seat.gpus, "runtime_env": environment}
         if seat.bundle is not None:
-            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=seat.bundle
-            )
+            options["scheduling_strategy"] = self._room.strategy(seat.bundle)
         if concurrent:
             options["max_concurrency"] = _MAX_CONCURRENT
         # A class of that name, so that `ps` and Ray's tools say which process is which.
@@ -328,8 +327,7 @@ class RayRuntime:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors.clear()
-        if self._group is not None:
-            self._ray.util.remove_placement_group(self._group)
-            self._group = None
+        cluster.release(self._room)
+        self._room = cluster.Room()
         if self._owner:
             self._ray.shutdown()

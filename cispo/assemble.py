@@ -33,7 +33,7 @@ from cispo.seeds import seed_of
 from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling, UserError
 from cispo.watchdog import Activity
 from cispo.weight_buckets import Transport
-from cispo.weight_sync import weights_folder
+from cispo.weight_sync import shared_weights_folder, weights_folder
 from cispo.workers import Workers
 
 # More sequences than this at once gain nothing on one engine and cost cache memory.
@@ -231,7 +231,7 @@ async def _start_ranks(
 ) -> list[Handle]:
     """As many ranks as the learner has, each on its device."""
     ranks, dtype = recipe.learner.ranks, recipe.policy.dtype
-    seats = [Seat(gpus=placement.rank_gpus, bundle=placement.bundle_of(rank)) for rank in range(ranks)]
+    seats = [Seat(gpus=placement.rank_gpus, bundle=placement.bundle_of_rank(rank)) for rank in range(ranks)]
     return await runtime.start_ranks(
         build, *args, name=name, seats=seats, dtype=dtype, device=placement.device, **kwargs
     )
@@ -246,7 +246,7 @@ async def start_engine(recipe: Recipe, runtime: Runtime, folder: str, placement:
         rollout.engine,
         folder,
         name=f"engine-{number}",
-        seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of(number)),
+        seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number)),
         concurrent=True,
         dtype=recipe.policy.dtype,
         max_context=rollout.max_context,
@@ -258,16 +258,19 @@ async def start_engine(recipe: Recipe, runtime: Runtime, folder: str, placement:
     )
 
 
-def transport_of(recipe: Recipe, placement: Placement) -> Transport | Literal["shared_memory"]:
-    """How weights reach the engines. Raises UserError where the recipe's way does not fit the placement."""
+def transport_of(recipe: Recipe, placement: Placement, *, home: bool = True) -> Transport | Literal["shared_memory"]:
+    """How weights reach the engines; `home` says that learners and engines are all on this machine.
+
+    Raises UserError where the recipe's way does not fit the placement.
+    """
     wanted, on_gpu = recipe.rollout.weight_sync, placement.device == "cuda"
     if wanted == "auto":
-        if not on_gpu or recipe.rollout.engine == "torch":
+        if recipe.rollout.engine == "torch" or (home and not on_gpu):
             return "shared_memory"
         if recipe.runtime == "local":
             return "direct"
-        return "cuda_ipc" if placement.bundles else "broadcast"
-    if wanted == "cuda_ipc" and not placement.bundles:
+        return "cuda_ipc" if placement.shares_gpus else "broadcast"
+    if wanted == "cuda_ipc" and not placement.shares_gpus:
         raise UserError("rollout.weight_sync cuda_ipc needs learners and engines that share GPUs (rollout.placement)")
     return wanted
 
@@ -288,15 +291,22 @@ async def running_workers(
     tasks: list[asyncio.Task[None]] = []
     with contextlib.ExitStack() as stack:
         stack.callback(runtime.close)
-        placement = placement_of(recipe, available=runtime.gpus(), critic=critic)
+        placement = placement_of(recipe, available=runtime.gpus(), critic=critic, learners=learners, engines=engines)
+        await runtime.reserve([placement.rank_bundles, placement.engine_bundles])
+        home, policy = runtime.is_home(), str(Path(policy).absolute())
+        weights = stack.enter_context(
+            weights_folder(recipe.name) if home else shared_weights_folder(recipe.name, Path(recipe.output_dir))
+        )
+        if not home:
+            await runtime.check_paths({"output_dir": str(weights), "policy": policy})
         workers = Workers(
             learners=[],
             critics=[],
             engines=[],
             start_engine=partial(start_engine, recipe, runtime, policy, placement),
-            weights_folder=str(stack.enter_context(weights_folder(recipe.name))),
+            weights_folder=str(weights),
             group_size=recipe.rollout.group_size,
-            transport=transport_of(recipe, placement),
+            transport=transport_of(recipe, placement, home=home),
             verify=recipe.rollout.verify_weights,
             sleeps=placement.sleeps,
             tensor_parallel=recipe.rollout.tensor_parallel,
@@ -306,7 +316,6 @@ async def running_workers(
             say=say,
         )
         try:
-            await runtime.reserve(placement.bundles)
             starting = asyncio.create_task(workers.start_engines(recipe.rollout.engines if engines else 0))
             tasks.append(starting)
             if recipe.control.watchdog:

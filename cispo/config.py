@@ -76,7 +76,8 @@ class Rollout(Section):
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of a GPU's memory that the caches of its engines may take, all together."""
     weight_sync: Literal["auto", "shared_memory", "cuda_ipc", "broadcast"] = "auto"
-    """How weights reach the engines: a file in shared memory, the learner's GPU memory, or NCCL (gloo on CPUs)."""
+    """How weights reach the engines: a file in shared memory (between nodes: in output_dir), the learner's GPU memory,
+    or NCCL (gloo on CPUs)."""
     verify_weights: bool = False
     """Whether engines compare a checksum of the weights that arrive (not with shared_memory)."""
     prompts_per_step: Positive = 16
@@ -276,7 +277,7 @@ class Recipe(Section):
     runtime: Literal["ray", "local"] = "ray"
     """Ray actors, or the same classes in this process."""
     output_dir: str = "runs"
-    """Where run folders go."""
+    """Where run folders go; on a cluster a file system that all nodes share."""
     policy: Policy = Policy()
     """The language model that is trained."""
     data: Data | None = None

@@ -59,6 +59,14 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             f"rollout.weight_sync {rollout.weight_sync} needs runtime: ray",
         ),
         (recipe.device == "cpu" and rollout.weight_sync == "cuda_ipc", "rollout.weight_sync cuda_ipc needs GPUs"),
+        (
+            rollout.engine_args.get("load_format", "safetensors") != "safetensors",
+            "rollout.engine_args.load_format must stay safetensors: other formats can run code when they are loaded",
+        ),
+        (
+            bool(rollout.engine_args.get("trust_remote_code", False)),
+            "rollout.engine_args.trust_remote_code must stay false: it runs code that lies in the model's folder",
+        ),
         (recipe.device == "cpu" and rollout.tensor_parallel > 1, "rollout.tensor_parallel above 1 needs GPUs"),
         *_of_the_curriculum(recipe),
     ]

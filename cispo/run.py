@@ -34,11 +34,12 @@ from cispo.checkpoint import CheckpointFolder, check_checkpoint, disk_errors, st
 from cispo.config import Recipe, dump_yaml
 from cispo.controller import Controller
 from cispo.interrupts import Interrupts
-from cispo.policies.base import local_folder
+from cispo.policies.base import local_folder, weight_files
 from cispo.report import learning_curve, summary
 from cispo.rollout.renderer import Renderer
 from cispo.runfolder import RunLog, only_user_of
 from cispo.screen import Screen
+from cispo.shipping import check_output_dir
 from cispo.types import Diverged, Prompt, RunError, Sample, UserError
 from cispo.warmup import warm_up
 from cispo.watchdog import Activity, guarded
@@ -57,6 +58,7 @@ class Task:
 
 def load_task(recipe: Recipe) -> Task:
     """Loads what the recipe names; raises UserError before anything is written or started."""
+    check_output_dir(recipe.output_dir)
     if recipe.policy.model is not None:
         chosen_policy(recipe, None)
     algorithm_of(recipe)
@@ -208,7 +210,10 @@ def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
         # A folder must hold a policy; anything else is taken for a hub id.
         if Path(recipe.policy.model).exists():
             check_checkpoint(recipe.policy.model)
-        return str(local_folder(recipe.policy.model))
+        folder = local_folder(recipe.policy.model)
+        weight_files(folder)
+        return str(folder)
     folder = check_checkpoint(checkpoint)
+    weight_files(folder)
     check_same_shape(recipe, folder)
     return str(folder)

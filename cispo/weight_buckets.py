@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo
 
+from cispo.network import host_and_port, in_url, open_store
+
 Transport = Literal["cuda_ipc", "broadcast", "direct"]
 
 BUCKET_BYTES = 1 << 30
@@ -220,17 +222,16 @@ class BroadcastGroup:
 
     @classmethod
     def open(cls, host: str, world: int, device: torch.device) -> BroadcastGroup:
-        store = TCPStore(host, 0, world, True, timeout=_TIMEOUT, wait_for_workers=False)
-        return cls(store, 0, world, device)
+        return cls(open_store(host, 0, world, timeout=_TIMEOUT), 0, world, device)
 
     @classmethod
     def at(cls, address: str, rank: int, world: int, device: torch.device) -> BroadcastGroup:
-        host, port = address.rsplit(":", 1)
-        return cls(TCPStore(host, int(port), world, False, timeout=_TIMEOUT), rank, world, device)
+        host, port = host_and_port(address, 0)
+        return cls(TCPStore(host, port, world, False, timeout=_TIMEOUT), rank, world, device)
 
     @property
     def address(self) -> str:
-        return f"{self.store.host}:{self.store.port}"
+        return f"tcp://{in_url(self.store.host)}:{self.store.port}"
 
     def join(self) -> None:
         """Returns once all ranks are here."""

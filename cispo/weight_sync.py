@@ -31,7 +31,6 @@ TRANSFER_BACKEND = "cispo"
 """The name of our receiving side in vLLM's registry of weight transfer engines."""
 
 _PREFIX = "cispo-"
-_OWNER = "owner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,7 @@ def weights_folder(run: str) -> Iterator[Path]:
     root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
     _remove_abandoned(root)
     draft = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{run}-", dir=root))
-    with (draft / _OWNER).open("w") as owner:
-        fcntl.flock(owner, fcntl.LOCK_EX)
+    with _locked(draft):
         folder = draft.rename(root / draft.name.removeprefix("."))
         try:
             yield folder
@@ -65,14 +63,41 @@ def weights_folder(run: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def shared_weights_folder(run: str, root: Path) -> Iterator[Path]:
+    """The same in `root`, where other machines see it too; there locks cannot be relied on.
+
+    Raises UserError where `root` cannot be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".weights-{run}-", dir=root.absolute())
+    except OSError as error:
+        raise UserError(f"output_dir '{root}' cannot be written: {error.strerror}") from None
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_abandoned(root: Path) -> None:
     for folder in root.glob(f"{_PREFIX}*"):
         try:
-            with (folder / _OWNER).open() as owner:
-                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue  # in use, or somebody else's
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises OSError where another process holds the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def publish_weights(state: Mapping[str, Tensor], folder: str | Path, version: int) -> Path:

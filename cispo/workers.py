@@ -163,7 +163,7 @@ class Workers:
         await asyncio.gather(*(learner.call("freeze_reference") for learner in self.learners))
 
     async def load_reference(self, folder: Path) -> None:
-        await asyncio.gather(*(learner.call("load_reference", str(folder)) for learner in self.learners))
+        await asyncio.gather(*(learner.call("load_reference", str(folder.absolute())) for learner in self.learners))
 
     async def reset_optimizer(self) -> None:
         await asyncio.gather(*(learner.call("reset_optimizer") for learner in self.learners))
@@ -250,12 +250,12 @@ class Workers:
 
     async def save(self, folder: Path) -> None:
         """Writes the policy in Hugging Face form."""
-        await self.learners[0].call("save", str(folder))
+        await self.learners[0].call("save", str(folder.absolute()))
 
     async def start_save(self, folder: Path) -> None:
         """Copies policy, critic and optimizers as they are now, and starts writing them; ranks hold the same."""
         savers = self.learners[:1] + self.critics[:1]
-        await asyncio.gather(*(saver.call("start_save", str(folder)) for saver in savers))
+        await asyncio.gather(*(saver.call("start_save", str(folder.absolute())) for saver in savers))
 
     async def saved(self, *, wait: bool) -> bool:
         """Whether what `start_save` began is on the disk."""
@@ -265,7 +265,7 @@ class Workers:
     async def restore(self, checkpoint: Path) -> None:
         """Takes optimizers and critic from a checkpoint, whose policy was loaded at the start."""
         ranks = self.learners + self.critics
-        await asyncio.gather(*(rank.call("restore", str(checkpoint)) for rank in ranks))
+        await asyncio.gather(*(rank.call("restore", str(checkpoint.absolute())) for rank in ranks))
 
 
 async def _answers(engine: Handle) -> bool:

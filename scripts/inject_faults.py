@@ -234,9 +234,7 @@ def state_of(run: Path) -> dict[str, Any]:
     return {
         "metrics": [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows],
         "samples": {f.name: pq.read_table(f).to_pylist() for f in sorted((run / "samples").glob("*.parquet"))},
-        "tensors": {
-            (f, k): v.view(torch.uint8).numpy().tobytes() for f, values in tensors.items() for k, v in values.items()
-        },
+        "tensors": {name: v.reshape(-1).view(torch.uint8).numpy().tobytes() for name, v in tensors.items()},
     }
 
 

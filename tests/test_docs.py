@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import yaml
 
 from cispo.algorithms import ALGORITHMS, Algorithm, Changes, resolve
 from cispo.algorithms.presets import PRESETS
-from cispo.config import parse_recipe
+from cispo.config import known_keys, parse_recipe
 from cispo.types import LossInputs
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -47,3 +48,27 @@ def test_the_curriculum_of_the_docs():
 def test_every_algorithm_and_preset_is_documented():
     text = (DOCS / "algorithms.md").read_text()
     assert [name for name in (*ALGORITHMS, *PRESETS) if f"`{name}`" not in text] == []
+
+
+def test_the_cluster_examples_parse():
+    """The Slurm script as bash reads it, the RayJob as YAML; both start a command that exists with keys that exist."""
+    text = (DOCS / "cluster.md").read_text()
+    (script,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    (job,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert "/shared" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    (slurm_command,) = re.findall(r"cispo train .*", script)
+    keys = {key for key, _ in known_keys()}
+    for command in (job["spec"]["entrypoint"], slurm_command):
+        program, verb, recipe, *overrides = command.split()
+        assert (program, verb) == ("cispo", "train") and recipe.endswith(".yaml") and overrides
+        assert {item.partition("=")[0] for item in overrides} <= keys

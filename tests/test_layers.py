@@ -23,6 +23,7 @@ LAYERS: dict[str, int] = {
     "assemble": 5,
     "workers": 5,
     "actors": 5,
+    "cluster": 4,
     "placement": 4,
     "learner.learner": 4,
     "learner.critic": 4,
@@ -79,13 +80,16 @@ LAYERS: dict[str, int] = {
     "curriculum": 0,
     "metrics": 0,
     "loading": 0,
+    "network": 0,
+    "ray_address": 1,
+    "shipping": 1,
     "seeds": 0,
 }
 """Layer of each module, or of each package whose modules may import one another."""
 
 # Where a heavy library may be imported at all, and the rest of the project does without.
 ONLY_IN = {
-    "ray": {"actors"},
+    "ray": {"actors", "cluster"},
     "vllm": {
         "policies.vllm_lightning",
         "policies.vllm_plugin",
@@ -95,7 +99,7 @@ ONLY_IN = {
         "rollout.vllm_start",
         "weight_sync",
     },
-    "torch.distributed": {"learner.parallel", "weight_buckets"},
+    "torch.distributed": {"learner.parallel", "network", "weight_buckets"},
     "triton": {"ops.lightning_kernels", "ops.lightning_triton", "ops.logprobs_triton"},
 }
 

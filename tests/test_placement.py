@@ -23,12 +23,29 @@ def recipe(*overrides: str) -> Recipe:
 
 def test_a_cpu_has_no_placement() -> None:
     on_cpu = load_recipe(QUICKSTART, ["device=cpu"])
-    assert placement_of(on_cpu, available=0) == Placement() and gpus_of(on_cpu) == 0
-    assert transport_of(on_cpu, Placement()) == "shared_memory"
+    found = placement_of(on_cpu, available=0, critic=True)
+    assert found == Placement(rank_bundles=({"CPU": 2},) * 2, engine_bundles=({"CPU": 1},)) and gpus_of(on_cpu) == 0
+    assert [found.bundle_of_rank(r) for r in range(2)] == [0, 1] and found.bundle_of_engine(0) == 2
+    assert transport_of(on_cpu, found) == "shared_memory" and transport_of(on_cpu, found, home=False) == "broadcast"
+    files = load_recipe(QUICKSTART, ["device=cpu", "rollout.engine=torch"])
+    assert transport_of(files, found, home=False) == "shared_memory", "a torch engine takes files alone"
+    in_process = load_recipe(QUICKSTART, ["device=cpu", "runtime=local", "learner.ranks=1"])
+    assert placement_of(in_process, available=0) == Placement()
+
+
+def test_only_the_parts_that_a_command_starts_are_reserved() -> None:
+    on_cpu = load_recipe(QUICKSTART, ["device=cpu", "rollout.engines=3"])
+    engines = placement_of(on_cpu, available=0, learners=False)
+    assert (len(engines.rank_bundles), len(engines.engine_bundles)) == (0, 3)
+    assert [engines.bundle_of_engine(n) for n in range(3)] == [0, 1, 2]
+    learners = placement_of(on_cpu, available=0, engines=False)
+    assert (len(learners.rank_bundles), len(learners.engine_bundles)) == (2, 0)
+    shared = placement_of(recipe("rollout.placement=split"), available=1, learners=False)
+    assert shared.rank_bundles and shared.bundle_of_engine(0) == 0
 
 
 @pytest.mark.parametrize(
-    ("overrides", "available", "bundles", "each", "engine", "transport"),
+    ("overrides", "available", "shared", "each", "engine", "transport"),
     [
         (["rollout.engines=2"], 3, 0, 1, 1, "broadcast"),
         (["rollout.engines=2"], 2, 1, 0.3333, 0.3333, "cuda_ipc"),
@@ -39,17 +56,20 @@ def test_a_cpu_has_no_placement() -> None:
     ],
 )
 def test_parts_get_gpus(
-    overrides: Sequence[str], available: int, bundles: int, each: float, engine: float, transport: str
+    overrides: Sequence[str], available: int, shared: int, each: float, engine: float, transport: str
 ) -> None:
     wanted = recipe(*overrides)
     found = placement_of(wanted, available=available)
-    assert (len(found.bundles), found.rank_gpus, found.engine_gpus) == (bundles, each, engine)
+    assert (found.shares_gpus, found.rank_gpus, found.engine_gpus) == (bool(shared), each, engine)
     assert found.sleeps == (wanted.rollout.placement == "sleep") and transport_of(wanted, found) == transport
-    for bundle in found.bundles:
-        parts = bundle["CPU"]
-        assert parts * found.rank_gpus <= bundle["GPU"], "Ray must find room for all that share a GPU"
-    if found.bundles:
-        assert [found.bundle_of(n) for n in range(3)] == [n % bundles for n in range(3)]
+    if shared:
+        assert len(found.rank_bundles) == shared and not found.engine_bundles
+        for bundle in found.rank_bundles:
+            assert bundle["CPU"] * found.rank_gpus <= bundle["GPU"], "Ray must find room for all that share a GPU"
+        assert [found.bundle_of_engine(n) for n in range(3)] == [n % shared for n in range(3)]
+    elif wanted.runtime == "ray":
+        assert [bundle["GPU"] for bundle in found.rank_bundles] == [1]
+        assert [bundle["GPU"] for bundle in found.engine_bundles] == [engine] * wanted.rollout.engines
 
 
 @pytest.mark.parametrize(
@@ -81,6 +101,15 @@ def test_transports_that_do_not_fit_are_refused() -> None:
 
 def test_a_critic_takes_a_share() -> None:
     found = placement_of(recipe("algorithm.name=ppo", "algorithm.ratio_max=null"), available=1, critic=True)
-    assert found.bundles == ({"GPU": 1, "CPU": 3},) and found.rank_gpus == 0.3333
+    assert found.rank_bundles == ({"GPU": 1, "CPU": 3},) and found.rank_gpus == 0.3333
     assert gpus_of(recipe(), critic=True) == 3 and gpus_of(recipe("rollout.placement=split"), critic=True) == 1
     assert not torch.cuda.is_available() or found.cache_share > 0
+
+
+def test_a_driver_without_a_gpu_counts_on_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a cluster often has none; a torch that was built for CPUs could not use one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wanted = recipe("device=auto")
+    for version, available, device in (("12.8", 2, "cuda"), ("12.8", 0, "cpu"), (None, 2, "cpu")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert placement_of(wanted, available=available).device == device

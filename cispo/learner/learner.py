@@ -21,7 +21,7 @@ from cispo.checkpoint import BackgroundSave, disk_errors, load_tensors, save_ten
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.loss import Columns, micro_batch_loss, read, spread, trained_logprobs
 from cispo.learner.optim import Optimizer
-from cispo.learner.parallel import Ranks, host_address, join, leave, release_memory, to_device
+from cispo.learner.parallel import Ranks, join, leave, release_memory, to_device
 from cispo.policies.base import Policy, load_policy, save_policy, write_policy
 from cispo.policies.moe import expert_counts, router_aux_loss
 from cispo.types import MicroBatch, UserError
@@ -173,7 +173,7 @@ class Learner:
 
     def open_weight_group(self, world: int) -> str:
         """Opens the group over which the weights go to the engines; returns its address."""
-        return self.sender.open_group(host_address(), world)
+        return self.sender.open_group(self.ranks.host, world)
 
     def join_weight_group(self) -> None:
         self.sender.join_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -11,8 +10,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from cispo.network import LOOPBACK, host_and_port, open_store
 from cispo.types import MicroBatch
+
+_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,8 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    host: str = LOOPBACK
+    """Rank 0's machine, as the others reach it."""
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its sum over the ranks, in one collective."""
@@ -44,16 +49,16 @@ def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 def join(*, rank: int, world: int, device: torch.device, address: str) -> Ranks:
-    """Enters the process group at `address` (tcp://host:port): gloo on a CPU, nccl on a GPU."""
+    """Enters the process group at `address` (tcp://host:port of rank 0's machine): gloo on a CPU, nccl on a GPU."""
+    host, port = host_and_port(address, 0) if address else (LOOPBACK, 0)
     if world > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=address,
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(minutes=10),
-        )
-    return Ranks(rank=rank, world=world, device=device)
+        if rank == 0:
+            store = open_store(host, port, world, timeout=_TIMEOUT)
+        else:
+            store = TCPStore(host, port, world, False, timeout=_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
+    return Ranks(rank=rank, world=world, device=device, host=host)
 
 
 def leave(ranks: Ranks) -> None:
@@ -68,16 +73,6 @@ def to_device(mb: MicroBatch, device: torch.device) -> MicroBatch:
     columns = {field.name: getattr(mb, field.name) for field in fields(mb)}
     moved = {k: v.pin_memory().to(device, non_blocking=True) for k, v in columns.items() if isinstance(v, Tensor)}
     return replace(mb, **moved)
-
-
-def host_address() -> str:
-    """This machine's address, as other machines of a cluster reach it; loopback where it has no other."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 1))  # sends nothing: it asks for the route
-            return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
 
 
 def release_memory(device: torch.device) -> None:

@@ -22,6 +22,9 @@ from cispo.policies.attention import Attention
 from cispo.policies.lightning_config import is_lightning_config, parse_config, read_config
 from cispo.types import UserError
 
+# What torch and others pickle weights into.
+_OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
 
 class RouterOutput(NamedTuple):
     """What the router of one MoE layer decided."""
@@ -124,7 +127,7 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no policy: config.json is missing")
     config = _read_json(folder / "config.json")
-    files = _weight_files(folder)
+    files = weight_files(folder)
     try:
         policy = _build(config, folder, dtype)
         policy.load_hf(_read_weights(files))
@@ -232,7 +235,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a policy's folder; no other format is read, since most of them run code when loaded.
+
+    Raises UserError where there is none, or one that the index names is missing.
+    """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
@@ -243,9 +250,17 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
+    others = sorted(file.name for pattern in _OTHER_FORMATS for file in folder.glob(pattern))
+    if not files and others:
+        raise UserError(
+            f"{folder} holds weights as {others[0]}, a format that can run code when it is loaded: convert them to "
+            "safetensors"
+        )
     if not files:
         raise UserError(f"{folder} holds no weights: there is no *.safetensors file in it")
     for file in files:
+        if file.suffix != ".safetensors":
+            raise UserError(f"{index} names {file.name}, which is not a safetensors file")
         if not file.is_file():
             raise UserError(f"{folder} lacks {file.name}, which its index names")
     return files

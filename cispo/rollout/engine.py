@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from cispo.policies.base import weight_files
 from cispo.rollout.drafts import Draft
 from cispo.types import UserError
 from cispo.weight_sync import WeightMessage
@@ -79,14 +80,15 @@ class Engine(Protocol):
         ...
 
 
-def check_context(model: str, max_context: int) -> None:
-    """Raises UserError where `model` is no policy's folder or the policy has fewer positions."""
+def check_model(model: str, max_context: int) -> None:
+    """Raises UserError where `model` is no policy's folder, has no safetensors, or has fewer positions."""
     config = Path(model) / "config.json"
     if not config.is_file():
         raise UserError(f"{model} holds no policy: config.json is missing")
     positions = json.loads(config.read_text()).get("max_position_embeddings")
     if positions and max_context > positions:
         raise UserError(f"max_context {max_context} is above the {positions} positions that the policy in {model} has")
+    weight_files(Path(model))
 
 
 def make_engine(

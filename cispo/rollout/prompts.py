@@ -105,7 +105,7 @@ def _local_rows(path: Path, split: str, args: Mapping[str, Any], key: str) -> li
             else:
                 found = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache)
             return [dict(row) for row in found]
-        except (OSError, ValueError, TypeError, DatasetsError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, DatasetsError) as error:
             reason = error.__cause__ or error
             raise UserError(f"{key}: cannot read '{path}', split '{split}': {reason}") from error
 
@@ -116,7 +116,7 @@ def _hub_rows(source: str, split: str, args: Mapping[str, Any], key: str) -> Ite
 
     try:
         return datasets.load_dataset(source, split=split, **args)
-    except (OSError, ValueError, TypeError, DatasetsError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, DatasetsError) as error:
         raise UserError(f"{key}: cannot load '{source}', split '{split}', from the hub: {error}") from error
 
 

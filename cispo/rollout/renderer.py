@@ -79,7 +79,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             return PreTrainedTokenizerFast.from_pretrained(str(path))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(path))
+        # Not even asked for: code in a tokenizer's folder is never run.
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     # `tokenizers` itself raises a bare Exception for a tokenizer.json that it cannot read.
     except Exception as error:
         reason = " ".join(str(error).split())

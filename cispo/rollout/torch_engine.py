@@ -15,7 +15,7 @@ import torch
 
 from cispo.policies.base import load_policy
 from cispo.rollout.drafts import Draft
-from cispo.rollout.engine import check_context
+from cispo.rollout.engine import check_model
 from cispo.rollout.torch_sampler import Sampled, Sampler
 from cispo.types import Sampling
 from cispo.weight_sync import FileMessage, WeightMessage, mapped_weights
@@ -29,7 +29,7 @@ class TorchEngine:
     """
 
     def __init__(self, model: str, *, dtype: str, max_context: int, max_sequences: int) -> None:
-        check_context(model, max_context)
+        check_model(model, max_context)
         self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
         self.max_context, self._max_sequences = max_context, max_sequences
         self.sampled = 0

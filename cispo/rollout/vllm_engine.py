@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cispo.rollout.drafts import Draft
-from cispo.rollout.engine import check_context
+from cispo.rollout.engine import check_model
 from cispo.rollout.recorder import LogprobTable
 from cispo.rollout.stream import seeded
 from cispo.rollout.vllm_start import start_vllm
@@ -66,7 +66,7 @@ class VLLMEngine:
         sleeps: bool = False,
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
-        check_context(model, max_context)
+        check_model(model, max_context)
         self.max_context = max_context
         self.sampled = 0
         self._requests: dict[str, _Request] = {}
@@ -86,6 +86,7 @@ class VLLMEngine:
             "tensor_parallel_size": tensor_parallel,
             "seed": seed,
             "skip_tokenizer_init": True,
+            "load_format": "safetensors",
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
             "mamba_cache_dtype": "float32",

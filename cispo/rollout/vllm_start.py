@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from cispo.types import UserError
 from cispo.weight_sync import TRANSFER_BACKEND, register_transfer_backend
@@ -72,7 +73,10 @@ def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
         _check_cpu(config)
     if config.cache_config.kv_cache_memory_bytes is None and "gpu_memory_utilization" not in arguments:
         config.cache_config.kv_cache_memory_bytes = min(_cache_bytes(config), _free_bytes(device, memory))
-    return LLMEngine.from_vllm_config(config, disable_log_stats=settings.disable_log_stats)
+    try:
+        return LLMEngine.from_vllm_config(config, disable_log_stats=settings.disable_log_stats)
+    except SafetensorError as error:
+        raise UserError(f"{arguments['model']}: a weight file is broken or cut short: {error}") from error
 
 
 def _cuda_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""The code that goes from this process to the nodes of a Ray cluster, through Ray's runtime environment.
+
+Shipped are the loaded modules that are not installed: CISPO from a checkout, and the modules that a recipe names as
+module:name with what they import. What is installed here must be installed there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from cispo.types import UserError
+
+# Code alone, neither data nor compiled files, however large a package's folder is. As in a .gitignore; but the folder
+# itself is called ".", which nothing here may match.
+_CODE_ONLY = ["?*.*", ".?*", "!*.py"]
+
+# In the path of every folder that Ray has unpacked on a node.
+_UNPACKED = "_ray_pkg_"
+
+
+def shipped_code() -> dict[str, Any]:
+    """Ray's runtime_env with this process's code; empty where a submitted job brings py_modules of its own."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    sources = [str(path) for path in loaded_sources()]
+    if not sources or "py_modules" in job or "excludes" in job:
+        return {}
+    return {"py_modules": sources, "excludes": _CODE_ONLY}
+
+
+def loaded_sources() -> list[Path]:
+    """The package folder or file of every loaded top-level module that is Python and not installed, sorted.
+
+    A folder that Ray has unpacked, as of a job's working_dir, is on every node already.
+    """
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
+    found = set()
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or name == "__main__" or not file.endswith(".py"):
+            continue
+        path, parts = Path(file).resolve(), name.split(".")
+        if path.name == "__init__.py":
+            path = path.parent
+        # A module a.b.c lies two folders below what is shipped for it.
+        for _ in parts[1:]:
+            path = path.parent
+        if path.stem == parts[0] and not any(path.is_relative_to(place) for place in installed):
+            found.add(path)
+    return sorted(path for path in found if _UNPACKED not in str(path))
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises UserError where a job's run folders would go into the folder that Ray unpacked for it and will delete."""
+    if _UNPACKED in str(Path(output_dir).absolute()):
+        raise UserError(
+            f"output_dir '{output_dir}' lies in the folder that Ray unpacked for this job and deletes after it: give "
+            "an absolute path on a file system that the nodes share"
+        )

@@ -18,12 +18,12 @@ from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.policies.cache import Cache
 from cispo.policies.short_steps import short_step
 from cispo.rollout import torch_sampler
-from cispo.rollout.drafts import repeats_pattern
 from cispo.rollout.serving import ServedEngine
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.torch_sampler import Sampled, Sampler, draw
 from cispo.types import Diverged, FinishReason, RepetitionStop, Sampling
 from tests import served
+from tests.patterns import repeats_pattern
 from tests.tiny_policies import DENSE, LLAMA, MINIMAX, ORIGINAL, QWEN3, bounds, logprobs, tokens_of
 
 TOLERANCE = 1e-5

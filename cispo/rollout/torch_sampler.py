@@ -197,7 +197,7 @@ class Sampler:
 
 
 def _count_repeats(rows: _Rows, tokens: Tensor, rule: RepetitionStop) -> Tensor:
-    """[n] bool: whether a row ends in copies of a pattern; `drafts.repeats_pattern` for all rows at once."""
+    """[n] bool: whether a row ends in `pattern_count` copies of a pattern of at most `pattern_size` tokens."""
     sizes = torch.arange(1, rule.pattern_size + 1)
     before = rows.count[:, None] - 1 - sizes
     same = (rows.tokens.gather(1, before.clamp(min=0)) == tokens[:, None]) & (before >= 0)

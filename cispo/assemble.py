@@ -195,6 +195,7 @@ def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) ->
         max_tokens=recipe.rollout.max_tokens,
         tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
         ranks=recipe.learner.ranks,
+        share_prompts=recipe.learner.share_prompts,
     )
 
 

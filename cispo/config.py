@@ -65,7 +65,7 @@ class Repetition(Section):
 
 class Rollout(Section):
     engine: Literal["vllm", "torch"] = "vllm"
-    """What samples completions; torch is a small slow engine for tests."""
+    """What samples completions; torch is the learner's own policy with a cache, for small policies on a CPU."""
     engines: Positive = 1
     """How many engines share the prompts of a step."""
     tensor_parallel: Positive = 1
@@ -213,6 +213,8 @@ class Learner(Section):
     """Gradients are scaled down to this norm."""
     tokens_per_micro_batch: Positive = 8192
     """Most packed tokens of one forward pass."""
+    share_prompts: bool = False
+    """Read a prompt once for all completions of it in a micro-batch: the same gradient, summed in another order."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass to save memory."""
     router_aux_coef: Amount = 0.0

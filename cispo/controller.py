@@ -250,7 +250,8 @@ class Controller:
 
     async def attach(self, samples: list[Sample]) -> list[Sample]:
         """Adds what the algorithm needs of the learner, the reference and the critic before the first update."""
-        if not samples:
+        needed = self.algorithm.anchor == "old" or self.algorithm.needs_reference or self.algorithm.critic
+        if not samples or not needed:
             return samples
         columns = pack_for(self.recipe, samples, "token")
         passes = {}

@@ -62,6 +62,10 @@ _PARITY_LIMIT = 3e-4
 _PARITY_LIMIT_BF16 = 5e-2
 
 
+# Below so many parameters vLLM's fixed cost of a step is most of it (docs/performance.md has the figures).
+_SMALL_POLICY = 2_000_000
+
+
 def show(path: Path, overrides: Sequence[str]) -> None:
     """`cispo show`: the resolved recipe, the algorithm in words, the process and memory plan."""
     recipe = load_recipe(path, overrides)
@@ -107,6 +111,11 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
         alone, shared = (gpus_of(recipe, critic=algorithm.critic, shared=s) for s in (False, True))
         extra.append(("GPUs", f"{alone} where each part has its own, {shared} shared (placement {rollout.placement})"))
         extra.append(("engines' caches", f"at most {rollout.gpu_memory:.0%} of a GPU's memory"))
+    elif rollout.engine == "vllm" and parameters < _SMALL_POLICY and not half:
+        hint = (
+            "so small a policy samples faster on a CPU with rollout.engine=torch; learner.share_prompts=true saves too"
+        )
+        extra.append(("hint", hint))
     completions = rollout.prompts_per_step * rollout.group_size
     critic = f", {learner.ranks} critic" if algorithm.critic else ""
     where = "one process" if recipe.runtime == "local" else "Ray actors"

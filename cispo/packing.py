@@ -83,11 +83,13 @@ def pack(
     max_tokens: int,
     tokens_per_micro_batch: int,
     ranks: int = 1,
+    share_prompts: bool = False,
 ) -> list[list[MicroBatch]]:
     """Packs a batch for the learner: [ranks][micro-batches], each at most `tokens_per_micro_batch` tokens.
 
     Samples go to ranks longest first onto the least loaded, and inside a rank into as few micro-batches as their
-    order by length allows. A sample longer than the budget has a micro-batch of its own. A rank may get none.
+    order by length allows. A sample longer than the budget has a micro-batch of its own. A rank may get none. With
+    `share_prompts` equal prompts of a micro-batch are marked to be read once; they count in full for the budget.
     """
     weights = reduction_weights(samples, reduction, max_tokens=max_tokens)
     order = sorted(
@@ -101,7 +103,7 @@ def pack(
         load[rank] += len(samples[i].token_ids) - 1
     return [
         [
-            _flatten([samples[i] for i in bin], [weights[i] for i in bin], bin)
+            _flatten([samples[i] for i in bin], [weights[i] for i in bin], bin, share_prompts)
             for bin in _bins(column, samples, tokens_per_micro_batch)
         ]
         for column in columns
@@ -121,7 +123,9 @@ def _bins(column: Sequence[int], samples: Sequence[Sample], budget: int) -> list
     return bins
 
 
-def _flatten(samples: Sequence[Sample], weights: Sequence[float], places: Sequence[int]) -> MicroBatch:
+def _flatten(
+    samples: Sequence[Sample], weights: Sequence[float], places: Sequence[int], share_prompts: bool
+) -> MicroBatch:
     """Shifts once: position t holds the input token and everything about the token it predicts."""
     lengths = torch.tensor([len(s.token_ids) - 1 for s in samples])
     mask = torch.cat([s.loss_mask[1:] for s in samples])
@@ -132,6 +136,7 @@ def _flatten(samples: Sequence[Sample], weights: Sequence[float], places: Sequen
         return None if any(v is None for v in values) else torch.cat([v[1:] for v in values])
 
     advantages = column("advantages")
+    distinct, reading = _distinct_tokens(samples) if share_prompts else (None, None)
     return MicroBatch(
         tokens=torch.cat([s.token_ids[:-1] for s in samples]),
         targets=torch.cat([s.token_ids[1:] for s in samples]),
@@ -146,8 +151,36 @@ def _flatten(samples: Sequence[Sample], weights: Sequence[float], places: Sequen
         advantages=torch.zeros(len(mask)) if advantages is None else advantages,
         loss_weights=torch.where(mask, per_sample, 0.0).float(),
         places=tuple(places),
+        distinct=distinct,
+        reading=reading,
         **{name: column(name) for name in _OPTIONAL},
     )
+
+
+def _distinct_tokens(samples: Sequence[Sample]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """`distinct` and `reading` of a micro-batch; None where no two prompts are equal.
+
+    What stands before the first token to predict is read alike wherever the same tokens do: attention is causal.
+    """
+    distinct, reading, known = [], [], dict[tuple[int, ...], Tensor]()
+    start = count = 0
+    for sample in samples:
+        length = len(sample.token_ids) - 1
+        # The last token of a prompt predicts the first of each completion: its hidden state is one all the same.
+        prompt = tuple(sample.token_ids[:length][: _context(sample)].tolist())
+        new = 0 if prompt not in known else len(prompt)
+        distinct.append(torch.arange(start + new, start + length))
+        rows = torch.arange(count, count + length - new)
+        reading.append(torch.cat([known[prompt], rows]) if new else rows)
+        known.setdefault(prompt, rows[: len(prompt)])
+        start, count = start + length, count + length - new
+    return (torch.cat(distinct), torch.cat(reading)) if count < start else (None, None)
+
+
+def _context(sample: Sample) -> int:
+    """Tokens before the first that is trained on."""
+    trained = int(sample.loss_mask.int().argmax())
+    return trained if sample.loss_mask[trained] else len(sample.loss_mask)
 
 
 def unpack(columns: Sequence[Sequence[MicroBatch]], values: Sequence[Sequence[Tensor]], count: int) -> list[Tensor]:

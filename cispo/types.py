@@ -247,6 +247,10 @@ class MicroBatch:
     """[T] float32: the reduction. The loss is (per_token_loss * loss_weights).sum() over micro-batches and ranks."""
     places: tuple[int, ...] = ()
     """[S]: the position of each sequence's Sample in the list that was packed; `unpack` puts values back there."""
+    distinct: Tensor | None = None
+    """[C] int64: the tokens that the policy reads, where equal prompts are read once; None: all."""
+    reading: Tensor | None = None
+    """[T] int64: which of the distinct tokens gives each token's hidden state."""
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None

@@ -3,15 +3,17 @@
     python scripts/bench_step.py [--policies dense,hybrid] [--lengths 32,16-512] [--steps 8]          a CPU, one thread
     python scripts/bench_step.py --device cuda --model FOLDER --prompts 64 --group 8 --tokens 512     a GPU
 
-Ours is `Controller.step` of a recipe: vLLM samples, reward functions score, the learner updates, the engine gets the
-weights, metrics and samples are logged. Theirs is what `GRPOTrainer.train` does between two steps. Each side lives in a
-process of its own, and both get the same environment, initial weights, prompts, reward and number of tokens. On a CPU
-the sides take turns, step by step; on a GPU one side ends before the other starts, so that each has the card to itself.
+Ours is `Controller.step` of a recipe: an engine samples, reward functions score, the learner updates, the engine gets
+the weights, metrics and samples are logged. Theirs is what `GRPOTrainer.train` does between two steps. Each side lives
+in a process of its own, and all get the same environment, initial weights, prompts, reward and number of tokens. On a
+CPU ours is measured twice, "vllm" as a recipe has it by default and "torch" with `rollout.engine: torch` and
+`learner.share_prompts: true`, and the sides take turns, step by step; on a GPU one side ends before the other starts,
+so that each has the card to itself.
 
 Completions have the same lengths on both sides. A policy with random weights would end where it likes, so the end of a
-sequence ends nothing and completion i has `lengths[i]` tokens in every step. Ours: `limits` of `Engine.generate`. TRL
-on a CPU: a logits processor bans the token until the length is reached and forces it there; on a GPU, where TRL samples
-with vLLM too, `ignore_eos`.
+sequence ends nothing and completion i has `lengths[i]` tokens in every step. Ours: `limits` of `ServedEngine.generate`.
+TRL on a CPU: a logits processor bans the token until the length is reached and forces it there; on a GPU, where TRL
+samples with vLLM too, `ignore_eos`.
 
 Generation includes the update of the engine's weights, learning everything from advantages to the optimizer's step; the
 rest of a step is rewards and logging. The first step warms up and is left out.
@@ -119,6 +121,10 @@ class Job:
     """Completions of one forward pass of TRL's trainer."""
     engines: int
     """Ours, on a GPU; each a process beside the learner's."""
+    engine: str = "vllm"
+    """Ours: rollout.engine."""
+    share_prompts: bool = False
+    """Ours: learner.share_prompts."""
 
     @property
     def context(self) -> int:
@@ -163,6 +169,7 @@ def recipe_of(job: Job) -> Any:
 
     cuda = job.device == "cuda"
     rollout = {
+        "engine": job.engine,
         "prompts_per_step": job.prompts,
         "group_size": job.group,
         "max_context": job.context,
@@ -180,7 +187,11 @@ def recipe_of(job: Job) -> Any:
             "reward": {"functions": [{"fn": "bench_step:digit_share"}]},
             "rollout": rollout,
             "algorithm": {"name": "cispo", "ratio_max": 5.0, "zero_variance": "keep"},
-            "learner": {"lr": job.lr, "tokens_per_micro_batch": 16384 if cuda else 8192},
+            "learner": {
+                "lr": job.lr,
+                "tokens_per_micro_batch": 16384 if cuda else 8192,
+                "share_prompts": job.share_prompts,
+            },
         }
     )
 
@@ -241,16 +252,22 @@ async def _steps(job: Job, pipe: Connection) -> None:
 # Both sides
 
 
-Side = Callable[[Job, Connection], None]
+class Side(NamedTuple):
+    """Who runs a job."""
+
+    run: Callable[[Job, Connection], None]
+    engine: str = "vllm"
+    share_prompts: bool = False
 
 
 class Contestant:
     """One side in a process of its own."""
 
-    def __init__(self, run: Side, job: Job) -> None:
+    def __init__(self, side: Side, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
+        job = replace(job, engine=side.engine, share_prompts=side.share_prompts)
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=run, args=(job, theirs), daemon=True)
+        self.process = context.Process(target=side.run, args=(job, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.pipe.recv()
@@ -307,9 +324,10 @@ def measure(sides: dict[str, Side], job: Job) -> dict[str, list[Seconds]]:
 
 
 def report(title: str, seconds: dict[str, list[Seconds]]) -> None:
-    """A row for each part of a step: median and minimum of both sides, and their ratios."""
+    """A row for each part of a step: median and minimum of every side, and the ratios of ours to the peer, the last."""
     print(f"\n{title}")
-    heads = "".join(f"{name:>20}" for name in seconds) + ("      ratio" if len(seconds) > 1 else "")
+    ratios = [f"{name} / {list(seconds)[-1]}" for name in list(seconds)[:-1]]
+    heads = "".join(f"{name:>20}" for name in seconds) + "".join(f"{ratio:>20}" for ratio in ratios)
     print(f"{'seconds: median, min':<22}{heads}", flush=True)
     parts: dict[str, Callable[[Seconds], float]] = {
         "step": lambda s: s.step,
@@ -323,8 +341,8 @@ def report(title: str, seconds: dict[str, list[Seconds]]) -> None:
         values = [[pick(s) for s in steps] for steps in seconds.values()]
         figures = [(statistics.median(v), min(v)) for v in values]
         cells = "".join(f"{median:>12.3f}{least:>8.3f}" for median, least in figures)
-        if len(figures) == 2:
-            cells += "".join(f"{a / b:>7.2f}" for a, b in zip(*figures, strict=True))
+        peer = figures[-1]
+        cells += "".join(f"{a / peer[0]:>13.2f}{b / peer[1]:>7.2f}" for a, b in figures[:-1])
         print(f"{part:<22}{cells}", flush=True)
     for name, steps in seconds.items():
         mismatch = statistics.fmean(s.mismatch for s in steps)
@@ -369,6 +387,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peer-batch", type=int, help="completions of a forward pass of TRL (all of them; on a GPU 64)"
     )
+    parser.add_argument("--engine", default="vllm,torch", help="of ours, on a CPU; each is a side of its own")
     parser.add_argument("--engines", type=int, default=2, help="of ours, on a GPU")
     parser.add_argument("--skip-peer", action="store_true")
     return parser.parse_args()
@@ -378,13 +397,16 @@ def main() -> None:
     from cispo.actors import _CPU_ENV
 
     args = arguments()
-    sides: dict[str, Side] = {"ours": run_ours}
+    sides = {"ours": Side(run_ours)}
+    if args.device == "cpu":
+        sides = {"vllm": Side(run_ours), "torch": Side(run_ours, "torch", share_prompts=True)}
+        sides = {name: side for name, side in sides.items() if name in args.engine.split(",")}
     if not args.skip_peer and importlib.util.find_spec("trl") is None:
         print("trl is not installed (see --help), so ours is measured alone.")
     elif not args.skip_peer:
         from bench_step_trl import run_peer
 
-        sides["TRL"] = run_peer
+        sides["TRL"] = Side(run_peer)
     if args.device == "cpu":
         os.environ.update(_CPU_ENV)  # both sides inherit it
     count = args.prompts * args.group

@@ -129,6 +129,16 @@ def test_the_same_run_twice_is_the_same_run(tmp_path: Path):
     assert other[1]["entropy"] != first[1]["entropy"]
 
 
+def test_the_torch_engine_and_prompts_read_once(tmp_path: Path):
+    """A whole run in one process: the sampler's log-probabilities are the learner's, before and after updates."""
+    options = ["rollout.engine=torch", "learner.share_prompts=true", "runtime=local", "learner.ranks=1"]
+    small = [*SMALL, "sft.steps=5", "train.steps=3", "learner.lr=1e-3", VARIED]
+    cispo("train", str(QUICKSTART), f"output_dir={tmp_path}", *small, *options)
+    rows = metrics(tmp_path / "quickstart")[1:]
+    assert len(rows) == 3 and all(row["learner/updates"] >= 1 and row["grad_norm"] > 0 for row in rows)
+    assert max(row["mismatch/logprob_max"] for row in rows) < 1e-4
+
+
 def test_warm_up_then_train_from_its_checkpoint_then_export(tmp_path: Path):
     small = [f"output_dir={tmp_path}", *SMALL, "train.steps=1"]
     cispo("sft", str(QUICKSTART), *small, "sft.steps=3")
@@ -148,6 +158,9 @@ def test_warm_up_then_train_from_its_checkpoint_then_export(tmp_path: Path):
 def test_show_and_doctor():
     shown = cispo("show", str(QUICKSTART), "algorithm.ratio_max=1.2", "algorithm.ratio_anchor=old")
     assert "[0, 1.2]" in shown and "PPO-like" in shown and "inert" in shown and "930,560 parameters" in shown
+    # The hint for small policies on a CPU, gone where it is followed.
+    assert "rollout.engine=torch" in shown
+    assert "rollout.engine=torch" not in cispo("show", str(QUICKSTART), "rollout.engine=torch")
     assert "all checks passed" in cispo("doctor")
 
 

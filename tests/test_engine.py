@@ -23,12 +23,13 @@ from torch import Tensor
 
 from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning_config import LightningConfig, dump_config
-from cispo.rollout.drafts import Draft, RunCounter, repeats_pattern
+from cispo.rollout.drafts import Draft, RunCounter
 from cispo.rollout.serving import ServedEngine
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Diverged, FinishReason, RepetitionStop, Sampling, UserError
 from cispo.weight_sync import mapped_weights, publish_weights, weights_folder
+from tests.patterns import repeats_pattern
 from tests.served import sampled, update
 
 VOCAB = 32
@@ -61,7 +62,7 @@ def make_policy(folder: Path, certainty: float = 1.0, **changes: Any) -> Policy:
 
 def make_engine(kind: str, folder: Path) -> ServedEngine:
     if kind == "torch":
-        return ServedEngine(TorchEngine(str(folder), dtype="float32", max_context=CONTEXT))
+        return ServedEngine(TorchEngine(str(folder), dtype="float32", max_context=CONTEXT, max_sequences=16))
     return ServedEngine(VLLMEngine(str(folder), dtype="float32", seed=0, max_context=CONTEXT, max_sequences=16))
 
 

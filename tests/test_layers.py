@@ -41,6 +41,7 @@ LAYERS: dict[str, int] = {
     "rollout.vllm_engine": 4,
     "rollout.vllm_start": 4,
     "rollout.torch_engine": 4,
+    "rollout.torch_sampler": 3,
     "rollout.recorder": 3,
     "packing": 3,
     "rollout.prompts": 3,

@@ -120,6 +120,41 @@ def test_one_gradient_for_any_micro_batches_ranks_and_order(policy_folder: Path)
         close(torch.from_numpy(flat), sum(r[2] for r in ranks), sum(r[3] for r in ranks))
 
 
+@pytest.mark.parametrize("config", [TINY, {"model_type": "qwen3", **DENSE}], ids=["lightning", "dense"])
+@pytest.mark.parametrize("budget", [40, 10_000])
+def test_a_prompt_read_once_gives_the_same_gradient(tmp_path: Path, config: dict[str, Any], budget: int):
+    """Loss, gradient, log-probabilities and the balancing loss over all tokens, copies of a prompt included."""
+    save_policy(init_policy(config, seed=0), tmp_path)
+    coefficient = 0.5 if config is TINY else 0.0
+    settings = LearnerConfig(router_aux_coef=coefficient, router_aux_tokens="all")
+    prompts = {s.group_id: s.token_ids[: int((~s.loss_mask).sum())] for s in reversed(samples())}
+    given = []
+    for s in samples():
+        prompt, answer = prompts[s.group_id], s.token_ids[s.loss_mask]
+
+        def column(values: Tensor, prompt: Tensor = prompt, mask: Tensor = s.loss_mask) -> Tensor:
+            return torch.cat([torch.zeros(len(prompt), dtype=values.dtype), values[mask]])
+
+        columns = {
+            name: column(getattr(s, name)) for name in ("loss_mask", "rollout_logprobs", "advantages", "versions")
+        }
+        given.append(replace(s, token_ids=torch.cat([prompt, answer]), **columns))
+    results = []
+    for shared in (False, True):
+        learner = Learner(str(tmp_path), settings)
+        (mbs,) = pack(given, reduction="prompt", max_tokens=16, tokens_per_micro_batch=budget, share_prompts=shared)
+        assert any(mb.distinct is not None for mb in mbs) == shared
+        logprobs = torch.cat(learner.logprobs(mbs))
+        batch = learner.forward_backward(mbs, CISPO)
+        results.append((torch.cat([g.flatten() for g in learner.optimizer.gradients()]), logprobs, batch))
+    (gradient, logprobs, batch), (shared_gradient, shared_logprobs, shared_batch) = results
+    assert float(gradient.abs().max()) > 1e-3
+    assert float((gradient - shared_gradient).abs().max()) <= 1e-6 * max(1.0, float(gradient.abs().max()))
+    assert float((logprobs - shared_logprobs).abs().max()) <= 1e-5
+    assert shared_batch.loss == pytest.approx(batch.loss, abs=1e-6)
+    assert shared_batch.aux_loss == pytest.approx(batch.aux_loss, abs=1e-6)
+
+
 def test_gradient_is_that_of_the_formula(policy_folder: Path):
     """The whole path against autograd on one sequence at a time with the plain softmax, token reduction."""
     given = samples(5)

@@ -111,6 +111,31 @@ def test_unpack_undoes_pack(shapes: list, budget: int):
         assert torch.equal(row, s.token_ids.float() * s.loss_mask)
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(1, 9)), min_size=1, max_size=12),
+    st.integers(8, 64),
+)
+def test_shared_prompts_are_read_once(shapes: list, budget: int):
+    """Distinct tokens give back all tokens and places; as many are left out as the copies of prompts have tokens."""
+    samples = []
+    for number, (group, prompt, completion) in enumerate(shapes):
+        made = sample(group, number, prompt, completion)
+        same = torch.arange(prompt) + 1000 * group  # of one group and length: one prompt
+        samples.append(replace(made, token_ids=torch.cat([same, made.token_ids[prompt:]])))
+    options = {"reduction": "token", "max_tokens": 32, "tokens_per_micro_batch": budget, "ranks": 2}
+    plain, shared = pack(samples, **options), pack(samples, **options, share_prompts=True)
+    for before, mb in zip(sum(plain, []), sum(shared, []), strict=True):
+        assert torch.equal(mb.tokens, before.tokens) and before.distinct is None
+        prompts = [shapes[place][:2] for place in mb.places]
+        saved = sum(length for _, length in prompts) - sum(length for _, length in set(prompts))
+        assert (mb.distinct is None) == (saved == 0)
+        if mb.distinct is not None and mb.reading is not None:
+            assert len(mb.distinct) == len(mb.tokens) - saved
+            for column in (mb.tokens, mb.positions):
+                assert torch.equal(column[mb.distinct][mb.reading], column)
+
+
 def test_ranks_are_balanced():
     rng = random.Random(0)
     samples = [sample(0, i, 4, rng.randint(1, 60)) for i in range(64)]

@@ -65,7 +65,7 @@ def vllm(folder: Path) -> VLLMEngine:
 
 
 def torch_engine(folder: Path) -> TorchEngine:
-    return TorchEngine(str(folder), dtype="float32", max_context=64)
+    return TorchEngine(str(folder), dtype="float32", max_context=64, max_sequences=2)
 
 
 @pytest.mark.parametrize("load", [load_policy, torch_engine, vllm])

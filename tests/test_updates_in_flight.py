@@ -1,10 +1,11 @@
-"""Weights that arrive while vLLM samples: every token's log-probability is that of a fresh forward pass of the
+"""Weights that arrive while an engine samples: every token's log-probability is that of a fresh forward pass of the
 learner's policy with the weights of its version, hybrid and dense, with prefix caching, preemption, and calls that come
 and go."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch import Tensor
 from cispo.policies.base import init_policy, save_policy
 from cispo.rollout.recorder import LogprobTable, Records
 from cispo.rollout.serving import ServedEngine
+from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Completion, FinishReason, OnUpdate, RepetitionStop, Sampling
 from cispo.weight_sync import publish_weights, weights_folder
@@ -66,16 +68,31 @@ def kinds(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: Kind(tmp_path_factory.mktemp(name), weights, config) for name, config in configs.items()}
 
 
+EngineName = Literal["vllm", "torch"]
+EITHER_ENGINE = pytest.mark.parametrize("name", ["vllm", "torch"])
+
+
 @contextmanager
-def running(kind: Kind, at_once: int = 12, **engine_args: Any) -> Iterator[ServedEngine]:
-    core = VLLMEngine(
-        str(kind.folder), dtype="float32", max_context=400, max_sequences=at_once, seed=0, engine_args=engine_args
-    )
+def running(kind: Kind, at_once: int = 12, *, name: EngineName = "vllm", **engine_args: Any) -> Iterator[ServedEngine]:
+    """`engine_args` are vLLM's own."""
+    sizes: dict[str, Any] = {"dtype": "float32", "max_context": 400, "max_sequences": at_once}
+    if name == "torch":
+        core = TorchEngine(str(kind.folder), **sizes)
+    else:
+        core = VLLMEngine(str(kind.folder), **sizes, seed=0, engine_args=engine_args)
     engine = ServedEngine(core)
     try:
         yield engine
     finally:
         engine.close()
+
+
+def idle(engine: ServedEngine) -> bool:
+    """Whether the engine holds nothing of any call."""
+    core = engine.engine
+    if isinstance(core, TorchEngine):
+        return not (core._waiting or core._running or core._samplers)
+    return not scheduler(engine).requests
 
 
 def preemptions(engine: ServedEngine) -> list[int]:
@@ -127,7 +144,7 @@ def test_recomputed(mode: str, kind_name: str, kinds: dict[str, Kind]) -> None:
     kind = kinds[kind_name]
     engine_args, prompts = MODES[mode]
     if "preempted" in mode:
-        engine_args = engine_args | {"num_gpu_blocks_override": BLOCKS[kind_name]}
+        engine_args: dict[str, Any] = engine_args | {"num_gpu_blocks_override": BLOCKS[kind_name]}
     with running(kind, **engine_args) as engine:
         preempted = preemptions(engine)
         completions, lost = asyncio.run(sampled_with_updates(engine, kind, prompts, "recompute"))
@@ -141,7 +158,20 @@ def test_recomputed(mode: str, kind_name: str, kinds: dict[str, Kind]) -> None:
 
 
 @pytest.mark.parametrize("kind_name", ["hybrid", "dense"])
-def test_kept(kind_name: str, kinds: dict[str, Kind]) -> None:
+def test_recomputed_by_the_torch_engine(kind_name: str, kinds: dict[str, Kind]) -> None:
+    """The same, with prompts that several share and sequences that wait for a place."""
+    kind, prompts = kinds[kind_name], RAGGED[:8] + SHARED[:2] * 2
+    with running(kind, at_once=8, name="torch") as engine:
+        completions, lost = asyncio.run(sampled_with_updates(engine, kind, prompts, "recompute"))
+        assert kind.gaps(prompts, completions).max() <= TOLERANCE
+        assert max(len(set(c.versions)) for c in completions) >= 3, "several updates fell into one completion"
+        assert {v for c in completions for v in c.versions} == set(range(VERSIONS))
+        assert lost == 0 and engine.progress() == len(prompts) * PLAIN.max_tokens and idle(engine)
+
+
+@EITHER_ENGINE
+@pytest.mark.parametrize("kind_name", ["hybrid", "dense"])
+def test_kept(kind_name: str, name: EngineName, kinds: dict[str, Kind]) -> None:
     """Tokens before the first update match; later ones follow keys and states of older weights. A call that comes
     after an update shares nothing with those that keep, though its prompts are theirs."""
     kind, prompts = kinds[kind_name], SHARED[:6]
@@ -156,7 +186,7 @@ def test_kept(kind_name: str, kinds: dict[str, Kind]) -> None:
         assert not first.done()
         return await first, second, before
 
-    with running(kind, enable_prefix_caching=True) as engine:
+    with running(kind, name=name, enable_prefix_caching=True) as engine:
         first, second, before = asyncio.run(run())
     gaps, versions = kind.gaps(prompts, first), torch.tensor([v for c in first for v in c.versions])
     assert all(set(c.versions) == {0, 1} and list(c.versions) == sorted(c.versions) for c in first)
@@ -165,10 +195,11 @@ def test_kept(kind_name: str, kinds: dict[str, Kind]) -> None:
     assert kind.gaps(prompts, second).max() <= TOLERANCE and {v for c in second for v in c.versions} == {1}
 
 
+@EITHER_ENGINE
 @pytest.mark.parametrize("mode", ["wait", "abort"])
-def test_no_completion_mixes_versions(mode: OnUpdate, kinds: dict[str, Kind]) -> None:
+def test_no_completion_mixes_versions(mode: OnUpdate, name: EngineName, kinds: dict[str, Kind]) -> None:
     kind, prompts = kinds["hybrid"], RAGGED[:12]
-    with running(kind, at_once=4) as engine:
+    with running(kind, at_once=4, name=name) as engine:
         completions, lost = asyncio.run(sampled_with_updates(engine, kind, prompts, mode))
         assert engine.progress() == 12 * PLAIN.max_tokens + lost
     assert kind.gaps(prompts, completions).max() <= TOLERANCE
@@ -177,12 +208,13 @@ def test_no_completion_mixes_versions(mode: OnUpdate, kinds: dict[str, Kind]) ->
     assert (lost > 0) == (mode == "abort")
 
 
-def test_overlapping_calls_get_what_they_asked_for(kinds: dict[str, Kind]) -> None:
+@EITHER_ENGINE
+def test_overlapping_calls_get_what_they_asked_for(name: EngineName, kinds: dict[str, Kind]) -> None:
     """Greedy calls give what they give alone; limits, ends and temperatures are each call's own."""
     kind = kinds["hybrid"]
     greedy = replace(PLAIN, temperature=0, max_tokens=30)
     ending = replace(PLAIN, eos_ids=tuple(range(8)))
-    with running(kind) as engine:
+    with running(kind, name=name) as engine:
         alone = [sampled(engine, part, greedy, 0) for part in (RAGGED[:5], RAGGED[5:9])]
 
         async def run() -> list[list[Completion]]:
@@ -200,7 +232,20 @@ def test_overlapping_calls_get_what_they_asked_for(kinds: dict[str, Kind]) -> No
     assert kind.gaps(RAGGED[:6], ended).max() <= TOLERANCE
 
 
-async def interleaved(engine: ServedEngine, kind: Kind, seed: int, modes: Sequence[OnUpdate]) -> float:
+RULED = replace(PLAIN, repetition=RepetitionStop(run_length=3, probability=0.02))
+
+
+def check_ends(completion: Completion, limit: int) -> None:
+    """Three tokens in a row above `RULED`'s probability end a completion, whatever came in between."""
+    sure = [x > math.log(RULED.repetition.probability) for x in completion.logprobs]
+    fired = [end for end in range(3, len(sure) + 1) if all(sure[end - 3 : end])]
+    by_rule = completion.finish_reason is FinishReason.REPETITION
+    assert (fired == [len(sure)]) if by_rule else (len(sure) == limit and fired in ([], [limit]))
+
+
+async def interleaved(
+    engine: ServedEngine, kind: Kind, seed: int, modes: Sequence[OnUpdate], sampling: Sampling = PLAIN
+) -> float:
     """Calls, cancellations and updates at random moments; the largest gap of what was sampled."""
     rng, calls, version = random.Random(seed), [], 0
     for _ in range(14):
@@ -208,7 +253,8 @@ async def interleaved(engine: ServedEngine, kind: Kind, seed: int, modes: Sequen
         if what < 0.55:
             prompts = rng.sample(RAGGED + SHARED, rng.randrange(1, 5))
             limits = [rng.randrange(1, 40) for _ in prompts]
-            calls.append((asyncio.ensure_future(engine.generate(prompts, PLAIN, rng.randrange(99), limits)), prompts))
+            call = asyncio.ensure_future(engine.generate(prompts, sampling, rng.randrange(99), limits))
+            calls.append((call, prompts, limits))
         elif what < 0.65 and calls:
             calls.pop(rng.randrange(len(calls)))[0].cancel()
         else:
@@ -217,19 +263,26 @@ async def interleaved(engine: ServedEngine, kind: Kind, seed: int, modes: Sequen
         for _ in range(rng.randrange(12)):
             await asyncio.sleep(0)
     largest = 0.0
-    for task, prompts in calls:
-        largest = max(largest, kind.gaps(prompts, await task).max().item())
-    assert calls and not scheduler(engine).requests
+    for task, prompts, limits in calls:
+        completions = await task
+        largest = max(largest, kind.gaps(prompts, completions).max().item())
+        for completion, limit in zip(completions, limits, strict=True):
+            if sampling is RULED:
+                check_ends(completion, limit)
+            else:
+                assert len(completion.token_ids) == limit
+    assert calls and idle(engine)
     return largest
 
 
+@EITHER_ENGINE
 @pytest.mark.parametrize("kind_name", ["hybrid", "dense"])
-def test_random_interleavings(kind_name: str, kinds: dict[str, Kind]) -> None:
+def test_random_interleavings(kind_name: str, name: EngineName, kinds: dict[str, Kind]) -> None:
     kind = kinds[kind_name]
     arguments = {"enable_prefix_caching": True, "num_gpu_blocks_override": BLOCKS[kind_name]}
-    with running(kind, **arguments) as engine:
-        for seed in range(4):
-            assert asyncio.run(asyncio.wait_for(interleaved(engine, kind, seed, EXACT), 60)) <= TOLERANCE
+    with running(kind, name=name, **arguments) as engine:
+        for seed, sampling in enumerate([PLAIN, PLAIN, RULED, RULED]):
+            assert asyncio.run(asyncio.wait_for(interleaved(engine, kind, seed, EXACT, sampling), 60)) <= TOLERANCE
             sampled(engine, [[1]], PLAIN, 0)
 
 

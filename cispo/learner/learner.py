@@ -19,7 +19,7 @@ from torch import Tensor
 from cispo.algorithms.objective import Objective
 from cispo.checkpoint import BackgroundSave, disk_errors, load_tensors, save_tensors
 from cispo.config import Learner as LearnerConfig
-from cispo.learner.loss import Columns, micro_batch_loss, spread, trained_logprobs
+from cispo.learner.loss import Columns, micro_batch_loss, read, spread, trained_logprobs
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Ranks, join, leave, release_memory, to_device
 from cispo.policies.base import Policy, load_policy, save_policy, write_policy
@@ -132,7 +132,7 @@ class Learner:
         self, mb: MicroBatch, objective: Objective, load: ExpertLoad | None
     ) -> tuple[Tensor, Tensor | None, Columns]:
         """One micro-batch's gradients into the optimizer; (loss, balancing loss, columns) on the device."""
-        output = self.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)
+        output = read(self.policy, mb)
         loss, columns = micro_batch_loss(
             output.hidden, self.policy.lm_head_weight, mb, objective, temperature=self.temperature
         )
@@ -223,7 +223,7 @@ class Learner:
 
     def _logprobs(self, policy: Policy, mb: MicroBatch) -> Tensor:
         """[T]: 0 where masked."""
-        hidden = policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest).hidden
+        hidden = read(policy, mb).hidden
         return spread(trained_logprobs(hidden, policy.lm_head_weight, mb, temperature=self.temperature)[0], mb)
 
     def _balanced(self, mb: MicroBatch) -> Tensor:
@@ -240,7 +240,7 @@ class Learner:
         counts = torch.zeros(layers, experts + 1, device=self.ranks.device)
         for mb in batches:
             mask = self._balanced(mb)
-            router = self.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest).router
+            router = read(self.policy, mb).router
             counts[:, :-1] += torch.stack([expert_counts(r.chosen, mask, experts) for r in router])
             counts[:, -1] += mask.sum()
         self.ranks.sum([counts])

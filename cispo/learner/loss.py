@@ -16,10 +16,23 @@ from torch import Tensor
 from cispo.algorithms.losses import LossOutput
 from cispo.algorithms.objective import Objective
 from cispo.ops.logprobs import fused_token_loss, token_logprobs
+from cispo.policies.attention import Documents, SharedPrompts
+from cispo.policies.base import Policy, PolicyOutput, RouterOutput
 from cispo.types import LossInputs, MicroBatch
 
 Columns = Mapping[str, Tensor]
 """Name -> [N] over the trained tokens of a micro-batch, without gradient."""
+
+
+def read(policy: Policy, mb: MicroBatch) -> PolicyOutput:
+    """The policy's pass over a micro-batch: hidden [T, d], and router outputs over all T tokens."""
+    if mb.distinct is None or mb.reading is None:
+        return policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)
+    documents = Documents(mb.cu_seqlens, len(mb.tokens), mb.longest)
+    tokens, positions = mb.tokens.index_select(0, mb.distinct), mb.positions.index_select(0, mb.distinct)
+    output = policy.attend(tokens, positions, SharedPrompts(documents, mb.distinct, mb.reading))
+    router = tuple(RouterOutput(*(x.index_select(0, mb.reading) for x in layer)) for layer in output.router)
+    return PolicyOutput(output.hidden.index_select(0, mb.reading), router)
 
 
 def micro_batch_loss(

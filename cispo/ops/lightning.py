@@ -148,6 +148,17 @@ def lightning_decode(
     return output
 
 
+def lightning_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, states: Tensor) -> Tensor:
+    """`lightning_decode` in plain torch where sequence i has its state in row i: states [S, H, D, D], changed in place.
+
+    q, k, v [S, H, D]; returns the outputs, [S, H, D].
+    """
+    dtype = states.dtype
+    states.mul_(torch.exp(-slopes.to(dtype))[:, None, None])
+    states.addcmul_(k[..., None].to(dtype), v[..., None, :].to(dtype))
+    return (q[..., None, :].to(dtype) @ states).squeeze(2).to(q.dtype)
+
+
 def _read(cache: Tensor, slots: Tensor, fresh: Tensor | None) -> Tensor:
     state = cache[slots.long()]
     return state if fresh is None else state.masked_fill(fresh[:, None, None, None], 0)

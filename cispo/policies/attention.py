@@ -1,4 +1,4 @@
-"""Causal softmax attention over packed documents, in two forms.
+"""What a policy's attention layers ask for, and how packed documents answer: causal softmax attention in two forms.
 
     varlen    flash attention's own for packed documents, nothing padded: bfloat16 and float16 on a GPU
     padded    documents of similar length in one batch, padded on the right: every other device and dtype
@@ -9,13 +9,30 @@ What a form needs to know of the documents is worked out once a forward pass, fo
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cispo.ops.lightning import lightning_attention
+
 AttentionForm = Literal["varlen", "padded"]
+
+
+class Attention(Protocol):
+    """How the tokens of one forward pass see others: inside packed documents, or through a sampler's cache.
+
+    Layers are called in the same order in every pass, which is how a cache tells them apart.
+    """
+
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """Causal softmax attention, [T, H, D]: q [T, H, D]; k, v [T, K, D]; scale is 1 / sqrt(D) where None."""
+        ...
+
+    def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        """Lightning attention, [T, H, D]: q, k, v [T, H, D]; slopes [H] float32."""
+        ...
 
 
 class Padding(NamedTuple):
@@ -42,6 +59,12 @@ class Documents:
         """Tokens of the longest document, or a bound on it."""
         return int(self.cu_seqlens.diff().max()) if self._longest is None else self._longest
 
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return causal_attention(q, k, v, self, scale)
+
+    def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        return lightning_attention(q, k, v, slopes, self.cu_seqlens)[0]
+
     @cached_property
     def padding(self) -> Padding:
         cu_seqlens = self.cu_seqlens.long()
@@ -55,6 +78,28 @@ class Documents:
         places = torch.empty(self.tokens + 1, dtype=torch.long, device=owner.device)
         places[owner] = torch.arange(len(owner), device=owner.device)
         return Padding(batches, places[: self.tokens])
+
+
+class SharedPrompts:
+    """Packed documents of which prompts that several have in common are read once: everything but attention is shared.
+
+    The C distinct tokens are what passes through the layers; attention sees all T, laid out as documents.
+    """
+
+    def __init__(self, documents: Documents, distinct: Tensor, reading: Tensor) -> None:
+        """distinct [C] int64: one place of each among the T tokens; reading [T] int64: which one each token equals."""
+        self.documents, self.distinct, self.reading = documents, distinct, reading
+
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        q, k, v = self._all(q, k, v)
+        return self.documents.softmax(q, k, v, scale).index_select(0, self.distinct)
+
+    def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        q, k, v = self._all(q, k, v)
+        return self.documents.lightning(q, k, v, slopes).index_select(0, self.distinct)
+
+    def _all(self, *columns: Tensor) -> list[Tensor]:
+        return [x.index_select(0, self.reading) for x in columns]
 
 
 def causal_attention(

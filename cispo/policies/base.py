@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from cispo.policies.attention import Attention
 from cispo.policies.lightning_config import is_lightning_config, parse_config, read_config
 from cispo.types import UserError
 
@@ -79,6 +80,10 @@ class Policy(Protocol):
 
         `longest` is the length of the longest document; without it, it is read from the device.
         """
+        ...
+
+    def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
+        """`forward`, where `attention` says how tokens see one another: a sampler's cache takes this way."""
         ...
 
     def to_hf(self) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Any dense Hugging Face causal language model as a policy on packed tokens.
 
 The base model runs on one row [1, T] of packed documents. Everything but attention works token by token, and
-attention is ours: registered with transformers under a name, it reads where documents start from the keyword
-arguments of the forward pass, so no [T, T] mask exists and nothing crosses from one document to another.
+attention is ours: registered with transformers under a name, it finds in the keyword arguments of the forward pass
+what tokens see (`attention.Attention`: packed documents, or a sampler's cache), so no [T, T] mask exists and nothing
+crosses from one document to another.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
 
-from cispo.policies.attention import Documents, causal_attention
+from cispo.policies.attention import Attention, Documents
 from cispo.policies.base import PolicyOutput
 from cispo.policies.layers import RMSNorm
 from cispo.types import UserError
@@ -51,16 +52,16 @@ def _packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    documents: Documents | None = None,
+    attention: Attention | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form transformers calls: query [1, H, T, D], key and value [1, K, T, D], to [1, T, H, D]."""
     asked = [name for name in _UNSUPPORTED_ATTENTION if kwargs.get(name) is not None]
-    if documents is None or asked:
+    if attention is None or asked:
         reason = f"uses {asked[0]}" if asked else "does not pass on where documents start"
         raise UserError(f"{type(module).__name__} cannot run on packed tokens: it {reason}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return causal_attention(q, k, v, documents, scaling)[None], None
+    return attention.softmax(q, k, v, scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)
@@ -117,11 +118,14 @@ class HFPolicy(nn.Module):
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
     ) -> PolicyOutput:
         """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `longest` as in `Policy.forward`."""
+        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), longest))
+
+    def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
+        """tokens and positions [T] int64, as in `Policy.attend`."""
         if not len(tokens):  # transformers' reshapes refuse an empty row
             return PolicyOutput(tokens[:, None] * self.lm_head_weight[:1])
-        documents = Documents(cu_seqlens, len(tokens), longest)
         output = self.model.base_model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, documents=documents
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, attention=attention
         )
         return PolicyOutput(output.last_hidden_state[0])
 

@@ -12,7 +12,7 @@ not touch them and a checkpoint does not hold them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cispo.ops.lightning import lightning_attention
-from cispo.policies.attention import Documents, causal_attention
+from cispo.policies.attention import Attention, Documents
 from cispo.policies.base import PolicyOutput, RouterOutput
 from cispo.policies.layers import RMSNorm, SwiGLU, apply_rotary, rotary_table
 from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, dump_config
@@ -30,6 +29,10 @@ from cispo.types import UserError
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that say nothing about the shape and are carried from load to save."""
+
+
+RunExperts = Callable[[MoE, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Computes what `MoE.forward` does."""
 
 
 class LightningAttention(nn.Module):
@@ -46,13 +49,13 @@ class LightningAttention(nn.Module):
         with torch.device("cpu"):  # real values also where the weights are built on the meta device
             self.slopes = config.slopes(layer)
 
-    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
         if self.slopes.device != x.device:
             self.slopes = self.slopes.to(x.device)
         # Interleaved per head: q, k and v of head 0, then of head 1, ...
         heads = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, 3 * self.head_dim))
         q, k, v = heads.split(self.head_dim, dim=-1)
-        attended, _ = lightning_attention(q, k, v, self.slopes, documents.cu_seqlens)
+        attended = attention.lightning(q, k, v, self.slopes)
         return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(attended.flatten(1)))
 
 
@@ -68,9 +71,9 @@ class SoftmaxAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, documents: Documents, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        attended = causal_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, documents)
+        attended = attention.softmax(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
         return self.o_proj(attended.flatten(1))
 
 
@@ -91,20 +94,25 @@ class Layer(nn.Module):
         self.attention_factors = config.attention_factors(layer)
         self.mlp_factors = config.mlp_alpha, config.mlp_beta
 
-    def forward(self, x: Tensor, documents: Documents, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, attention: Attention, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, d] to x [T, d] and the router's probs [T, E] and chosen [T, k]."""
         normed = self.input_layernorm(x)
         rotary = () if self.lightning else (cos, sin)
-        x = self._residual(x, normed, self.self_attn(normed, documents, *rotary), self.attention_factors)
+        x = self.residual(x, normed, self.self_attn(normed, attention, *rotary), self.attention_factors)
         normed = self.post_attention_layernorm(x)
-        branch, probs, chosen = self.mlp(normed)
-        if self.shared_mlp is not None and self.coefficient is not None:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            share = torch.sigmoid(F.linear(normed.to(wide), self.coefficient.weight.to(wide))).to(x.dtype)
-            branch = branch * (1 - share) + self.shared_mlp(normed) * share
-        return self._residual(x, normed, branch, self.mlp_factors), probs, chosen
+        branch, probs, chosen = self.mix_experts(normed)
+        return self.residual(x, normed, branch, self.mlp_factors), probs, chosen
 
-    def _residual(self, x: Tensor, normed: Tensor, branch: Tensor, factors: tuple[float, float]) -> Tensor:
+    def mix_experts(self, normed: Tensor, run: RunExperts = MoE.__call__) -> tuple[Tensor, Tensor, Tensor]:
+        """The second branch [T, d], of routed and shared experts, and the router's probs and chosen."""
+        branch, probs, chosen = run(self.mlp, normed)
+        if self.shared_mlp is not None and self.coefficient is not None:
+            wide = torch.promote_types(normed.dtype, torch.float32)
+            share = torch.sigmoid(F.linear(normed.to(wide), self.coefficient.weight.to(wide))).to(normed.dtype)
+            branch = branch * (1 - share) + self.shared_mlp(normed) * share
+        return branch, probs, chosen
+
+    def residual(self, x: Tensor, normed: Tensor, branch: Tensor, factors: tuple[float, float]) -> Tensor:
         alpha, beta = factors
         return torch.add(beta * branch, normed if self.postnorm else x, alpha=alpha)
 
@@ -143,16 +151,19 @@ class LightningPolicy(nn.Module):
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
     ) -> PolicyOutput:
         """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `longest` as in `Policy.forward`."""
-        documents = Documents(cu_seqlens, len(tokens), longest)
+        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), longest))
+
+    def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
+        """tokens and positions [T] int64, as in `Policy.attend`."""
         cos, sin = rotary_table(positions, self.config.rotary_dim, self.config.rope_theta)
         x = self.embed_tokens(tokens)
         router = []
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                outputs = checkpoint(layer, x, documents, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                outputs = checkpoint(layer, x, attention, cos, sin, use_reentrant=False, preserve_rng_state=False)
                 assert outputs is not None
             else:
-                outputs = layer(x, documents, cos, sin)
+                outputs = layer(x, attention, cos, sin)
             x, probs, chosen = outputs
             router.append(RouterOutput(probs, chosen))
         return PolicyOutput(self.norm(x), tuple(router))

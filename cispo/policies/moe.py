@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # On a CPU, so few tokens (a decode step) go through all of few experts sooner than they are sorted by expert.
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
 
 
 class Router(nn.Module):
@@ -50,7 +50,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum over k of weights[t, k] * expert[chosen[t, k]](x[t]): x [T, d], chosen and weights [T, k], to [T, d]."""
-        if not x.is_cuda and len(x) <= _FEW_TOKENS and len(self.gate_up_proj) <= 2 * chosen.shape[1]:
+        if not x.is_cuda and len(x) <= FEW_TOKENS and len(self.gate_up_proj) <= 2 * chosen.shape[1]:
             return self._every_expert(x, chosen, weights)
         tokens, k = chosen.shape
         expert_of_row, order = chosen.flatten().sort(stable=True)

@@ -1,4 +1,4 @@
-"""What engines share: how long a completion may be, when it repeats itself, and the draft that grows into one.
+"""What engines share: how long a completion may be, when near-certain tokens end it, and the draft that grows into one.
 
 A completion ends at the first of: an end-of-sequence token, the length limit, a repeated pattern, a run of near-certain
 tokens. Where two fall on one token the earlier of this list is the reason; that token is always the last.
@@ -25,18 +25,6 @@ class RunCounter:
         """Takes the next log-probability; True from the `run_length`-th in a row strictly above `probability`."""
         self.run = self.run + 1 if logprob > math.log(self.rule.probability) else 0
         return 0 < self.rule.run_length <= self.run
-
-
-def repeats_pattern(tokens: Sequence[int], rule: RepetitionStop) -> bool:
-    """Whether `tokens` end in `pattern_count` copies of a pattern of at most `pattern_size` tokens."""
-    for size in range(1, rule.pattern_size + 1):
-        span = size * rule.pattern_count
-        if span > len(tokens):
-            return False
-        tail = tokens[-span:]
-        if tail[size:] == tail[:-size]:
-            return True
-    return False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

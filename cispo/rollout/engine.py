@@ -1,8 +1,9 @@
 """Engines turn prompts into completions, token in, token out, with the log-probability of every sampled token.
 
     make_engine(...) -> ServedEngine         what the rest of the project calls: overlapping calls, updates in flight
-                          Engine             what it drives step by step: VLLMEngine, or TorchEngine for tests
+                          Engine             what it drives step by step: VLLMEngine or TorchEngine
 
+`VLLMEngine` runs vLLM inside this process; `TorchEngine` the learner's policy with a cache, for small ones on a CPU.
 When a completion ends: `drafts`. How weights arrive: `weight_sync`.
 """
 
@@ -108,7 +109,7 @@ def make_engine(
     if kind == "torch":
         from cispo.rollout.torch_engine import TorchEngine
 
-        return ServedEngine(TorchEngine(model, dtype=dtype, max_context=max_context))
+        return ServedEngine(TorchEngine(model, dtype=dtype, max_context=max_context, max_sequences=max_sequences))
     from cispo.rollout.vllm_engine import VLLMEngine
 
     engine = VLLMEngine(

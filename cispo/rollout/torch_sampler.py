@@ -1,0 +1,268 @@
+"""Sampling with the learner's policy on a CPU: a batch of sequences that grow by a token a step and leave as they end.
+
+    add(prompts)  -> rows with the hidden state after their prompt          `policies.cache` reads a shared prompt once
+    step          -> read each row's last token, draw the next, end rows -> [Sampled]
+    abort         -> rows leave without a result
+    recompute     -> all that rows have is read again, under the weights of now
+
+A step is a fixed number of operations on all rows: nothing here loops over sequences but what collects the ended ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cispo.policies.base import Policy
+from cispo.policies.cache import Cache
+from cispo.policies.short_steps import short_step
+from cispo.types import FinishReason, RepetitionStop, Sampling
+
+# Tokens of different prompts that one forward pass reads: bounds the memory of its activations.
+_TOKENS_PER_READ = 8192
+_FIRST_ROOM = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was sampled for a request."""
+
+    request: int
+    tokens: list[int]
+    logprobs: list[float]
+    reason: FinishReason | None
+    """None while it goes on."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is known of the n sequences that are being sampled, a row each."""
+
+    request: Tensor
+    """[n] int64: the caller's number."""
+    limit: Tensor
+    """[n] int64: the most tokens it may have."""
+    count: Tensor
+    """[n] int64: tokens sampled so far."""
+    run: Tensor
+    """[n] int64: near-certain tokens in a row, up to the last."""
+    repeats: Tensor
+    """[n, pattern_size] int64: tokens in a row that equal the one 1, 2, ... places before, up to the last."""
+    tokens: Tensor
+    """[n, room] int64."""
+    logprobs: Tensor
+    """[n, room] float32."""
+    hidden: Tensor
+    """[n, d]: after the last token that was read."""
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    def take(self, order: Tensor) -> _Rows:
+        return _Rows(*(getattr(self, name)[order] for name in self.__slots__))
+
+    def join(self, new: _Rows) -> _Rows:
+        pairs = ((getattr(self, name), getattr(new, name)) for name in self.__slots__)
+        return _Rows(*(torch.cat([old, more]) for old, more in pairs))
+
+    def make_room(self) -> None:
+        """Doubles the room where a row has used it up."""
+        if int(self.count.max()) == self.tokens.shape[1]:
+            self.tokens = torch.cat([self.tokens, torch.zeros_like(self.tokens)], 1)
+            self.logprobs = torch.cat([self.logprobs, torch.zeros_like(self.logprobs)], 1)
+
+
+class Sampler:
+    """One batch, drawn from torch's random stream.
+
+    The policy's weights may change between steps: what was read stays as it was, unless it is computed again.
+    """
+
+    def __init__(self, policy: Policy, sampling: Sampling) -> None:
+        self._policy, self._sampling, self._short = policy, sampling, short_step(policy)
+        self._cache = Cache()
+        self._rows: _Rows | None = None
+        self._behind = False
+        """Whether the tokens of the last step are yet to be read; the next step does, with the weights of then."""
+
+    def __len__(self) -> int:
+        return 0 if self._rows is None else len(self._rows)
+
+    @torch.inference_mode()
+    def add(self, requests: Sequence[int], prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+        """Starts a sequence for each request, of at least one and at most `limits[i]` tokens; no prompt is empty."""
+        if self._rows is not None:
+            self._catch_up(self._rows)
+        new = self._fresh(requests, limits, self._read(prompts))
+        self._rows = new if self._rows is None else self._rows.join(new)
+
+    @torch.inference_mode()
+    def step(self) -> list[Sampled]:
+        """Samples a token for every sequence; returns those that end with it, which leave."""
+        rows = self._rows
+        if rows is None:
+            return []
+        self._catch_up(rows)
+        head = self._policy.lm_head_weight
+        tokens, logprobs = draw(rows.hidden.float() @ head.float().T, self._sampling)
+        rows.make_room()
+        places = torch.arange(len(rows)), rows.count
+        rows.tokens[places] = tokens
+        rows.logprobs[places] = logprobs
+        rows.count = rows.count + 1
+        self._behind = True
+        ends = self._ends(rows, tokens, logprobs)
+        gone = torch.stack(list(ends.values())).any(0)
+        ended = _collect(rows, ends, gone)
+        if ended:
+            self._drop(gone)
+        return ended
+
+    @torch.inference_mode()
+    def abort(self, requests: Sequence[int]) -> None:
+        """Ends the sequences of these requests without a result; unknown ones are ignored."""
+        if self._rows is not None:
+            self._drop(torch.isin(self._rows.request, torch.tensor(requests, dtype=torch.long)))
+
+    def unfinished(self) -> list[Sampled]:
+        """What every sequence that goes on has so far."""
+        rows = self._rows
+        return [] if rows is None else [_sampled(rows, row, None) for row in range(len(rows))]
+
+    @torch.inference_mode()
+    def recompute(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """Reads all sequences again, given the prompt of each request: what follows is of the weights of now alone."""
+        if self._rows is None:
+            return
+        sequences = [[*prompts[sampled.request], *sampled.tokens] for sampled in self.unfinished()]
+        self._cache = Cache()
+        self._rows.hidden = self._read(sequences)
+        self._behind = False
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """A new row of the cache for each prompt; returns the hidden states after them, [len(prompts), d]."""
+        hidden = []
+        for part in _parts(prompts):
+            distinct = {tuple(prompt): None for prompt in prompts[part]}
+            numbers = {prompt: number for number, prompt in enumerate(distinct)}
+            copies = [numbers[tuple(prompt)] for prompt in prompts[part]]
+            hidden.append(self._cache.read(self._policy, list(distinct), copies))
+        return torch.cat(hidden)
+
+    def _catch_up(self, rows: _Rows) -> None:
+        if self._behind:
+            last = rows.tokens[torch.arange(len(rows)), rows.count - 1]
+            rows.hidden = self._cache.step(self._policy, last, self._short)
+            self._behind = False
+
+    def _fresh(self, requests: Sequence[int], limits: Sequence[int], hidden: Tensor) -> _Rows:
+        n = len(requests)
+        room = _FIRST_ROOM if self._rows is None else self._rows.tokens.shape[1]
+        return _Rows(
+            request=torch.tensor(requests),
+            limit=torch.tensor(limits),
+            count=torch.zeros(n, dtype=torch.long),
+            run=torch.zeros(n, dtype=torch.long),
+            repeats=torch.zeros(n, self._sampling.repetition.pattern_size, dtype=torch.long),
+            tokens=torch.zeros(n, room, dtype=torch.long),
+            logprobs=torch.zeros(n, room),
+            hidden=hidden,
+        )
+
+    def _drop(self, gone: Tensor) -> None:
+        """Takes out the rows where `gone` [n] is True."""
+        assert self._rows is not None
+        order = self._cache.drop(gone)
+        self._rows = self._rows.take(order) if len(order) else None
+        self._behind = self._behind and self._rows is not None
+
+    def _ends(self, rows: _Rows, tokens: Tensor, logprobs: Tensor) -> dict[FinishReason, Tensor]:
+        """Where each reason ends a row with the tokens [n] that were just sampled, in order of precedence."""
+        rule = self._sampling.repetition
+        ends = {FinishReason.STOP: torch.zeros_like(tokens, dtype=torch.bool)}
+        for token in self._sampling.eos_ids:
+            ends[FinishReason.STOP] |= tokens == token
+        ends[FinishReason.LENGTH] = rows.count >= rows.limit
+        if rule.pattern_size:
+            ends[FinishReason.REPETITION] = _count_repeats(rows, tokens, rule)
+        if rule.run_length:
+            rows.run = (rows.run + 1).masked_fill_(logprobs.double() <= math.log(rule.probability), 0)
+            ran = rows.run >= rule.run_length
+            ends[FinishReason.REPETITION] = ends.get(FinishReason.REPETITION, ran) | ran
+        return ends
+
+
+def _count_repeats(rows: _Rows, tokens: Tensor, rule: RepetitionStop) -> Tensor:
+    """[n] bool: whether a row ends in `pattern_count` copies of a pattern of at most `pattern_size` tokens."""
+    sizes = torch.arange(1, rule.pattern_size + 1)
+    before = rows.count[:, None] - 1 - sizes
+    same = (rows.tokens.gather(1, before.clamp(min=0)) == tokens[:, None]) & (before >= 0)
+    rows.repeats = torch.where(same, rows.repeats + 1, 0)
+    return (rows.repeats >= sizes * (rule.pattern_count - 1)).any(1)
+
+
+def _collect(rows: _Rows, ends: dict[FinishReason, Tensor], gone: Tensor) -> list[Sampled]:
+    ended = gone.nonzero()[:, 0].tolist()
+    return [_sampled(rows, row, next(reason for reason, where in ends.items() if where[row])) for row in ended]
+
+
+def _sampled(rows: _Rows, row: int, reason: FinishReason | None) -> Sampled:
+    count = int(rows.count[row])
+    tokens, logprobs = rows.tokens[row, :count].tolist(), rows.logprobs[row, :count].tolist()
+    return Sampled(int(rows.request[row]), tokens, logprobs, reason)
+
+
+def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[slice]:
+    """Neighbouring prompts whose different ones fit into one pass; a longer one has a pass of its own."""
+    start, read, known = 0, 0, set[tuple[int, ...]]()
+    for number, prompt in enumerate(map(tuple, prompts)):
+        if prompt in known:
+            continue
+        if read and read + len(prompt) > _TOKENS_PER_READ:
+            yield slice(start, number)
+            start, read, known = number, 0, set()
+        known.add(prompt)
+        read += len(prompt)
+    if start < len(prompts):
+        yield slice(start, len(prompts))
+
+
+def draw(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token a row of logits [n, V] float32: tokens [n] int64 and their log-probabilities [n] float32.
+
+    The draws are of torch's random stream. The log-probability is that in the distribution which the token was drawn
+    from; with temperature 0, the policy's.
+    """
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        logprobs = _truncate(logits / sampling.temperature, sampling).log_softmax(-1)
+        # By the inverse of the distribution function: one random number a row, where torch.multinomial takes V.
+        ends = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        below_one = 1 - 2.0**-50  # so that the product stays below the total, and no token without probability is hit
+        points = torch.rand(len(logits), 1, dtype=torch.float64) * below_one * ends[:, -1:]
+        # Rows that are not numbers get some token; its log-probability tells that the policy has diverged.
+        tokens = torch.searchsorted(ends, points, right=True).clamp_(max=logits.shape[-1] - 1)
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+
+def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Masks what min_p, top_k and top_p leave out, in vLLM's order."""
+    if sampling.min_p > 0:
+        probabilities = logits.softmax(-1)
+        smallest = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < smallest, -math.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if sampling.top_p < 1:
+        ordered, places = logits.sort(-1)
+        beyond = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        beyond[:, -1] = False
+        logits = logits.masked_fill(beyond.scatter(-1, places, beyond), -math.inf)
+    return logits

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from cispo.actors import Handle, LocalRuntime, RayRuntime, Runtime
+from cispo.actors import Handle, LocalRuntime, Runtime
 from cispo.types import RunError, UserError
-from cispo.watchdog import Activity
+
+ROOT = Path(__file__).parents[1]
 
 
 class Clerk:
@@ -59,10 +63,19 @@ async def work(runtime: Runtime) -> None:
             await handle.call("fail", kind)
 
 
-@pytest.mark.parametrize("kind", ["local", "ray"])
-def test_calls_overlap_and_are_cancelled(kind: str) -> None:
-    runtime = LocalRuntime() if kind == "local" else RayRuntime(processes=1, activity=Activity())
+def check(runtime: Runtime) -> None:
     try:
         asyncio.run(work(runtime))
     finally:
         runtime.close()
+
+
+def test_calls_overlap_and_are_cancelled_here() -> None:
+    check(LocalRuntime())
+
+
+def test_calls_overlap_and_are_cancelled_in_a_ray_actor() -> None:
+    """In a process of its own: Ray reads its settings once, and other tests have had others."""
+    code = "from tests.test_concurrent_actors import *; check(RayRuntime(processes=1, activity=Activity()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

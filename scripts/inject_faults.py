@@ -271,7 +271,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
     if code not in fault.ends_with:
         problems.append("hang" if code is None else f"exit code {code}: {output[-600:]}")
     if "Traceback" in output:
-        problems.append(f"traceback: {output[-600:]}")
+        problems.append(f"traceback: {output[output.index('Traceback') - 200 :][:1500]}")
     problems += [f"orphans: {names}" for names in [trial.orphans()] if names]
     # Older ones than the two newest may have gone in order, but for newer ones.
     for run in {str(Path(c).parent) for c in before}:

@@ -76,6 +76,12 @@ def test_calls_overlap_and_are_cancelled_here() -> None:
 
 def test_calls_overlap_and_are_cancelled_in_a_ray_actor() -> None:
     """In a process of its own: Ray reads its settings once, and other tests have had others."""
-    code = "from tests.test_concurrent_actors import *; check(RayRuntime(processes=1, activity=Activity()))"
+    code = """
+from cispo.actors import RayRuntime
+from cispo.watchdog import Activity
+from tests.test_concurrent_actors import check
+
+check(RayRuntime(processes=1, activity=Activity()))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

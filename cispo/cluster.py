@@ -114,7 +114,7 @@ async def reserve(groups: Sequence[Sequence[Bundle]]) -> Room:
     made = [ray.util.placement_group(group, strategy="PACK") for group in wanted]
     places = [(number, place) for number, group in enumerate(wanted) for place in range(len(group))]
     try:
-        await asyncio.wait_for(asyncio.gather(*(_ready(group) for group in made)), _ROOM_SECONDS)
+        await asyncio.wait_for(_all_ready(made), _ROOM_SECONDS)
     except TimeoutError:
         _remove(made)
         raise RunError(
@@ -128,8 +128,9 @@ async def reserve(groups: Sequence[Sequence[Bundle]]) -> Room:
     return Room(tuple(made), tuple(places), tuple(tables[group][place] for group, place in places))
 
 
-async def _ready(group: Any) -> None:
-    await group.ready()
+async def _all_ready(groups: Sequence[Any]) -> None:
+    for group in groups:
+        await group.ready()
 
 
 def _remove(groups: Sequence[Any]) -> None:

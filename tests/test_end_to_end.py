@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+# Reading and rendering all the rows would take longer than such a run.
+FEW_ROWS = ["sft.data.limit=500", "data.limit=500"]
 SMALL = [
+    *FEW_ROWS,
     "runtime=local",
     "rollout.engine=torch",
     "rollout.prompts_per_step=2",

@@ -284,7 +284,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
         problems.append("hang" if code is None else f"exit code {code}: {output[-600:]}")
     # TensorBoard writes in a thread of its own, which says in its own way that a disk is full.
     if "Traceback" in output and not fault.own_disk:
-        problems.append(f"traceback: {output[output.index('Traceback') - 200 :][:1500]}")
+        problems.append(f"traceback: {output[max(output.index('Traceback') - 200, 0) :][:1500]}")
     problems += [f"orphans: {names}" for names in [trial.orphans()] if names]
     # Older ones than the two newest may have gone in order, but for newer ones.
     for run in {str(Path(c).parent) for c in before}:

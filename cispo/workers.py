@@ -114,7 +114,10 @@ class Workers:
         while True:
             try:
                 return await self.start_engine(number)
-            except ProcessDied as error:
+            except _NO_BETTER_ANEW:
+                raise
+            # Whatever else an engine dies of.
+            except Exception as error:
                 self._count_restart(number, error)
 
     def _count_restart(self, number: int, error: Exception) -> None:

@@ -215,6 +215,8 @@ class Fault:
     undo: Callable[[Trial], None] = nothing
     overrides: tuple[str, ...] = ()
     own_disk: bool = False
+    quiet: bool = True
+    """No traceback may be seen. TensorBoard's thread has one when a disk is full, Ray for a worker without memory."""
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -222,13 +224,13 @@ FAULTS: Mapping[str, Fault] = {
     # A comparison reports the arm as failed.
     "kill-learner": Fault(kill("ray::learner-0"), (1, 0)),
     "kill-engine": Fault(kill("ray::engine-0"), (0,)),
-    "engine-without-memory": Fault(starve, (0,)),
+    "engine-without-memory": Fault(starve, (0,), quiet=False),
     "hang-engine": Fault(kill("ray::engine-0", signal.SIGSTOP), (1, 0), overrides=("control.watchdog=15",)),
     "kill-reward": Fault(kill("reward_worker"), (0,)),
     "hang-reward": Fault(kill("reward_worker", signal.SIGSTOP), (0,), overrides=("reward.timeout=2",)),
     "ctrl-c": Fault(interrupt(1), (130, 0)),
     "ctrl-c-twice": Fault(interrupt(2), (130, 0)),
-    "full-disk": Fault(fill_disk, (1, 2, 0), undo=make_room, own_disk=True),
+    "full-disk": Fault(fill_disk, (1, 2, 0), undo=make_room, own_disk=True, quiet=False),
     "read-only": Fault(forbid_writing, (1, 2, 0), undo=allow_writing, own_disk=True),
 }
 
@@ -282,9 +284,8 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
     code, output = trial.end()
     if code not in fault.ends_with:
         problems.append("hang" if code is None else f"exit code {code}: {output[-600:]}")
-    # TensorBoard writes in a thread of its own, which says in its own way that a disk is full.
-    if "Traceback" in output and not fault.own_disk:
-        problems.append(f"traceback: {output[max(output.index('Traceback') - 200, 0) :][:1500]}")
+    if "Traceback" in output and fault.quiet:
+        problems.append(f"traceback: {output[-1500:]}")
     problems += [f"orphans: {names}" for names in [trial.orphans()] if names]
     # Older ones than the two newest may have gone in order, but for newer ones.
     for run in {str(Path(c).parent) for c in before}:

@@ -5,7 +5,7 @@
 
 Each trial runs a small recipe of its own on Ray, does something to it, resumes it where it ended, and compares it all
 with a run that nobody disturbed: metrics (but times), sampled tokens, weights and optimizer must be equal bit for bit.
-A trial counts as a hang where it does not end within --limit seconds, as orphans where a process of it is alive 20 s
+A trial counts as a hang where it does not end within --limit seconds, as orphans where a process of it is alive 60 s
 after its end, and as lost where a whole checkpoint from before the fault is gone.
 """
 
@@ -119,8 +119,8 @@ class Trial:
         return None
 
     def orphans(self) -> list[str]:
-        """What is left of it 20 s after its end; it is ended then."""
-        deadline = time.monotonic() + 20
+        """What is left of it 60 s after its end; it is ended then."""
+        deadline = time.monotonic() + 60
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
         names = [" ".join(p.cmdline())[:60] for p in left]

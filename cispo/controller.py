@@ -20,7 +20,8 @@ from cispo.algorithms import Algorithm
 from cispo.assemble import max_tokens_of, overlong_buffer_of, pack_for, updates_per_batch
 from cispo.batch import informative, minibatches, with_advantages
 from cispo.buffer import Buffer
-from cispo.checkpoint import CheckpointFolder, load_tensors, read_json, save_tensors, write_json
+from cispo.checkpoint import load_tensors, read_json
+from cispo.checkpoint_writer import CheckpointWriter
 from cispo.config import Recipe
 from cispo.dropped_tokens import DroppedTokens
 from cispo.evaluate import evaluate, num_right
@@ -75,7 +76,7 @@ class Controller:
     eval_prompts: Sequence[Prompt]
     log: RunLog
     screen: Screen
-    checkpoints: CheckpointFolder
+    checkpoints: CheckpointWriter
     interrupts: Interrupts
     buffer: Buffer = field(init=False)
     totals: Totals = field(default_factory=Totals)
@@ -83,13 +84,9 @@ class Controller:
     skipped_in_a_row: int = 0
     finished: int = 0
     """Steps that are done."""
-    saved: int = -1
-    """The step of the last checkpoint that was begun."""
     accuracy: float | None = None
     warned: set[str] = field(default_factory=set)
     """Kinds of warnings that were given."""
-    _pending: dict[str, Any] | None = None
-    """What completes the checkpoint that is being written."""
 
     def __post_init__(self) -> None:
         control, batch = self.recipe.control, self.recipe.rollout.prompts_per_step
@@ -117,7 +114,7 @@ class Controller:
                 while self.finished < steps and self._prompts_left() > 0 and not self.interrupts.requested:
                     await self.next_step(self.finished + 1)
                 await self.save(self.finished)
-                await self.settle(wait=True)
+                await self.checkpoints.settle(wait=True)
         finally:
             await self.buffer.close()
         self.screen.done()
@@ -149,7 +146,7 @@ class Controller:
         self.log.metrics(step, metrics)
         self.finished = step
         self._show(step, metrics)
-        await self.settle(wait=False)
+        await self.checkpoints.settle(wait=False)
         if last or (keys.save_every and step % keys.save_every == 0):
             await self.save(step, metrics.get("eval/accuracy"))
 
@@ -341,33 +338,13 @@ class Controller:
 
     @property
     def _reference(self) -> Path:
-        return self.checkpoints.folder / "reference"
+        return self.checkpoints.folder.folder / "reference"
 
     async def save(self, step: int, score: float | None = None) -> None:
-        """Begins a checkpoint, in Hugging Face form with what a resumed run needs; `settle` completes it.
-
-        Everything is copied before this returns; only writing goes on meanwhile. A step is saved once.
-        """
-        if step <= self.saved:
-            return
-        await self.settle(wait=True)
-        with self.checkpoints.writing() as draft:
-            await self.workers.start_save(draft)
-            self.renderer.tokenizer.save_pretrained(draft)
-            save_tensors(self.dropped_tokens.counts, draft / "training" / "driver.safetensors")
-            write_json(draft / "training" / "driver.json", self.state())
-        facts = {"version": self.workers.version, "updates": self.totals.updates, "recipe": self.recipe.name}
-        self._pending = {"step": step, "facts": facts, "score": score}
-        self.saved = step
-
-    async def settle(self, *, wait: bool) -> None:
-        """Completes the checkpoint that was begun once it is on the disk. Raises RunError where the disk refused."""
-        if self._pending is None:
-            return
-        with self.checkpoints.completing():
-            if await self.workers.saved(wait=wait):
-                self.checkpoints.finish(**self._pending)
-                self._pending = None
+        """Begins a checkpoint with all that a resumed run needs; a step is saved once."""
+        if step > self.checkpoints.saved:
+            facts = {"version": self.workers.version, "updates": self.totals.updates, "recipe": self.recipe.name}
+            await self.checkpoints.begin(step, self.state(), self.dropped_tokens.counts, facts=facts, score=score)
 
     def state(self) -> dict[str, Any]:
         """Where the loop stands, but for what tensors hold."""
@@ -389,7 +366,7 @@ class Controller:
         state = read_json(training / "driver.json")
         self.dropped_tokens.counts = load_tensors(training / "driver.safetensors")
         self.totals = Totals(**state["totals"])
-        self.finished = self.saved = state["finished"]
+        self.finished = self.checkpoints.saved = state["finished"]
         self.skipped_in_a_row, self.accuracy = state["skipped_in_a_row"], state["accuracy"]
         self.warned = set(state["warned"])
         self.rewards.errors, self.rewards.timeouts = state["rewards"]["errors"], state["rewards"]["timeouts"]

@@ -31,6 +31,7 @@ from cispo.assemble import (
     updates_per_batch,
 )
 from cispo.checkpoint import CheckpointFolder, check_checkpoint, disk_errors, step_of
+from cispo.checkpoint_writer import CheckpointWriter
 from cispo.config import Recipe, dump_yaml
 from cispo.controller import Controller
 from cispo.interrupts import Interrupts
@@ -148,7 +149,11 @@ class Run:
                     eval_prompts=task.held_out,
                     log=log,
                     screen=self.screen,
-                    checkpoints=self.checkpoints,
+                    checkpoints=CheckpointWriter(
+                        folder=self.checkpoints,
+                        workers=workers,
+                        save_tokenizer=task.renderer.tokenizer.save_pretrained,
+                    ),
                     interrupts=self.interrupts,
                 )
                 try:

@@ -206,6 +206,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
 
     from cispo.assemble import algorithm_of, rewards_of, running_workers, sampling_of
     from cispo.checkpoint import CheckpointFolder
+    from cispo.checkpoint_writer import CheckpointWriter
     from cispo.controller import Controller
     from cispo.interrupts import Interrupts
     from cispo.rollout.prompt_source import PromptSource
@@ -233,7 +234,11 @@ async def _steps(job: Job, pipe: Connection) -> None:
                 eval_prompts=[],
                 log=log,
                 screen=Screen(Console(quiet=True)),
-                checkpoints=CheckpointFolder(Path(job.folder), keep=1),
+                checkpoints=CheckpointWriter(
+                    folder=CheckpointFolder(Path(job.folder), keep=1),
+                    workers=workers,
+                    save_tokenizer=task.renderer.tokenizer.save_pretrained,
+                ),
                 interrupts=Interrupts(print),
             )
             await controller.sync_weights()

@@ -15,6 +15,7 @@ from cispo.algorithms import ALGORITHMS, Changes, resolve
 from cispo.assemble import renderer_of, sampling_of
 from cispo.batch import informative
 from cispo.checkpoint import CheckpointFolder
+from cispo.checkpoint_writer import CheckpointWriter
 from cispo.config import Recipe, parse_recipe
 from cispo.controller import Controller
 from cispo.interrupts import Interrupts
@@ -89,7 +90,11 @@ def sampled(
             eval_prompts=[],
             log=log,
             screen=Screen(Console(quiet=True)),
-            checkpoints=CheckpointFolder(tmp_path, keep=1),
+            checkpoints=CheckpointWriter(
+                folder=CheckpointFolder(tmp_path, keep=1),
+                workers=cast(Workers, workers),
+                save_tokenizer=renderer.tokenizer.save_pretrained,
+            ),
             interrupts=Interrupts(print),
         )
         rollouts = asyncio.run(controller.sample())

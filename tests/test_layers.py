@@ -29,6 +29,7 @@ LAYERS: dict[str, int] = {
     "learner.critic": 4,
     "buffer": 5,
     "step_metrics": 5,
+    "checkpoint_writer": 5,
     "warmup": 6,
     "batch": 3,
     "dropped_tokens": 3,

@@ -58,6 +58,10 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             recipe.runtime == "local" and rollout.weight_sync in ("broadcast", "cuda_ipc"),
             f"rollout.weight_sync {rollout.weight_sync} needs runtime: ray",
         ),
+        (
+            recipe.control.max_staleness > 0 and rollout.placement == "sleep",
+            "control.max_staleness above 0 samples while the learner works, so rollout.placement cannot be sleep",
+        ),
         (recipe.device == "cpu" and rollout.weight_sync == "cuda_ipc", "rollout.weight_sync cuda_ipc needs GPUs"),
         (
             rollout.engine_args.get("load_format", "safetensors") != "safetensors",

@@ -75,7 +75,8 @@ def show(path: Path, overrides: Sequence[str]) -> None:
     console.print(dump_yaml(recipe), markup=False)
     console.print("[bold]algorithm[/]")
     console.print(_table(describe(algorithm)))
-    for sentence in warnings(algorithm, updates_per_batch=updates_per_batch(recipe)):
+    updates, stale = updates_per_batch(recipe), recipe.control.max_staleness
+    for sentence in warnings(algorithm, updates_per_batch=updates, max_staleness=stale):
         console.print(f"[yellow]warning:[/] {sentence}")
     rollout = recipe.rollout
     curriculum = describe_curriculum(recipe.curriculum, group_size=rollout.group_size, max_tokens=rollout.max_tokens)

@@ -111,7 +111,8 @@ class Run:
         self.screen.print(f"[bold]{self.recipe.name}[/]: {self.algorithm.name}, run folder {self.folder}")
         if self.checkpoint is not None:
             self.screen.print(f"going on after step {step_of(self.checkpoint)}")
-        for sentence in warnings(self.algorithm, updates_per_batch=updates_per_batch(self.recipe)):
+        updates, stale = updates_per_batch(self.recipe), self.recipe.control.max_staleness
+        for sentence in warnings(self.algorithm, updates_per_batch=updates, max_staleness=stale):
             self.screen.print(f"[yellow]warning:[/] {sentence}")
 
     async def train(self) -> None:

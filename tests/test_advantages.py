@@ -143,13 +143,17 @@ def test_refused_settings(name: str, settings: dict, changes: dict, message: str
 
 
 def test_warnings():
-    assert warnings(ALGORITHMS["cispo"], updates_per_batch=1) == []
+    assert warnings(ALGORITHMS["cispo"], updates_per_batch=1, max_staleness=0) == []
     narrow = changed("cispo", {"ratio_max": 1.2, "ratio_min": 0.8}, anchor="old")
-    found = " ".join(warnings(narrow, updates_per_batch=1))
+    found = " ".join(warnings(narrow, updates_per_batch=1, max_staleness=0))
     assert "PPO-like" in found and "ratio_min" in found and "inert" in found
-    assert "divides the learning rate by 5" in " ".join(warnings(changed("trl_cispo"), updates_per_batch=4))
-    assert "no importance weight" in " ".join(warnings(ALGORITHMS["rloo"], updates_per_batch=4))
-    assert "k1 in the loss" in " ".join(warnings(changed("grpo", kl="k1"), updates_per_batch=4))
+    assert "divides the learning rate by 5" in " ".join(
+        warnings(changed("trl_cispo"), updates_per_batch=4, max_staleness=0)
+    )
+    assert "no importance weight" in " ".join(warnings(ALGORITHMS["rloo"], updates_per_batch=4, max_staleness=0))
+    assert "k1 in the loss" in " ".join(warnings(changed("grpo", kl="k1"), updates_per_batch=4, max_staleness=0))
+    stale = [" ".join(warnings(changed(name), updates_per_batch=4, max_staleness=2)) for name in ("grpo", "cispo")]
+    assert "2 versions old" in stale[0] and not stale[1]
 
 
 def test_presets_say_what_they_do_and_differ():

@@ -8,9 +8,15 @@ from cispo.algorithms import Algorithm
 from cispo.algorithms.losses import policy_gradient
 
 
-def warnings(algorithm: Algorithm, *, updates_per_batch: int) -> list[str]:
+def warnings(algorithm: Algorithm, *, updates_per_batch: int, max_staleness: int) -> list[str]:
     """What is legal and probably not meant, one sentence each. `updates_per_batch` counts all epochs."""
     found = []
+    if max_staleness > 0 and algorithm.loss is not policy_gradient and algorithm.anchor == "old":
+        if algorithm.correction is None:
+            found.append(
+                f"completions may be {max_staleness} versions old, but the ratio divides by the learner's own "
+                "logprobs: nothing corrects for their age; use ratio_anchor: rollout, or a correction"
+            )
     high, low = algorithm.settings.get("ratio_max"), algorithm.settings.get("ratio_min")
     if high is not None and high < 1:
         found.append(

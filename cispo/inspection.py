@@ -132,7 +132,22 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
             f"{rollout.prompts_per_step} prompts x {rollout.group_size} = {completions} completions of at most "
             f"{rollout.max_tokens} tokens, {updates_per_batch(recipe)} update(s)",
         ),
+        ("sampling", _sampling(recipe)),
     ]
+
+
+def _sampling(recipe: Recipe) -> str:
+    control = recipe.control
+    if control.max_staleness == 0:
+        return "in turn with learning: every completion is the trained version's"
+    updates = {
+        "wait": "end before new weights arrive",
+        "keep": "go on after new weights with their old keys, values and states",
+        "recompute": "go on after new weights with everything recomputed",
+        "abort": "begin anew when new weights arrive",
+    }
+    bound = f"ahead of learning, at most {control.max_staleness} version(s) old"
+    return f"{bound}; unfinished completions {updates[control.on_update]}"
 
 
 def _gib(size: float) -> str:

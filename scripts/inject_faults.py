@@ -174,12 +174,12 @@ def interrupt(times: int) -> Callable[[Trial], None]:
 
 
 def fill_disk(trial: Trial) -> None:
-    with (trial.folder / "ballast").open("wb") as file:
-        try:
+    try:
+        with (trial.folder / "ballast").open("wb", buffering=0) as file:
             while True:
                 file.write(b"\0" * 65536)
-        except OSError:
-            pass
+    except OSError:
+        pass
 
 
 def make_room(trial: Trial) -> None:

@@ -52,8 +52,8 @@ VERSIONS = 4
 SAMPLING = Sampling(max_tokens=200, eos_ids=(), repetition=RepetitionStop(run_length=0))
 PROMPTS = [torch.randint(512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(1, 193, 3)]
 
-# (largest, mean) difference of a log-probability by dtype. In bfloat16 the largest is a token sent to another expert: up
-# to 3.4 was seen on an H200, 0.06 in the mean, with updates and without. Other weights are nats off in the mean.
+# (largest, mean) difference of a log-probability by dtype. In bfloat16 the largest is a token sent to another expert:
+# up to 3.4 was seen on an H200, 0.06 in the mean, with updates and without. Other weights are nats off in the mean.
 LIMITS = {"float32": (1e-4, 1e-5), "bfloat16": (10.0, 0.1)}
 
 

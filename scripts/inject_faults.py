@@ -269,8 +269,8 @@ class Result:
     seconds: float
 
 
-def try_once(name: str, folder: Path, reference: Reference, moment: float, args: argparse.Namespace) -> Result:
-    """One trial: run, fault, resume, compare."""
+def try_once(name: str, folder: Path, reference: Reference, moment: float, args: argparse.Namespace) -> Result | None:
+    """One trial: run, fault, resume, compare; None where the run was over before the moment."""
     fault, started = FAULTS[name], time.monotonic()
     folder.mkdir(parents=True)
     if fault.own_disk:
@@ -280,6 +280,8 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
     trial.start()
     time.sleep(moment * reference.seconds)
     before = trial.checkpoints()
+    if trial.process is None or trial.process.poll() is not None:
+        return None
     fault.act(trial)
     code, output = trial.end()
     if code not in fault.ends_with:
@@ -366,7 +368,10 @@ def main() -> None:
         results = []
         for number in range(args.times):
             for name in names:
-                result = try_once(name, folder / f"{name}-{number}", reference, moments.random(), args)
+                result, tries = None, 0
+                while result is None:
+                    tries += 1
+                    result = try_once(name, folder / f"{name}-{number}-{tries}", reference, moments.random(), args)
                 results.append(result)
                 said = "; ".join(result.problems) or "ok"
                 print(f"{name} at {result.moment:.0%}: exit {result.code}, {result.seconds:.0f} s, {said}", flush=True)

@@ -228,8 +228,9 @@ FAULTS: Mapping[str, Fault] = {
     "hang-engine": Fault(kill("ray::engine-0", signal.SIGSTOP), (1, 0), overrides=("control.watchdog=15",)),
     "kill-reward": Fault(kill("reward_worker"), (0,)),
     "hang-reward": Fault(kill("reward_worker", signal.SIGSTOP), (0,), overrides=("reward.timeout=2",)),
-    "ctrl-c": Fault(interrupt(1), (130, 0)),
-    "ctrl-c-twice": Fault(interrupt(2), (130, 0)),
+    # -2: the interpreter itself was interrupted, when the run was over.
+    "ctrl-c": Fault(interrupt(1), (130, 0, -signal.SIGINT)),
+    "ctrl-c-twice": Fault(interrupt(2), (130, 0, -signal.SIGINT)),
     "full-disk": Fault(fill_disk, (1, 2, 0), undo=make_room, own_disk=True, quiet=False),
     "read-only": Fault(forbid_writing, (1, 2, 0), undo=allow_writing, own_disk=True),
 }

@@ -250,7 +250,7 @@ async def start_engine(recipe: Recipe, runtime: Runtime, folder: str, placement:
         concurrent=True,
         dtype=recipe.policy.dtype,
         max_context=rollout.max_context,
-        max_sequences=min(sequences, _MAX_SEQUENCES * (1 + min(recipe.control.max_staleness, 1))),
+        max_sequences=min(sequences, _MAX_SEQUENCES),
         tensor_parallel=rollout.tensor_parallel,
         memory=placement.cache_share,
         sleeps=placement.sleeps,

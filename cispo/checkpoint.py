@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cispo.types import RunError, UserError
+from cispo.files import disk_errors, write_json
+from cispo.types import UserError
 
 _DRAFT = ".draft"
 _FACTS = "cispo.json"
@@ -161,24 +162,6 @@ def load_tensors(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(partial, file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises UserError where the file holds no JSON object."""
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return values
-
-
 def check_checkpoint(folder: str) -> Path:
     """The folder, if a policy can be loaded from it."""
     path = Path(folder)
@@ -209,16 +192,3 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what a disk says inside the block into a RunError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise RunError(f"cannot write {path}: {error}") from None

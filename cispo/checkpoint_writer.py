@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from cispo.checkpoint import CheckpointFolder, save_tensors, write_json
+from cispo.checkpoint import CheckpointFolder, save_tensors
+from cispo.files import write_json
 from cispo.workers import Workers
 
 

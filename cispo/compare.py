@@ -33,6 +33,7 @@ from cispo.checkpoint import CheckpointFolder
 from cispo.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
 from cispo.comparison_report import summary_lines, write_report
 from cispo.config import Recipe, dump_yaml
+from cispo.files import write_json
 from cispo.interrupts import Interrupts
 from cispo.placement import gpus_of
 from cispo.run import Run, Task, load_task
@@ -217,9 +218,7 @@ async def _run_arm(
         reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         outcome |= {"status": "failed", "sentence": " ".join(reason.split())[:300]}
     outcome["seconds"] = time.perf_counter() - started
-    partial = folder / "outcome.partial"
-    partial.write_text(json.dumps(outcome, indent=1) + "\n")
-    os.replace(partial, folder / "outcome.json")
+    write_json(folder / "outcome.json", outcome)
     if outcome["status"] == "done":
         # At once, and not when all arms have run: the name may be misspelt.
         require_metric(_arm_result(plan, arm), plan.metric)

@@ -20,11 +20,12 @@ from cispo.algorithms import Algorithm
 from cispo.assemble import max_tokens_of, overlong_buffer_of, pack_for, updates_per_batch
 from cispo.batch import informative, minibatches, with_advantages
 from cispo.buffer import Buffer
-from cispo.checkpoint import load_tensors, read_json
+from cispo.checkpoint import load_tensors
 from cispo.checkpoint_writer import CheckpointWriter
 from cispo.config import Recipe
 from cispo.dropped_tokens import DroppedTokens
 from cispo.evaluate import evaluate, num_right
+from cispo.files import read_json
 from cispo.interrupts import Interrupts
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate

@@ -30,10 +30,11 @@ from cispo.assemble import (
     sampling_of,
     updates_per_batch,
 )
-from cispo.checkpoint import CheckpointFolder, check_checkpoint, disk_errors, step_of
+from cispo.checkpoint import CheckpointFolder, check_checkpoint, step_of
 from cispo.checkpoint_writer import CheckpointWriter
 from cispo.config import Recipe, dump_yaml
 from cispo.controller import Controller
+from cispo.files import disk_errors, write_text
 from cispo.interrupts import Interrupts
 from cispo.policies.base import local_folder, weight_files
 from cispo.report import learning_curve, summary
@@ -99,18 +100,18 @@ class Run:
         self.activity = Activity()
         self.checkpoints = CheckpointFolder(folder, recipe.train.keep)
         self.started = time.perf_counter()
-        (folder / "recipe.yaml").write_text(dump_yaml(recipe))
-        if checkpoint is None:
-            self.checkpoints.forget_after(-1)
-            self.policy = policy_folder(recipe, task.renderer, self.checkpoints.folder / "initial")
-        else:
-            self.checkpoints.forget_after(step_of(checkpoint))
-            self.policy = str(checkpoint)
+        self.step = -1 if checkpoint is None else step_of(checkpoint)
+        """What the run goes on after; -1 is its start."""
+        self.checkpoints.forget_after(self.step)
+        with disk_errors(folder):
+            write_text(folder / "recipe.yaml", dump_yaml(recipe))
+            initial = self.checkpoints.folder / "initial"
+            self.policy = str(checkpoint or policy_folder(recipe, task.renderer, initial))
 
     def announce(self) -> None:
         self.screen.print(f"[bold]{self.recipe.name}[/]: {self.algorithm.name}, run folder {self.folder}")
         if self.checkpoint is not None:
-            self.screen.print(f"going on after step {step_of(self.checkpoint)}")
+            self.screen.print(f"going on after step {self.step}")
         updates, stale = updates_per_batch(self.recipe), self.recipe.control.max_staleness
         for sentence in warnings(self.algorithm, updates_per_batch=updates, max_staleness=stale):
             self.screen.print(f"[yellow]warning:[/] {sentence}")
@@ -122,7 +123,7 @@ class Run:
         process that cannot be replaced died, nothing moved any more, or the disk refused.
         """
         try:
-            with only_user_of(self.folder), disk_errors(self.folder):
+            with only_user_of(self.folder):
                 await guarded(self._train(), self.activity, silence=self.recipe.control.watchdog, say=self._say_warning)
         except Diverged:
             raise
@@ -133,7 +134,7 @@ class Run:
 
     async def _train(self) -> None:
         recipe, task = self.recipe, self.task
-        log = RunLog(self.folder, after=-1 if self.checkpoint is None else step_of(self.checkpoint))
+        log = RunLog(self.folder, after=self.step)
         rewards = rewards_of(recipe, task.prompts, self.activity)
         with self.screen, contextlib.closing(log), contextlib.closing(rewards):
             async with self._workers(critic=self.algorithm.critic) as (workers, engines):
@@ -160,7 +161,8 @@ class Run:
                 try:
                     await controller.train(self.checkpoint)
                 finally:
-                    self._finish(log, controller)
+                    with disk_errors(self.folder):
+                        self._finish(log, controller)
 
     async def sft(self) -> Path:
         """The warm-up alone; returns the checkpoint."""

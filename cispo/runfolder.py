@@ -10,11 +10,11 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from cispo.files import disk_errors, write_text
 from cispo.types import Diverged, TrajectoryGroup, UserError
 
 
@@ -70,14 +70,13 @@ class RunLog:
         self.folder = folder
         file = folder / f"{name}.jsonl"
         self.history: list[dict[str, float]] = [row for row in read_metrics(file) if row["step"] <= after]
-        partial = folder / f"{name}.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.history))
-        os.replace(partial, file)
-        for parquet in (folder / "samples").glob("*.parquet") if name == "metrics" else ():
+        with disk_errors(folder):
+            write_text(file, "".join(json.dumps(row) + "\n" for row in self.history))
+            self._lines = file.open("a", buffering=1)
+            self._board = SummaryWriter(str(folder), purge_step=after + 1 if after >= 0 else None)
+        for parquet in (folder / "samples").glob("*.parquet"):
             if int(parquet.stem.rpartition("_")[2]) > after:
                 parquet.unlink()
-        self._lines = file.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder), purge_step=after + 1 if after >= 0 else None)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one step; every value must be a finite number."""
@@ -88,9 +87,10 @@ class RunLog:
             )
         row = {"step": step, **values}
         self.history.append(row)
-        self._lines.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with disk_errors(self.folder):
+            self._lines.write(json.dumps(row) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def samples(self, step: int, groups: Sequence[TrajectoryGroup], *, kind: str = "train") -> None:
         """Writes a step's completions, one row each."""
@@ -117,13 +117,15 @@ class RunLog:
             for t in group.trajectories
         ]
         if rows:
-            (self.folder / "samples").mkdir(exist_ok=True)
-            pq.write_table(pa.Table.from_pylist(rows), self.folder / "samples" / f"{kind}_{step:06d}.parquet")
+            with disk_errors(self.folder):
+                (self.folder / "samples").mkdir(exist_ok=True)
+                pq.write_table(pa.Table.from_pylist(rows), self.folder / "samples" / f"{kind}_{step:06d}.parquet")
 
     def dropped_tokens(self, rows: Sequence[Mapping[str, int | str]]) -> None:
         """Writes dropped_tokens.json: which tokens PPO's clip would have dropped, most often first."""
         (self.folder / "dropped_tokens.json").write_text(json.dumps(list(rows), indent=1) + "\n")
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        with disk_errors(self.folder):
+            self._lines.close()
+            self._board.close()

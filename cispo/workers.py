@@ -6,10 +6,9 @@ An engine that dies is started again with the current weights, and what it was s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -103,8 +102,11 @@ class Workers:
     async def _replace(self, number: int, dead: Handle, error: Exception) -> None:
         """Starts an engine anew with the current weights; of several callers that lost it, the first does so."""
         async with self._weights:
-            if self.engines[number] is dead:
-                await self._start_again(number, error)
+            if self.engines[number] is not dead:
+                return
+            await self._start_again(number, error)
+            if self.version:
+                await self._deliver([number])
 
     async def start_engines(self, count: int) -> None:
         """Starts the engines side by side; one that dies of it is started again."""
@@ -134,8 +136,6 @@ class Workers:
         self.engines[number].kill()
         self.engines[number] = await self._started(number)
         self.joined = False
-        if self.version:
-            await self._deliver([number])
 
     async def report_progress(self, activity: Activity, *, every: float) -> None:
         """Tells a watchdog while long completions get on; returns never."""
@@ -177,14 +177,12 @@ class Workers:
             await asyncio.gather(*(engine.call("sleep") for engine in self.engines))
             self.asleep = True
 
-    @contextlib.asynccontextmanager
-    async def learning(self) -> AsyncIterator[None]:
-        """A block in which the learner's weights change; until it ends, no engine can be given them from outside."""
-        async with self._weights:
-            yield
+    def learning(self) -> asyncio.Lock:
+        """Held while the learner's weights change: until it is released, no engine can be given them from outside."""
+        return self._weights
 
     async def sync_weights(self, version: int) -> None:
-        """Puts the learner's weights into every engine, inside a block of `learning`; returns when all have them."""
+        """Puts the learner's weights into every engine, under the lock of `learning`; returns when all have them."""
         self.version = version
         if self.asleep:
             await asyncio.gather(*(learner.call("release_memory") for learner in self.learners + self.critics))
@@ -195,18 +193,21 @@ class Workers:
         await self._deliver(range(len(self.engines)))
 
     async def _deliver(self, numbers: Sequence[int]) -> None:
-        """Gives engines the weights of `version`; those that die of it are started again."""
-        if self.transport == "broadcast" and not self.joined:
-            numbers = range(len(self.engines))  # they meet anew, and a broadcast reaches all of them
-        try:
-            await self._send([self.engines[number] for number in numbers])
-        except ProcessDied as error:
-            dead = [number for number in numbers if not await _answers(self.engines[number])]
-            if not dead:
-                raise  # it was a learner
-            for number in dead:
-                await self._start_again(number, error)
-            await self._deliver(numbers)
+        """Gives engines the weights of `version`; those that fail on the way are started again, and all told anew."""
+        while True:
+            if self.transport == "broadcast" and not self.joined:
+                numbers = range(len(self.engines))  # they meet anew, and a broadcast reaches all of them
+            try:
+                return await self._send([self.engines[number] for number in numbers])
+            except _NO_BETTER_ANEW:
+                raise
+            # Whatever else an engine dies of; where all are well it was a learner, or the update itself.
+            except Exception as error:
+                failed = [number for number in numbers if not await _is_well(self.engines[number])]
+                if not failed:
+                    raise
+                for number in failed:
+                    await self._start_again(number, error)
 
     async def _send(self, engines: Sequence[Handle]) -> None:
         self.lost_tokens += sum(await _all(engine.call("begin_update", self.on_update) for engine in engines))
@@ -234,13 +235,10 @@ class Workers:
     async def _join(self) -> None:
         world = 1 + len(self.engines) * self.tensor_parallel
         address = await self.learners[0].call("open_weight_group", world)
-        await asyncio.gather(
-            self.learners[0].call("join_weight_group"),
-            *(
-                engine.call("join_broadcast", address, 1 + number * self.tensor_parallel, world)
-                for number, engine in enumerate(self.engines)
-            ),
-        )
+        joins = [self.learners[0].call("join_weight_group")]
+        for number, engine in enumerate(self.engines):
+            joins.append(engine.call("join_broadcast", address, 1 + number * self.tensor_parallel, world))
+        await _all(joins)
         self.joined = True
 
     async def publish(self, version: int) -> str:
@@ -271,10 +269,10 @@ class Workers:
         await asyncio.gather(*(rank.call("restore", str(checkpoint.absolute())) for rank in ranks))
 
 
-async def _answers(engine: Handle) -> bool:
+async def _is_well(engine: Handle) -> bool:
     try:
         await engine.ask("progress")
-    except ProcessDied:
+    except Exception:
         return False
     return True
 

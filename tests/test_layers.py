@@ -81,6 +81,7 @@ LAYERS: dict[str, int] = {
     "curriculum": 0,
     "metrics": 0,
     "loading": 0,
+    "files": 0,
     "network": 0,
     "ray_address": 1,
     "shipping": 1,

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cispo.algorithms.objective import Objective
-from cispo.checkpoint import BackgroundSave, disk_errors, load_tensors, save_tensors
+from cispo.checkpoint import BackgroundSave, load_tensors, save_tensors
 from cispo.config import Learner as LearnerConfig
+from cispo.files import disk_errors
 from cispo.learner.loss import Columns, micro_batch_loss, read, spread, trained_logprobs
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Ranks, join, leave, release_memory, to_device

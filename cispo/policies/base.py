@@ -8,7 +8,6 @@ The config picks the family: MiniMax-01 models run on `lightning.LightningPolicy
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from cispo.files import read_json, write_json
 from cispo.policies.attention import Attention
 from cispo.policies.lightning_config import is_lightning_config, parse_config, read_config
 from cispo.types import UserError
@@ -126,7 +126,7 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     folder = local_folder(source)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no policy: config.json is missing")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     files = weight_files(folder)
     try:
         policy = _build(config, folder, dtype)
@@ -160,7 +160,7 @@ def count_parameters(source: str | None, config: Mapping[str, Any] | None) -> in
     """Parameters of the policy that a folder's or hub id's config.json, or `config`, describes; allocates nothing."""
     if config is None:
         assert source is not None
-        config = _read_json(local_folder(source) / "config.json")
+        config = read_json(local_folder(source) / "config.json")
     with torch.device("meta"):
         return sum(p.numel() for p in _undefined(config, None, torch.float32).parameters())
 
@@ -180,9 +180,7 @@ def write_policy(state: Mapping[str, Tensor], config: Mapping[str, Any], folder:
     partial = folder / "model.safetensors.partial"
     save_file(weights, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "model.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, folder / "config.json")
+    write_json(folder / "config.json", config)
 
 
 def _build(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Policy:
@@ -225,16 +223,6 @@ def local_folder(source: str | Path) -> Path:
         raise UserError(f"{source} is neither a folder nor a model that the hub gives ({reason})") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a policy's folder; no other format is read, since most of them run code when loaded.
 
@@ -244,7 +232,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     elif index.is_file():
-        names = _read_json(index).get("weight_map")
+        names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index} has no weight_map")
         files = [folder / name for name in sorted(set(names.values()))]

@@ -63,7 +63,8 @@ class ServedEngine:
         return self._version
 
     def progress(self) -> int:
-        """Tokens sampled since the start."""
+        """Tokens sampled since the start. Raises what a step failed with: nothing is sampled any more."""
+        self._check_broken()
         return self.engine.sampled
 
     async def generate(

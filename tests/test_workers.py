@@ -1,0 +1,172 @@
+"""Engines that fail are started again with the weights of the moment, whatever they were at, so many times at most."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from cispo.types import Diverged, ProcessDied, RunError, Sampling, UserError
+from cispo.workers import Workers
+
+SAMPLING = Sampling(max_tokens=4, eos_ids=(1,))
+
+
+class Engine:
+    """Answers with its own name; fails at the verbs in `fails`, once and for all."""
+
+    def __init__(self, name: str, fails: dict[str, Exception]) -> None:
+        self.name, self.fails = name, fails
+        self.failed: Exception | None = None
+        self.killed = False
+        self.version = 0
+        self.calls: list[str] = []
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(method)
+        await asyncio.sleep(0)
+        self.failed = self.failed or self.fails.get(method)
+        if self.failed is not None:
+            raise self.failed
+        if method == "generate":
+            return [f"{self.name} under {self.version}"] * len(args[0])
+        if method == "finish_update":
+            self.version = args[0]
+        return 0
+
+    async def ask(self, method: str) -> Any:
+        if self.failed is not None:
+            raise self.failed
+        return 0
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class Learner:
+    """Publishes, and broadcasts one bucket."""
+
+    def __init__(self) -> None:
+        self.worlds: list[int] = []
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(0)
+        if method == "open_weight_group":
+            self.worlds.append(args[0])
+        return {"num_buckets": 1, "publish": "weights", "stage_bucket": Bucket()}.get(method)
+
+
+class Bucket:
+    handles = None
+
+
+def workers(fails: list[list[dict[str, Exception]]], **keys: Any) -> tuple[Workers, list[list[Engine]]]:
+    """`fails[n]` are those of the engines that are started as number n, one after another; then all is well."""
+    made: list[list[Engine]] = [[] for _ in fails]
+
+    async def start(number: int) -> Engine:
+        place = made[number]
+        plan = fails[number][len(place)] if len(place) < len(fails[number]) else {}
+        place.append(Engine(f"{number}.{len(place)}", plan))
+        if "start" in plan:
+            raise plan["start"]
+        return place[-1]
+
+    return (
+        Workers(
+            learners=cast(Any, [Learner()]),
+            critics=[],
+            engines=[],
+            start_engine=cast(Callable[[int], Any], start),
+            weights_folder="",
+            group_size=2,
+            say=lambda _: None,
+            **{"max_restarts": 5, **keys},
+        ),
+        made,
+    )
+
+
+async def started(group: Workers, version: int = 1) -> None:
+    await group.start_engines(2)
+    await group.sync_weights(version)
+
+
+DIED = ProcessDied("the process of engine ended unexpectedly")
+
+
+@pytest.mark.parametrize("error", [DIED, RuntimeError("CUDA error")], ids=["died", "error"])
+@pytest.mark.parametrize("verb", ["start", "begin_update", "load_weights", "finish_update", "generate"])
+def test_an_engine_that_fails_is_replaced_and_has_the_weights(verb: str, error: Exception) -> None:
+    async def run() -> None:
+        group, made = workers([[{verb: error}], []])
+        await started(group, version=3)
+        answers: Any = await group.generate([[5]] * 4, SAMPLING, 0)
+        assert answers == ["0.1 under 3"] * 2 + ["1.0 under 3"] * 2
+        assert group.restarts == 1 and len(made[0]) == 2 and len(made[1]) == 1
+        assert verb == "start" or made[0][0].killed
+
+    asyncio.run(run())
+
+
+def test_of_several_calls_that_lose_an_engine_one_starts_it_again() -> None:
+    async def run() -> None:
+        group, made = workers([[{"generate": DIED}]])
+        await group.start_engines(1)
+        await group.sync_weights(1)
+        answers: Any = await asyncio.gather(*(group.generate([[5]] * 2, SAMPLING, i) for i in range(6)))
+        assert answers == [["0.1 under 1"] * 2] * 6 and group.restarts == 1 and len(made[0]) == 2
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("verb", ["join_broadcast", "receive_weights"])
+def test_a_broadcast_that_loses_both_engines_meets_anew(verb: str) -> None:
+    """Each is started again once, though each of them is found dead."""
+
+    async def run() -> None:
+        group, made = workers([[{verb: DIED}], [{verb: DIED}]], transport="broadcast")
+        await started(group, version=2)
+        assert group.restarts == 2 and [len(place) for place in made] == [2, 2]
+        assert [place[1].version for place in made] == [2, 2]
+        assert cast(Any, group.learners[0]).worlds[-1] == 3 and group.joined
+
+    asyncio.run(run())
+
+
+def test_while_the_learner_changes_its_weights_nobody_is_given_them() -> None:
+    async def run() -> None:
+        group, made = workers([[{"generate": DIED}]])
+        await group.start_engines(1)
+        await group.sync_weights(1)
+        async with group.learning():
+            waiting: Any = asyncio.ensure_future(group.generate([[5]], SAMPLING, 0))
+            await asyncio.sleep(0.01)
+            assert len(made[0]) == 1 and not waiting.done()
+            await group.sync_weights(2)  # finds it dead, and replaces it itself
+        assert await waiting == ["0.1 under 2"] and group.restarts == 1
+
+    asyncio.run(run())
+
+
+def test_what_would_be_the_same_in_a_new_engine_ends_the_run() -> None:
+    for error in (UserError("prompt 0 is empty"), Diverged("not finite")):
+        group, _ = workers([[{"generate": error}]])
+        asyncio.run(group.start_engines(1))
+        with pytest.raises(type(error), match=str(error)):
+            asyncio.run(group.generate([[5]], SAMPLING, 0))
+        assert group.restarts == 0
+
+
+def test_restarts_are_bounded() -> None:
+    async def run(error: Exception) -> None:
+        group, _ = workers([[{"generate": error}] * 4], max_restarts=2)
+        await group.start_engines(1)
+        await group.generate([[5]], SAMPLING, 0)
+
+    with pytest.raises(RunError, match="control.max_restarts 2 allows no further"):
+        asyncio.run(run(DIED))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        asyncio.run(run(RuntimeError("CUDA error")))

@@ -6,7 +6,8 @@
 Each trial runs a small recipe of its own on Ray, does something to it, resumes it where it ended, and compares it all
 with a run that nobody disturbed: metrics (but times), sampled tokens, weights and optimizer must be equal bit for bit.
 A trial counts as a hang where it does not end within --limit seconds, as orphans where a process of it is alive 60 s
-after its end, and as lost where a whole checkpoint from before the fault is gone.
+after its end, and as lost where a whole checkpoint from before the fault is gone. Where the run was over before the
+fault changed anything, another moment is tried and only what went wrong is counted.
 """
 
 from __future__ import annotations
@@ -140,16 +141,12 @@ def kill(title: str, number: int = signal.SIGKILL) -> Callable[[Trial], None]:
     def act(trial: Trial) -> None:
         process = trial.wait_for(title)
         if process is not None:
-            _send(process, number)
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                pass
 
     return act
-
-
-def _send(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 def starve(trial: Trial) -> None:
@@ -211,28 +208,29 @@ def nothing(trial: Trial) -> None:
 class Fault:
     act: Callable[[Trial], None]
     ends_with: tuple[int, ...]
-    """Exit codes that are right after it; 0 also where it came too late to matter."""
+    """Exit codes that are right after it. 0 is always right: where it is not among these, the fault came too late."""
     undo: Callable[[Trial], None] = nothing
     overrides: tuple[str, ...] = ()
+    says: str = ""
+    """What a run prints that noticed it; without it the fault came too late."""
     own_disk: bool = False
     quiet: bool = True
     """No traceback may be seen. TensorBoard's thread has one when a disk is full, Ray for a worker without memory."""
 
 
 FAULTS: Mapping[str, Fault] = {
-    "kill-driver": Fault(kill("cispo.cli"), (-signal.SIGKILL, 0)),
-    # A comparison reports the arm as failed.
-    "kill-learner": Fault(kill("ray::learner-0"), (1, 0)),
-    "kill-engine": Fault(kill("ray::engine-0"), (0,)),
-    "engine-without-memory": Fault(starve, (0,), quiet=False),
-    "hang-engine": Fault(kill("ray::engine-0", signal.SIGSTOP), (1, 0), overrides=("control.watchdog=15",)),
+    "kill-driver": Fault(kill("cispo.cli"), (-signal.SIGKILL,)),
+    "kill-learner": Fault(kill("ray::learner-0"), (1,)),
+    "kill-engine": Fault(kill("ray::engine-0"), (0,), says="starting it again"),
+    "engine-without-memory": Fault(starve, (0,), says="starting it again", quiet=False),
+    "hang-engine": Fault(kill("ray::engine-0", signal.SIGSTOP), (1,), overrides=("control.watchdog=15",)),
     "kill-reward": Fault(kill("reward_worker"), (0,)),
     "hang-reward": Fault(kill("reward_worker", signal.SIGSTOP), (0,), overrides=("reward.timeout=2",)),
     # -2: the interpreter itself was interrupted, when the run was over.
-    "ctrl-c": Fault(interrupt(1), (130, 0, -signal.SIGINT)),
-    "ctrl-c-twice": Fault(interrupt(2), (130, 0, -signal.SIGINT)),
-    "full-disk": Fault(fill_disk, (1, 2, 0), undo=make_room, own_disk=True, quiet=False),
-    "read-only": Fault(forbid_writing, (1, 2, 0), undo=allow_writing, own_disk=True),
+    "ctrl-c": Fault(interrupt(1), (130, -signal.SIGINT)),
+    "ctrl-c-twice": Fault(interrupt(2), (130, -signal.SIGINT)),
+    "full-disk": Fault(fill_disk, (1, 2), undo=make_room, own_disk=True, quiet=False),
+    "read-only": Fault(forbid_writing, (1, 2), undo=allow_writing, own_disk=True),
 }
 
 
@@ -268,6 +266,8 @@ class Result:
     code: int | None
     problems: list[str]
     seconds: float
+    struck: bool
+    """The run noticed it."""
 
 
 def try_once(name: str, folder: Path, reference: Reference, moment: float, args: argparse.Namespace) -> Result | None:
@@ -285,7 +285,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
         return None
     fault.act(trial)
     code, output = trial.end()
-    if code not in fault.ends_with:
+    if code not in (0, *fault.ends_with):
         problems.append("hang" if code is None else f"exit code {code}: {output[-600:]}")
     if "Traceback" in output and fault.quiet:
         problems.append(f"traceback: {output[-1500:]}")
@@ -297,6 +297,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
             problems.append(f"lost: {newest}")
     fault.undo(trial)
     # A comparison goes on with its other arms and says so, with exit code 0.
+    struck = (code in fault.ends_with or args.compare) and fault.says in output
     if (code != 0 and code is not None) or args.compare:
         trial.start()
         again, output = trial.end()
@@ -309,7 +310,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
         subprocess.run(["umount", "-l", str(folder)], check=True)
     if not problems and not args.keep:
         shutil.rmtree(folder, ignore_errors=True)
-    return Result(name, moment, code, problems, time.monotonic() - started)
+    return Result(name, moment, code, problems, time.monotonic() - started, struck)
 
 
 @dataclass
@@ -370,12 +371,14 @@ def main() -> None:
         for number in range(args.times):
             for name in names:
                 result, tries = None, 0
-                while result is None:
+                while result is None or not (result.struck or result.problems):
                     tries += 1
                     result = try_once(name, folder / f"{name}-{number}-{tries}", reference, moments.random(), args)
+                    if result is not None:
+                        said = "; ".join(result.problems) or ("ok" if result.struck else "too late, not counted")
+                        about = f"exit {result.code}, {result.seconds:.0f} s, {said}"
+                        print(f"{name} at {result.moment:.0%}: {about}", flush=True)
                 results.append(result)
-                said = "; ".join(result.problems) or "ok"
-                print(f"{name} at {result.moment:.0%}: exit {result.code}, {result.seconds:.0f} s, {said}", flush=True)
     print(table(results))
     sys.exit(any(r.problems for r in results))
 

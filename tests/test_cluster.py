@@ -249,7 +249,6 @@ def test_parts_on_two_nodes_with_a_users_modules(way: str, two_nodes: TwoNodes, 
 def test_what_a_cluster_has_no_room_for_is_refused(two_nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.setattr("cispo.cluster._ROOM_SECONDS", 1.0)
 
     async def refusals() -> None:
         runtime = RayRuntime(processes=1, activity=Activity())
@@ -262,8 +261,10 @@ def test_what_a_cluster_has_no_room_for_is_refused(two_nodes: TwoNodes, monkeypa
             with pytest.raises(UserError, match="no node of the Ray cluster has 3 CPUs"):
                 await runtime.reserve([[{"CPU": 3}]])
             await other.reserve([[{"CPU": 2}]])
-            with pytest.raises(RunError, match="no room for 2 CPUs within 1 s: other runs hold it"):
-                await runtime.reserve([[{"CPU": 2}]])
+            with monkeypatch.context() as patch:
+                patch.setattr("cispo.cluster._ROOM_SECONDS", 1.0)
+                with pytest.raises(RunError, match="no room for 2 CPUs within 1 s: other runs hold it"):
+                    await runtime.reserve([[{"CPU": 2}]])
             other.close()
             await runtime.reserve([[{"CPU": 2}]])  # the refused request is not still in the queue
             part = await runtime.start(dict, name="part", seat=Seat(bundle=0))

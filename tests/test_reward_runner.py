@@ -269,6 +269,23 @@ def test_check_refuses_what_is_no_reward(
     runner.close()
 
 
+def test_a_worker_that_is_killed_while_it_imports_is_started_once_more(tmp_path: Path, user_code: str) -> None:
+    """By the system, for its memory, say: the import is to blame only if it happens again."""
+    (tmp_path / "unlucky.py").write_text(
+        "import os\n"
+        f"lives = {str(tmp_path / 'lives')!r}\n"
+        "left = int(open(lives).read())\n"
+        "open(lives, 'w').write(str(left - 1))\n"
+        "if left: os.kill(os.getpid(), 9)\n"
+        "def f(completion): return 1.0\n"
+    )
+    (tmp_path / "lives").write_text("1")
+    assert totals(score([RewardFunction(fn="unlucky:f")], [group(["a"])])) == [[1.0]]
+    (tmp_path / "lives").write_text("2")
+    with pytest.raises(UserError, match=r"importing unlucky:f crashed its process \(SIGKILL\)"):
+        score([RewardFunction(fn="unlucky:f")], [group(["a"])])
+
+
 def test_a_missing_column_is_named_before_and_during_a_run() -> None:
     sentence = "reward rewards.exact:exact_match needs a column 'answer', but {} has question, solution"
     runner = RewardRunner([RewardFunction(fn="rewards.exact:exact_match")])

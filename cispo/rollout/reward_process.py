@@ -35,7 +35,7 @@ _BOOT = "import sys; sys.path[:] = {path!r}; from cispo.rollout.reward_worker im
 
 
 class WorkerDied(Exception):
-    """The process ended with jobs in it; `suspects` is how many."""
+    """The process ended; `suspects` is how many jobs were in it."""
 
     def __init__(self, process: WorkerProcess, suspects: int) -> None:
         super().__init__(f"reward worker ended with {suspects} jobs")
@@ -72,8 +72,8 @@ class WorkerDied(Exception):
 class WorkerProcess:
     """A running worker that has imported its functions. Starting one blocks until it has."""
 
-    def __init__(self, setup: Setup, key: str) -> None:
-        """UserError naming `key` when it cannot import them."""
+    def __init__(self, setup: Setup) -> None:
+        """UserError naming a recipe key when it cannot import them, WorkerDied when it ends while it does."""
         self.setup = setup
         self.alive = True
         self._jobs: dict[int, asyncio.Future[Reply]] = {}
@@ -93,17 +93,16 @@ class WorkerProcess:
                 # The same order of sets and dicts of strings in every worker; one thread, since there are many workers.
                 env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ},
             )
-        self.signatures = self._first_answer(key).signatures
+        self.signatures = self._first_answer().signatures
         self._socket.setblocking(False)
 
-    def _first_answer(self, key: str) -> Ready:
+    def _first_answer(self) -> Ready:
         self._socket.settimeout(START_SECONDS)
         try:
             send(self._socket, self.setup)
             ready: Ready = receive(self._socket)
         except (EOFError, OSError) as error:
-            names = ", ".join(path for path, _, _ in self.setup.functions)
-            raise UserError(f"{key}: importing {names} {self._autopsy().how(START_SECONDS)}") from error
+            raise self._autopsy() from error
         if ready.error is not None:
             self.kill()
             raise UserError(ready.error)

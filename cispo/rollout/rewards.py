@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cispo.rollout.reward_process import WorkerDied, WorkerProcess
-from cispo.rollout.reward_worker import Failure, Job, Reply, Setup, Signature, Value
+from cispo.rollout.reward_worker import START_SECONDS, Failure, Job, Reply, Setup, Signature, Value
 from cispo.types import Prompt, UserError
 from cispo.watchdog import Activity
 
@@ -255,10 +255,24 @@ class RewardRunner:
 
     def _start_now(self, *, asynchronous: bool) -> WorkerProcess:
         functions = tuple((f.fn, f.args, f"{self._key}.{i}.fn") for i, f in enumerate(self.functions))
-        worker = WorkerProcess(Setup(functions, self._timeout, asynchronous), self._key)
+        setup = Setup(functions, self._timeout, asynchronous)
+        try:
+            worker = self._started(setup)
+        except _Killed:
+            worker = self._started(setup, again=True)
         self._signatures = worker.signatures
         self._processes = {worker, *(process for process in self._processes if process.alive)}
         return worker
+
+    def _started(self, setup: Setup, *, again: bool = False) -> WorkerProcess:
+        """A worker; raises _Killed as `_run_alone` does, here for an import."""
+        try:
+            return WorkerProcess(setup)
+        except WorkerDied as death:
+            if death.killed and not again:
+                raise _Killed from None
+            names = ", ".join(function.fn for function in self.functions)
+            raise UserError(f"{self._key}: importing {names} {death.how(START_SECONDS)}") from None
 
 
 class _Killed(Exception):

@@ -50,18 +50,23 @@ def batch(requests: list[str], positions: list[int], sampled: list[int]) -> Any:
 def test_a_sampler_without_logprobs_is_left_alone() -> None:
     recorder, outputs = recording(None)
     assert recorder(torch.zeros(1, 4), batch(["a"], [3], [1])) is outputs[0]
+    recorder.send()
     assert not recorder.take().requests
 
 
 def test_steps_are_kept_and_taken_once() -> None:
-    recorder, _ = recording([[-1.0, -2.0], [-3.0, -4.0]])
+    recorder, _ = recording([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]])
     for positions, sampled in (([4, 9], [1, 0]), ([5, 10], [1, 1])):
         output = recorder(torch.zeros(2, 4), batch(["a", "b"], positions, sampled))
         assert output.logprobs_tensors is None, "nothing of it goes to the host"
+    recorder.send()
+    recorder(torch.zeros(2, 4), batch(["a", "b"], [6, 11], [1, 1]))
     records = recorder.take()
     assert records.requests == ["a", "b", "a", "b"] and records.positions.tolist() == [5, 10, 6, 11]
     assert records.logprobs.tolist() == [-1, -2, -3, -4] and records.sampled.tolist() == [True, False, True, True]
-    assert not recorder.take().requests
+    assert not recorder.take().requests, "the third step was not sent"
+    recorder.send()
+    assert recorder.take().logprobs.tolist() == [-5, -6]
 
 
 def rows(entries: list[tuple[str, int, float, bool]]) -> Records:

@@ -291,6 +291,7 @@ def as_on_a_gpu(engine: VLLMEngine) -> None:
     scheduling and `RecordingSampler`; each request has its own seed."""
     core, places = engine._core.engine_core, {}
     records: list[tuple[str, int, float]] = []
+    sent: list[tuple[str, int, float]] = []
     queue: deque[Any] = deque(maxlen=2)
 
     def step() -> tuple[Any, bool]:
@@ -307,10 +308,13 @@ def as_on_a_gpu(engine: VLLMEngine) -> None:
         return queue.pop() if queue else (None, False)
 
     def rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if method == "send_logprobs":
+            sent[:], records[:] = records, []
+            return [None]
         if method != "take_logprobs":
             return original(method, *args, **kwargs)
-        ids, positions, logprobs = zip(*records, strict=True) if records else ((), (), ())
-        records.clear()
+        ids, positions, logprobs = zip(*sent, strict=True) if sent else ((), (), ())
+        sent.clear()
         ones = np.ones(len(ids), bool)
         return [Records(list(ids), np.array(positions, np.int64), np.array(logprobs, np.float32), ones)]
 

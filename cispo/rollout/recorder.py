@@ -1,7 +1,7 @@
 """Log-probabilities of sampled tokens that stay on the GPU until they are asked for.
 
     sampler(logits) -> tokens to the scheduler, every step
-                    -> log-probabilities into a list on the device, fetched once
+                    -> log-probabilities into a list on the device; send --> host memory; take --> Records
 
 vLLM's own way back makes objects for every token and step, which costs as much host time as all the rest of a step
 (docs/performance.md). Here the sampler computes the same numbers and a wrapper keeps them. The worker runs
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Records(NamedTuple):
-    """What was sampled since the last call, in order: row i says what one request sampled in one step."""
+    """What was sampled between two calls of `send`, in order: row i says what one request sampled in one step."""
 
     requests: list[str]
     """Internal request ids, one a row."""
@@ -40,12 +40,28 @@ class _Step:
     sampled: Tensor
 
 
+@dataclass(slots=True)
+class _Sent:
+    """Columns on their way to the host, or there."""
+
+    requests: list[str]
+    columns: tuple[Tensor, ...]
+    arrived: torch.cuda.Event | None
+
+    def records(self) -> Records:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        positions, logprobs, sampled = (column.numpy() for column in self.columns)
+        return Records(self.requests, positions.astype(np.int64), logprobs, sampled > 0)
+
+
 class RecordingSampler:
     """A sampler of vLLM's second model runner that keeps the log-probabilities it was asked for."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
         self.steps: list[_Step] = []
+        self._sent: _Sent | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)
@@ -59,15 +75,27 @@ class RecordingSampler:
         self.steps.append(step)
         return replace(output, logprobs_tensors=None)
 
-    def take(self) -> Records:
+    def send(self) -> None:
+        """Puts a copy of what was recorded behind the steps that are queued on the device, and waits for nothing."""
+        assert self._sent is None, "what was sent is to be taken first"
         steps, self.steps = self.steps, []
         if not steps:
+            return
+        columns = ([s.positions for s in steps], [s.logprobs for s in steps], [s.sampled for s in steps])
+        # Copies that do not block go to pinned memory.
+        copies = tuple(torch.cat(column).to("cpu", non_blocking=True) for column in columns)
+        arrived = None
+        if steps[0].logprobs.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._sent = _Sent([request for step in steps for request in step.requests], copies, arrived)
+
+    def take(self) -> Records:
+        """What was sent; waits until it has arrived."""
+        sent, self._sent = self._sent, None
+        if sent is None:
             return Records([], np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))
-        requests = [request for step in steps for request in step.requests]
-        positions = torch.cat([step.positions for step in steps]).cpu().numpy().astype(np.int64)
-        logprobs = torch.cat([step.logprobs for step in steps]).cpu().numpy()
-        sampled = torch.cat([step.sampled for step in steps]).cpu().numpy() > 0
-        return Records(requests, positions, logprobs, sampled)
+        return sent.records()
 
 
 class RecorderExtension:
@@ -82,6 +110,9 @@ class RecorderExtension:
             return False
         self.model_runner.sampler = RecordingSampler(self.model_runner.sampler)
         return True
+
+    def send_logprobs(self) -> None:
+        self.model_runner.sampler.send()
 
     def take_logprobs(self) -> Records:
         return self.model_runner.sampler.take()

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreOutput
 
-# Steps between looks at recorded log-probabilities, which wait for the device: where a submission has ended and others
-# go on, and where a rule may end a request because of them.
-_LOOK_FOR_ENDED = 3
+# Steps between looks at recorded log-probabilities where a rule may end a request because of them.
 _LOOK_FOR_RULES = 64
 
 
@@ -82,11 +80,13 @@ class VLLMEngine:
         """Requests that vLLM has ended, and whose last tokens wait for their log-probabilities."""
         self._awaited = False
         """Whether all of a submission is among them."""
+        self._looking: list[tuple[_Request, int]] | None = None
+        """Whose tokens are to get their log-probabilities, and how many, from what is on its way to the host."""
         self._numbers = itertools.count()
         self._updates = 0
         self._updating = False
         self._steps = 0
-        """Since the last look."""
+        """Since the last look at everybody's."""
         arguments = {
             "model": str(model),
             "dtype": dtype,
@@ -142,13 +142,14 @@ class VLLMEngine:
         if self._table is None:
             return complete
         self._steps += 1
-        return self._look() if self._look_is_due() else []
-
-    def _look_is_due(self) -> bool:
-        """Whether somebody waits for log-probabilities, or a rule may end a request because of them."""
-        if self._awaited and (self._steps >= _LOOK_FOR_ENDED or self._ended == len(self._requests)):
-            return True
-        return self._steps % _LOOK_FOR_RULES == 0 and any(r.draft.counter for r in self._requests.values())
+        # A step has gone by since they were sent, so they are there.
+        complete = self._see()
+        for_rules = self._steps >= _LOOK_FOR_RULES and any(r.draft.counter for r in self._requests.values())
+        if self._awaited or for_rules:
+            self._look(everybody=for_rules)
+            if self._ended == len(self._requests):  # no step is to come
+                complete += self._see()
+        return complete
 
     def settle(self) -> list[Draft]:
         from vllm.v1.core.sched.interface import PauseState
@@ -160,7 +161,11 @@ class VLLMEngine:
             while core.batch_queue:
                 complete += self._take(self._core.get_output().outputs)
             core.scheduler.set_pause_state(PauseState.UNPAUSED)
-        return complete if self._table is None else self._look()
+        if self._table is None:
+            return complete
+        complete += self._see()
+        self._look(everybody=True)
+        return complete + self._see()
 
     def drop(self, drafts: Sequence[Draft]) -> None:
         dropped = set(drafts)
@@ -191,22 +196,35 @@ class VLLMEngine:
                     self._core.abort_requests([request.id])
         return self._forget(complete)
 
-    def _look(self) -> list[Draft]:
-        """Gives waiting tokens their log-probabilities; returns the drafts that are complete with them."""
+    def _look(self, *, everybody: bool) -> None:
+        """Sends for the log-probabilities of requests that have ended, or of all: `_see` gives them to their tokens."""
+        self._engine.collective_rpc("send_logprobs")
+        asking = (r for r in self._requests.values() if r.tokens and (everybody or r.reason is not None))
+        self._looking = [(request, len(request.tokens)) for request in asking]
+        self._awaited = False
+        if everybody:
+            self._steps = 0
+
+    def _see(self) -> list[Draft]:
+        """Gives tokens the log-probabilities that were sent for; returns the drafts that are complete with them."""
+        if self._looking is None:
+            return []
         assert self._table is not None
         self._table.add(self._engine.collective_rpc("take_logprobs")[0])
+        looking, self._looking = self._looking, None
         complete = []
-        for request in self._requests.values():
-            if not request.tokens:
+        for request, count in looking:
+            if request.id not in self._requests:  # dropped meanwhile
                 continue
-            tokens, request.tokens = request.tokens, []
+            tokens, request.tokens = request.tokens[:count], request.tokens[count:]
             draft, done = request.draft, len(request.draft.tokens)
-            draft.extend(tokens, self._table.get(request.id, done, done + len(tokens)), request.reason)
+            # The end is not seen before the last token is.
+            reason = None if request.tokens else request.reason
+            draft.extend(tokens, self._table.get(request.id, done, done + count), reason)
             if draft.reason is not None:
                 complete.append(request)
                 if request.reason is None:  # a rule's
                     self._core.abort_requests([request.id])
-        self._steps, self._awaited = 0, False
         return self._forget(complete)
 
     def _end(self, request: _Request) -> None:

@@ -24,7 +24,7 @@ from cispo.statistics import (
     number,
     seeds_text,
 )
-from cispo.types import UserError
+from cispo.types import RunError, UserError
 
 MEASURES = {"final": "final {}", "best": "best {}", "auc": "average {} over the run"}
 """The numbers of a run that arms are compared by; the first is the one that the verdict is about."""
@@ -273,15 +273,17 @@ def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterable[str
 
 
 def require_metric(arm: ArmResult, metric: str) -> None:
-    """Raises UserError, with close names, where no run of the arm logged the metric."""
+    """Where no run of the arm logged the metric: raises RunError if one failed, else UserError with close names."""
     if any(metric in row for run in arm.runs for row in run.history):
         return
     names = sorted({name for run in arm.runs for row in run.history for name in row})
     close = difflib.get_close_matches(metric, names, n=3)
     hint = f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    sentence = f"no run of arm {arm.name!r} logged the metric {metric!r}"
     failures = [run.failure for run in arm.runs if run.failure]
-    why = f" (a run ended with: {failures[0]})" if failures else ""
-    raise UserError(f"no run of arm {arm.name!r} logged the metric {metric!r}{hint}{why}")
+    if failures:
+        raise RunError(f"{sentence}: a run ended with: {failures[0]}; the same command runs it again")
+    raise UserError(f"{sentence}{hint}")
 
 
 def _arm(arm: ArmResult, metric: str, span: float | None, level: float | None) -> ArmSummary:

@@ -144,7 +144,8 @@ class Workers:
             await asyncio.sleep(every)
             if not self._load.total():
                 continue
-            now = await asyncio.gather(*(engine.ask("progress") for engine in self.engines), return_exceptions=True)
+            answers = await asyncio.gather(*(engine.ask("progress") for engine in self.engines), return_exceptions=True)
+            now = [answer for answer in answers if isinstance(answer, int)]  # an engine that fails does not move
             if now != known:
                 activity.moved()
             known = now

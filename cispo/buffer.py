@@ -74,6 +74,8 @@ class Buffer:
         Raises what sampling or scoring raised, also of a ticket that is not due yet.
         """
         self._submit(min(count + self.ahead, left) - self.waiting, version)
+        # What was submitted is on its way to the engines before the driver is busy with what is finished already.
+        await asyncio.sleep(0)
         taken: list[Ticket] = []
         missing = count
         while missing > 0:

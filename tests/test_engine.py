@@ -174,7 +174,8 @@ def test_run_of_near_certain_tokens_ends_a_completion(certain_engine: ServedEngi
         run = [x > math.log(0.99) for x in completion.logprobs]
         firings = [i for i in range(run_length, len(run) + 1) if all(run[i - run_length : i])]
         ended_by_it = len(run) < 30
-        assert firings == ([len(run)] if ended_by_it else [])
+        # At its last place the limit comes first, whether the rule would fire there or not.
+        assert firings == [len(run)] or (not ended_by_it and not firings)
         assert completion.finish_reason is (FinishReason.REPETITION if ended_by_it else FinishReason.LENGTH)
     assert any(len(c.token_ids) < 30 for c in completions) == (run_length == 4)
 

@@ -30,8 +30,9 @@ class Versions:
 
     max_context = 1000
 
-    def __init__(self, at_once: int = NEVER, delay: int = 0) -> None:
-        self.at_once, self.delay = at_once, delay
+    def __init__(self, at_once: int = NEVER, delay: int = 0, max_sequences: int = 1000) -> None:
+        self.at_once, self.delay, self.max_sequences = at_once, delay, max_sequences
+        self.submitted: list[int] = []
         self.sampled = self.steps = 0
         self.weights: int | None = 0
         """None while they are of two versions."""
@@ -44,6 +45,8 @@ class Versions:
     def submit(self, drafts: Sequence[Draft]) -> None:
         assert not any(draft.tokens or draft in self.drafts for draft in drafts)
         self.drafts += drafts
+        self.submitted.append(len(drafts))
+        assert len(self.drafts) <= self.max_sequences
 
     def step(self) -> list[Draft]:
         assert self.drafts or self.flight, "a step with nothing to do"
@@ -116,6 +119,11 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
+async def steps(core: Versions, count: int) -> None:
+    while core.steps < count:
+        await asyncio.sleep(0)
+
+
 def check(completions: Sequence[Completion], mode: OnUpdate | None = None) -> None:
     for completion in completions:
         assert completion.token_ids == completion.versions == tuple(sorted(completion.versions))
@@ -124,10 +132,15 @@ def check(completions: Sequence[Completion], mode: OnUpdate | None = None) -> No
 
 
 @settings(max_examples=300, deadline=None)
-@given(seed=st.integers(0, 2**32), at_once=st.sampled_from([1, 3, NEVER]), delay=st.integers(0, 2))
-def test_random_interleavings(seed: int, at_once: int, delay: int) -> None:
+@given(
+    seed=st.integers(0, 2**32),
+    at_once=st.sampled_from([1, 3, NEVER]),
+    delay=st.integers(0, 2),
+    max_sequences=st.sampled_from([1, 5, 1000]),
+)
+def test_random_interleavings(seed: int, at_once: int, delay: int, max_sequences: int) -> None:
     """Calls, cancellations and updates at random moments: no hang, every token is its version, nothing is left."""
-    rng, core = random.Random(seed), Versions(at_once, delay)
+    rng, core = random.Random(seed), Versions(at_once, delay, max_sequences)
     engine = ServedEngine(core)
     mode = rng.choice([None, *get_args(OnUpdate)])
 
@@ -146,7 +159,7 @@ def test_random_interleavings(seed: int, at_once: int, delay: int) -> None:
             elif what < 0.75:
                 version += 1
                 lost += await update(engine, version, mode or rng.choice(get_args(OnUpdate)))
-            await turns(rng.randrange(6))
+            await turns(rng.randrange(24))
         total = 0
         for task, limits in waiting:
             completions = await task
@@ -154,7 +167,7 @@ def test_random_interleavings(seed: int, at_once: int, delay: int) -> None:
             check(completions, mode)
             total += sum(limits)
         assert engine.progress() == total + lost or cancelled
-        await turns(3)
+        await turns(9)
         assert not core.drafts and not core.flight and engine.version == version
         engine.sleep()
         engine.close()
@@ -177,13 +190,29 @@ def test_calls_share_steps_and_return_when_their_own_are_done() -> None:
     assert core.steps == 9
 
 
+def test_drafts_that_wait_for_room_begin_in_order_and_several_at_a_time() -> None:
+    """A quarter of 8 places, or as many as wait."""
+    core = Versions(max_sequences=8)
+    engine = ServedEngine(core)
+
+    async def run() -> None:
+        first = asyncio.ensure_future(engine.generate([[1]] * 8, PLAIN, 0, [3, 4, 5, 6, 20, 20, 20, 20]))
+        second, third = call(engine, 5, 3), call(engine, 1, 1)
+        await second
+        assert core.submitted == [8, 2, 2, 1, 1] and not first.done()
+        check(await first + await second + await third)
+
+    asyncio.run(run())
+    assert core.steps == 20
+
+
 def test_a_cancelled_call_takes_its_drafts_back() -> None:
     core = Versions()
     engine = ServedEngine(core)
 
     async def run() -> None:
         first, second = call(engine, 2, 50), call(engine, 1, 5)
-        await turns(3)
+        await steps(core, 2)
         first.cancel()
         await turns(1)
         assert len(core.drafts) == 1
@@ -200,13 +229,13 @@ def test_no_step_happens_during_an_update() -> None:
 
     async def run() -> None:
         first = call(engine, 2, 20)
-        await turns(5)
+        await steps(core, 3)
         await engine.begin_update("keep")
-        second, steps, sampled = call(engine, 1, 3), core.steps, engine.progress()
+        second, before, sampled = call(engine, 1, 3), core.steps, engine.progress()
         await turns(20)
         engine.load_weights("7")
         await turns(20)
-        assert core.steps == steps and engine.progress() == sampled, "and what was on the device had come back before"
+        assert core.steps == before and engine.progress() == sampled, "and what was on the device had come back before"
         assert await engine.begin_update("keep") == 0, "another try of the same update changes nothing"
         engine.finish_update(7)
         check(await first + await second)
@@ -224,7 +253,7 @@ def test_what_becomes_of_what_has_begun(mode: OnUpdate) -> None:
 
     async def run() -> tuple[list[list[int]], int]:
         first = call(engine, 4, 6)
-        await turns(3)
+        await steps(core, 2)
         updating = asyncio.ensure_future(update(engine, 1, mode))
         await turns(1)
         second = call(engine, 2, 6)
@@ -251,7 +280,7 @@ def test_an_update_that_is_given_up_lets_everything_go_on() -> None:
 
     async def run() -> None:
         first = call(engine, 2, 30)
-        await turns(4)
+        await steps(core, 2)
         beginning = asyncio.ensure_future(engine.begin_update("wait"))
         await turns(4)
         second = call(engine, 1, 2)
@@ -271,7 +300,7 @@ def test_a_failing_step_reaches_every_caller(delay: int) -> None:
 
     async def run() -> None:
         calls = [call(engine, 2, 9), call(engine, 1, 30)]
-        await turns(3)
+        await steps(core, 2)
         beginning = asyncio.ensure_future(engine.begin_update("wait"))
         for task in (*calls, beginning):
             with pytest.raises(RuntimeError, match="the device is gone"):
@@ -290,7 +319,7 @@ def test_after_half_an_update_nobody_samples_until_a_whole_one() -> None:
 
     async def run() -> None:
         running = call(engine, 1, 30)
-        await turns(3)
+        await steps(core, 2)
         await engine.begin_update("recompute")
         held = call(engine, 1, 3)
         await turns(1)
@@ -327,11 +356,12 @@ def test_bad_input_fails_its_own_call_only() -> None:
 
 
 def test_an_engine_outlives_the_event_loop_of_a_call() -> None:
-    engine = ServedEngine(Versions())
+    core = Versions()
+    engine = ServedEngine(core)
 
     async def leave() -> None:
         call(engine, 1, 50)
-        await turns(3)
+        await steps(core, 2)
 
     asyncio.run(leave())  # which cancels what is left
     check(sampled(engine, [[1]], PLAIN, 0))

@@ -32,6 +32,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def max_sequences(self) -> int:
+        """The most drafts that it has at a time."""
+        ...
+
+    @property
     def sampled(self) -> int:
         """Tokens since the start, those of dropped drafts included."""
         ...
@@ -41,7 +46,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Draft]:
-        """Samples a token for as many drafts as run at once; returns those that are complete."""
+        """Samples a token for its drafts; returns those that are complete."""
         ...
 
     def settle(self) -> list[Draft]:

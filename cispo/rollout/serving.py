@@ -1,9 +1,9 @@
 """An engine that serves overlapping calls and takes weights in flight, in the event loop of its process.
 
-    generate(...) --+                                +--> completions, each call's when its own are done
-    generate(...) --+--> drafts --> step, step ... --+
-    generate(...) --+          |                     +--> every token with the version that sampled it
-                               +-- begin_update, load_weights or receive_weights ..., finish_update
+    generate(...) --+                                         +--> completions, each call's when its own are done
+    generate(...) --+--> queue --> drafts --> step, step ... --+
+    generate(...) --+                 |                       +--> every token with the version that sampled it
+                                      +-- begin_update, load_weights or receive_weights ..., finish_update
 
 A task steps the engine while there is something to sample. A step blocks the event loop; between two steps everybody
 else gets a turn, so that calls, updates and questions never meet a step half-way.
@@ -12,6 +12,8 @@ else gets a turn, so that calls, updates and questions never meet a step half-wa
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,15 @@ from cispo.rollout.engine import Engine
 from cispo.rollout.stream import RandomStream
 from cispo.types import Completion, OnUpdate, Sampling
 from cispo.weight_sync import FileMessage, WeightMessage
+
+# Drafts join those that run when all that wait find room, or when this share of the room is free. On a GPU a step that
+# reads a prompt takes twice the time of one that only samples (it is no CUDA graph), for one prompt as for many.
+_GULP = 0.25
+
+# Between two steps the event loop turns until so many turns bring nothing new: a call from another process needs
+# several from its arrival to its start. Threads that bring it need the interpreter, which a step hardly lets go of.
+_QUIET_TURNS = 4
+_BREATH_SECONDS = 50e-6
 
 
 @dataclass(slots=True, eq=False)
@@ -36,8 +47,8 @@ class _Call:
 class ServedEngine:
     """Serves any number of calls at once from one continuous batch, and says which version sampled each token.
 
-    Drafts are active, in the engine, or held until an update is over. Where a step fails, all calls fail with that
-    error, now and later; where an update fails, until a whole version has arrived.
+    Drafts are active, in the engine, or queue for room in it, or are held until an update is over. Where a step fails,
+    all calls fail with that error, now and later; where an update fails, until a whole version has arrived.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -45,6 +56,7 @@ class ServedEngine:
         self._version = 0
         self._stream = RandomStream()
         self._active: dict[Draft, _Call] = {}
+        self._queue: dict[Draft, _Call] = {}
         self._held: dict[Draft, _Call] = {}
         self._holding = False
         """Whether new drafts wait for an update."""
@@ -56,6 +68,8 @@ class ServedEngine:
         self._torn: Exception | None = None
         """What an update failed with: the weights are of no one version."""
         self._stepping: asyncio.Task[None] | None = None
+        self._arrivals = 0
+        """Calls since the start."""
 
     @property
     def version(self) -> int:
@@ -76,11 +90,12 @@ class ServedEngine:
         `limits` is the most tokens of each completion, in place of the one number in `sampling`. A call that is
         cancelled takes its drafts back. Raises UserError on a prompt that leaves no room for a token, naming its index.
         """
+        self._arrivals += 1
         self._check()
         drafts = start_drafts(prompts, sampling, seed, max_context=self.engine.max_context, limits=limits)
         if not drafts:
             return []
-        if not self._active and not self._held:
+        if not self._active and not self._queue and not self._held:
             # On a CPU all drafts draw from one stream: vLLM's per-request seeds end it when a prompt is prefilled in
             # parts. With other calls under way the stream goes on from where it is.
             self._stream.seed(seed)
@@ -99,6 +114,7 @@ class ServedEngine:
         goes on after the update with its keys, values and states. recompute: it goes on, and all before its next token
         is computed again. abort: it begins again from its prompt.
         """
+        self._arrivals += 1
         self._check_broken()
         if self._torn is not None or self._updating:  # another try, after this engine or another one failed
             return 0
@@ -107,7 +123,8 @@ class ServedEngine:
         try:
             self._run(self.engine.settle)
             again = [draft for draft in self._active if on_update == "abort" or not draft.tokens]
-            self._held = {draft: self._active.pop(draft) for draft in again}
+            self._held = {draft: self._active.pop(draft) for draft in again} | self._queue
+            self._queue = {}
             self._run(self.engine.drop, again)
             lost = sum(draft.start_again() for draft in again)
             while on_update == "wait" and self._active:  # others step
@@ -145,7 +162,8 @@ class ServedEngine:
 
     def sleep(self) -> None:
         """Gives the device's memory back until `wake`."""
-        assert not self._active and not self._held, "an engine does not sleep while calls wait for it"
+        waiting = [*self._active, *self._queue, *self._held]
+        assert not waiting, "an engine does not sleep while calls wait for it"
         self.engine.sleep()
 
     def wake(self) -> None:
@@ -153,21 +171,42 @@ class ServedEngine:
 
     def close(self) -> None:
         """Frees what the engine holds; nothing works afterwards."""
-        self._drop([*self._active, *self._held])
+        self._drop([*self._active, *self._queue, *self._held])
         self.engine.close()
 
     async def _steps(self) -> None:
+        await self._listen()
         while self._active and not self._updating:
             self._run(self.engine.step)
+            self._admit()
             if not self._active:
                 self._run(self.engine.settle)
-            await asyncio.sleep(0)
+            await self._listen()
+
+    async def _listen(self) -> None:
+        """Lets what has arrived meanwhile begin: calls that come together are sampled together."""
+        known = None
+        while known != self._arrivals:
+            known = self._arrivals
+            time.sleep(_BREATH_SECONDS)
+            for _ in range(_QUIET_TURNS):
+                await asyncio.sleep(0)
 
     def _add(self, drafts: Mapping[Draft, _Call]) -> None:
         if self._holding:
             self._held |= drafts
             return
+        self._queue |= drafts
+        self._admit()
+
+    def _admit(self) -> None:
+        """Moves drafts from the queue into the engine, in order, where there is room for all or for many."""
+        room = self.engine.max_sequences - len(self._active)
+        if not self._queue or room < min(len(self._queue), self.engine.max_sequences * _GULP):
+            return
+        drafts = dict(itertools.islice(self._queue.items(), room))
         for draft in drafts:
+            del self._queue[draft]
             draft.sampled_by(self._version)
         self._active |= drafts
         for call in dict.fromkeys(drafts.values()):
@@ -178,9 +217,11 @@ class ServedEngine:
     def _drop(self, drafts: Sequence[Draft]) -> None:
         running = [draft for draft in drafts if self._active.pop(draft, None)]
         for draft in drafts:
+            self._queue.pop(draft, None)
             self._held.pop(draft, None)
         if running:
             self._run(self.engine.drop, running)
+            self._admit()
         if running and not self._active:
             self._run(self.engine.settle)
 
@@ -219,8 +260,8 @@ class ServedEngine:
             raise
 
     def _fail(self, error: Exception) -> None:
-        calls = {*self._active.values(), *self._held.values()}
-        running, self._active, self._held = list(self._active), {}, {}
+        calls = {*self._active.values(), *self._queue.values(), *self._held.values()}
+        running, self._active, self._queue, self._held = list(self._active), {}, {}, {}
         self._run(self.engine.drop, running)
         for call in calls:
             if not call.done.done():

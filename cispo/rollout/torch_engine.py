@@ -8,7 +8,6 @@ Tokens stay in the samplers' tensors until a draft is complete or somebody asks 
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -22,19 +21,20 @@ from cispo.weight_sync import FileMessage, WeightMessage, mapped_weights
 
 
 class TorchEngine:
-    """The policy that trains, with a cache. At most `max_sequences` are sampled at once; the others wait.
+    """The policy that trains, with a cache.
 
-    `model` is a folder in checkpoint format, `max_context` bounds prompt and completion together. What is drawn comes
-    from torch's random stream.
+    `model` is a folder in checkpoint format, `max_context` bounds prompt and completion together, `max_sequences` how
+    many there may be at once. What is drawn comes from torch's random stream.
     """
 
     def __init__(self, model: str, *, dtype: str, max_context: int, max_sequences: int) -> None:
         check_model(model, max_context)
         self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
-        self.max_context, self._max_sequences = max_context, max_sequences
+        self.max_context, self.max_sequences = max_context, max_sequences
         self.sampled = 0
         self._numbers = itertools.count()
-        self._waiting: deque[Draft] = deque()
+        self._waiting: list[Draft] = []
+        """For the next step."""
         self._running: dict[int, Draft] = {}
         self._samplers: dict[Sampling, Sampler] = {}
         """Those that have something to sample, in the order in which they draw."""
@@ -62,7 +62,7 @@ class TorchEngine:
 
     def drop(self, drafts: Sequence[Draft]) -> None:
         dropped = set(drafts)
-        self._waiting = deque(draft for draft in self._waiting if draft not in dropped)
+        self._waiting = [draft for draft in self._waiting if draft not in dropped]
         numbers = [number for number, draft in self._running.items() if draft in dropped]
         for sampler in self._samplers.values():
             sampler.abort(numbers)
@@ -94,9 +94,8 @@ class TorchEngine:
         del self._policy
 
     def _admit(self) -> None:
-        """Starts as many of those that wait as there are places."""
-        places = min(len(self._waiting), self._max_sequences - len(self._running))
-        admitted = {next(self._numbers): self._waiting.popleft() for _ in range(places)}
+        admitted = {next(self._numbers): draft for draft in self._waiting}
+        self._waiting = []
         self._running |= admitted
         for sampling in dict.fromkeys(draft.sampling for draft in admitted.values()):
             drafts = {number: draft for number, draft in admitted.items() if draft.sampling == sampling}

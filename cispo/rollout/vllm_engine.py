@@ -54,8 +54,8 @@ class VLLMEngine:
     """vLLM in this process.
 
     `model` is a folder in checkpoint format. `max_context` bounds prompt and completion together, `max_sequences` how
-    many run at once (the others wait), `memory` the share of a GPU's memory that the cache may take; with `sleeps` it
-    can be given back. `engine_args` are vLLM's own engine arguments and win over ours. With prefix caching, which is
+    many there may be at once, `memory` the share of a GPU's memory that the cache may take; with `sleeps` it can be
+    given back. `engine_args` are vLLM's own engine arguments and win over ours. With prefix caching, which is
     off by default, what earlier calls left in the cache changes the last bits of a log-probability.
     """
 
@@ -73,7 +73,7 @@ class VLLMEngine:
         engine_args: Mapping[str, Any] | None = None,
     ) -> None:
         check_model(model, max_context)
-        self.max_context = max_context
+        self.max_context, self.max_sequences = max_context, max_sequences
         self.sampled = 0
         self._requests: dict[str, _Request] = {}
         self._ended = 0

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cispo.leftovers import watch_over
 from cispo.ray_address import check_ray_address
 from cispo.shipping import shipped_code
 from cispo.types import RunError, UserError
@@ -72,6 +73,7 @@ def connect(processes: int) -> bool:
 def _start_local(processes: int) -> None:
     # Read when Ray is imported. Ray knows one node on loopback, which is what it starts on Windows and macOS.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    watch_over()
     import ray
 
     # Without "local", Ray would join whatever cluster somebody left running on this machine.

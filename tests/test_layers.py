@@ -83,6 +83,7 @@ LAYERS: dict[str, int] = {
     "loading": 0,
     "files": 0,
     "network": 0,
+    "leftovers": 0,
     "ray_address": 1,
     "shipping": 1,
     "seeds": 0,

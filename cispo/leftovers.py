@@ -1,0 +1,70 @@
+"""What a driver leaves behind when it is killed: a process of its own waits for the driver's end and ends the rest.
+
+    driver, marked --> Ray's processes, actors, reward workers: all inherit the mark in their environment
+           ^
+        watcher, in a session of its own, out of the reach of what kills the driver
+
+Ray's processes end by themselves when their driver dies, nearly always: two of its agents that are just starting can
+each hold the pipe by whose end the other would notice.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+
+import psutil
+
+MARK = "CISPO_DRIVER"
+
+_LOOK_SECONDS = 1.0
+# For what ends by itself, or is still writing.
+_GRACE_SECONDS = 10.0
+
+
+def watch_over() -> None:
+    """Starts a watcher for this process; what this process starts from now on ends with it, at most some 10 s later."""
+    mark = f"{os.getpid()}-{uuid.uuid4().hex}"
+    subprocess.Popen(
+        [sys.executable, "-m", "cispo.leftovers", str(os.getpid()), mark],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name != MARK}
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    os.environ[MARK] = mark
+
+
+def end_leftovers(driver: int, mark: str) -> None:
+    """Waits for the end of the driver, then for what it started; kills that after a while."""
+    try:
+        process = psutil.Process(driver)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(_LOOK_SECONDS)
+    except psutil.NoSuchProcess:
+        pass
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while left := [process for process in psutil.process_iter() if _is_marked(process, mark)]:
+        if time.monotonic() > deadline:
+            for process in left:
+                try:
+                    process.kill()
+                except psutil.Error:
+                    pass
+        time.sleep(_LOOK_SECONDS)
+
+
+def _is_marked(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return False
+
+
+if __name__ == "__main__":
+    end_leftovers(int(sys.argv[1]), sys.argv[2])

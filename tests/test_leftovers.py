@@ -1,0 +1,65 @@
+"""What a driver started ends with it, whatever became of the driver; what others started does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cispo.leftovers import MARK
+
+ROOT = Path(__file__).parents[1]
+
+# A child in a session of its own whose parent is gone, as Ray's agents are.
+DRIVER = """
+import subprocess, sys, time
+import cispo.leftovers as leftovers
+
+leftovers.watch_over()
+child = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!"], start_new_session=True, stdout=subprocess.PIPE)
+print(int(child.stdout.readline()), flush=True)
+sys.stdin.read()
+"""
+
+
+def until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+def watchers(driver: int) -> list[psutil.Process]:
+    lines = {process: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
+    return [process for process, line in lines.items() if "cispo.leftovers" in line and str(driver) in line]
+
+
+@pytest.mark.parametrize("end", ["kill", "normal"])
+def test_leftovers_end_with_their_driver(end: str) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    stranger = subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: "of another driver"})
+    try:
+        assert driver.stdout is not None and driver.stdin is not None
+        child = psutil.Process(int(driver.stdout.readline()))
+        assert until(lambda: len(watchers(driver.pid)) == 1, 10) and child.is_running()
+        if end == "kill":
+            driver.send_signal(signal.SIGKILL)
+        driver.stdin.close()
+        driver.wait()
+        # 10 s in which it may end by itself, and a busy machine.
+        assert until(lambda: not child.is_running(), 60)
+        assert until(lambda: not watchers(driver.pid), 30)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+        driver.kill()

@@ -198,6 +198,9 @@ class ServedEngine:
             return
         self._queue |= drafts
         self._admit()
+        # It has ended where nothing was left to do, or an update was under way.
+        if self._active and (self._stepping is None or self._stepping.done()):
+            self._stepping = asyncio.get_running_loop().create_task(self._steps())
 
     def _admit(self) -> None:
         """Moves drafts from the queue into the engine, in order, where there is room for all or for many."""
@@ -211,8 +214,6 @@ class ServedEngine:
         self._active |= drafts
         for call in dict.fromkeys(drafts.values()):
             self._run(self.engine.submit, [draft for draft, own in drafts.items() if own is call])
-        if self._active and (self._stepping is None or self._stepping.done()):
-            self._stepping = asyncio.get_running_loop().create_task(self._steps())
 
     def _drop(self, drafts: Sequence[Draft]) -> None:
         running = [draft for draft in drafts if self._active.pop(draft, None)]

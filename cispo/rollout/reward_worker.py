@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cispo.loading import load_object
 from cispo.types import UserError
@@ -247,8 +247,7 @@ class Worker:
                 try:
                     job = receive(self.connection)
                 except (EOFError, ConnectionError):
-                    # The driver is gone: leave, with whatever processes the functions started.
-                    os.killpg(0, signal.SIGKILL)
+                    _leave()
                 deliver(job)
 
         threading.Thread(target=read, daemon=True).start()
@@ -326,7 +325,19 @@ def _reply(job: Job, outcomes: Iterable[Iterable[list[Value] | Failure]]) -> Rep
 
 def main(connection_fd: int, black_box: int) -> None:
     """Imports the functions, says whether that worked, and takes jobs until the driver is gone."""
-    connection = socket.socket(fileno=connection_fd)
+    try:
+        _work(socket.socket(fileno=connection_fd), black_box)
+    except (EOFError, ConnectionError):
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """The driver is gone: ends this process, with whatever processes the functions started."""
+    os.killpg(0, signal.SIGKILL)
+    raise AssertionError("it was killed")
+
+
+def _work(connection: socket.socket, black_box: int) -> None:
     setup: Setup = receive(connection)
     faulthandler.enable(file=black_box)
     faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=black_box)

@@ -17,6 +17,7 @@ _LONG = ("test_resume.py", "test_end_to_end.py", "test_compare.py", "test_cluste
 _TOGETHER = {"test_sandbox.py": "sandboxes", "test_code_reward.py": "sandboxes"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Orders files, and keeps the tests of one in one process where pytest-xdist shares them out (scripts/test.sh)."""
     items.sort(key=lambda item: item.path.name not in _LONG)

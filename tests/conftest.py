@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,14 +17,15 @@ if os.environ.get("CI"):
 
 # Whole runs on Ray: minutes each.
 _LONG = ("test_resume.py", "test_end_to_end.py", "test_compare.py", "test_cluster.py")
-# They count the sandboxes of this machine, or start some.
-_TOGETHER = {"test_sandbox.py": "sandboxes", "test_code_reward.py": "sandboxes"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Orders files, and keeps the tests of one in one process where pytest-xdist shares them out (scripts/test.sh)."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in _LONG)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(item.path.name, item.path.name)))
+
+
+@pytest.fixture
+def no_other_sandboxes() -> Iterator[None]:
+    """For tests that count the sandboxes of this machine, or start some: one at a time, in whatever process."""
+    with (Path(tempfile.gettempdir()) / f"cispo-test-sandboxes-{os.getuid()}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

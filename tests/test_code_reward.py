@@ -12,6 +12,8 @@ from cispo.rollout.rewards import Attempts, RewardFunction, RewardRunner
 from cispo.types import Prompt
 from rewards.code import extract_code, passes_asserts, passes_io, read_cases, read_steps
 
+pytestmark = pytest.mark.usefixtures("no_other_sandboxes")
+
 DOUBLE = [{"input": "2\n", "output": "4\n"}, {"input": "-3", "output": "-6"}, {"input": "0", "output": "0"}]
 ASSERTS = ["assert double(2) == 4", "assert double(-3) == -6", "assert abs(double(0.5) - 1) < 1e-9"]
 

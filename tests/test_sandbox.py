@@ -20,6 +20,8 @@ from cispo.confinement import seccomp
 from cispo.sandbox import Mechanism, SandboxResult, _interpreter, available_mechanisms, run_python
 from cispo.types import RunError
 
+pytestmark = pytest.mark.usefixtures("no_other_sandboxes")
+
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., SandboxResult]
 

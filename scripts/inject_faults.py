@@ -138,53 +138,60 @@ class Trial:
         return {f"{run.relative_to(self.folder)}/{k}": v for run in self.runs() for k, v in state_of(run).items()}
 
 
-def kill(title: str, number: int = signal.SIGKILL) -> Callable[[Trial], None]:
-    def act(trial: Trial) -> None:
+Act = Callable[[Trial], bool]
+"""What is done to a trial; False where nothing was left to do it to."""
+
+
+def strike(title: str, do: Callable[[psutil.Process], None]) -> Act:
+    """Does something to a process, once there is one."""
+
+    def act(trial: Trial) -> bool:
         process = trial.wait_for(title)
-        if process is not None:
-            try:
-                process.send_signal(number)
-            except psutil.NoSuchProcess:
-                pass
+        try:
+            if process is not None:
+                do(process)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            return False
+        return process is not None
 
     return act
 
 
-def starve(trial: Trial) -> None:
-    """The engine gets no memory any more."""
-    process = trial.wait_for("ray::engine-0")
-    if process is not None:
-        try:
-            room = process.memory_info().vms + 1024
-            resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            pass
+def kill(title: str, number: int = signal.SIGKILL) -> Act:
+    return strike(title, lambda process: process.send_signal(number))
 
 
-def interrupt(times: int) -> Callable[[Trial], None]:
-    def act(trial: Trial) -> None:
+def starve(process: psutil.Process) -> None:
+    """It gets no memory any more."""
+    room = process.memory_info().vms + 1024
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
+
+
+def interrupt(times: int) -> Act:
+    def act(trial: Trial) -> bool:
         assert trial.process is not None
         for _ in range(times):
             trial.process.send_signal(signal.SIGINT)
             time.sleep(0.2)
+        return True
 
     return act
 
 
-def fill_disk(trial: Trial) -> None:
+def fill_disk(trial: Trial) -> bool:
     try:
         with (trial.folder / "ballast").open("wb", buffering=0) as file:
             while True:
                 file.write(b"\0" * 65536)
     except OSError:
-        pass
+        return True
 
 
 def make_room(trial: Trial) -> None:
     (trial.folder / "ballast").unlink(missing_ok=True)
 
 
-def forbid_writing(trial: Trial) -> None:
+def forbid_writing(trial: Trial) -> bool:
     """The folder of the checkpoints becomes read-only, once nothing is just being written there."""
     assert trial.process is not None
     folder = str(trial.folder / "quickstart" / "checkpoints")
@@ -194,6 +201,7 @@ def forbid_writing(trial: Trial) -> None:
     command = ["mount", "-o", "remount,bind,ro", folder]
     while trial.process.poll() is None and subprocess.run(command, check=False, capture_output=True).returncode:
         time.sleep(0.05)
+    return trial.process.poll() is None
 
 
 def allow_writing(trial: Trial) -> None:
@@ -207,7 +215,7 @@ def nothing(trial: Trial) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    act: Callable[[Trial], None]
+    act: Act
     ends_with: tuple[int, ...]
     """Exit codes that are right after it. 0 is always right: where it is not among these, the fault came too late."""
     undo: Callable[[Trial], None] = nothing
@@ -225,7 +233,11 @@ FAULTS: Mapping[str, Fault] = {
     "kill-engine": Fault(kill("ray::engine-0"), (0,), says="starting it again"),
     # A process without memory may die, or stand still where it cannot even start a thread.
     "engine-without-memory": Fault(
-        starve, (0, 1), overrides=("control.watchdog=15",), says="starting it again|nothing has moved", quiet=False
+        strike("ray::engine-0", starve),
+        (0, 1),
+        overrides=("control.watchdog=15",),
+        says="starting it again|nothing has moved",
+        quiet=False,
     ),
     "hang-engine": Fault(kill("ray::engine-0", signal.SIGSTOP), (1,), overrides=("control.watchdog=15",)),
     "kill-reward": Fault(kill("reward_worker"), (0,)),
@@ -287,7 +299,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
     before = trial.checkpoints()
     if trial.process is None or trial.process.poll() is not None:
         return None
-    fault.act(trial)
+    acted = fault.act(trial)
     code, output = trial.end()
     if code not in (0, *fault.ends_with):
         problems.append(f"{'hang' if code is None else f'exit code {code}'}: {output[-600:]}")
@@ -301,7 +313,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
             problems.append(f"lost: {newest}")
     fault.undo(trial)
     # A comparison goes on with its other arms and says so, with exit code 0.
-    struck = (code in fault.ends_with or args.compare) and re.search(fault.says, output) is not None
+    struck = acted and (code in fault.ends_with or args.compare) and re.search(fault.says, output) is not None
     if (code != 0 and code is not None) or args.compare:
         trial.start()
         again, output = trial.end()

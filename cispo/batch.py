@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,10 +33,11 @@ def with_advantages(groups: Sequence[TrajectoryGroup], samples: Sequence[Sample]
         for group, of_group in zip(groups, turns, strict=True)
     ]
     advantages = algorithm.advantage(rewards, **algorithm.advantage_settings)
+    tokens = [advantage for of_group in advantages for advantage in of_group]
+    assert not tokens or bool(torch.cat(tokens).isfinite().all()), "an advantage is not finite"
     done = []
     for of_group, group_rewards, group_advantages in zip(turns, rewards, advantages, strict=True):
         for own, reward, advantage in zip(of_group, group_rewards, group_advantages, strict=True):
-            assert bool(advantage.isfinite().all()), "an advantage is not finite"
             columns = {"advantages": advantage}
             if algorithm.critic:
                 columns["returns"] = _value_targets(reward, algorithm)
@@ -46,16 +48,11 @@ def with_advantages(groups: Sequence[TrajectoryGroup], samples: Sequence[Sample]
 def token_rewards(trajectory: Trajectory, turns: Sequence[Sample], algorithm: Algorithm) -> TokenRewards:
     """A trajectory's reward streams over its sampled tokens: the outcome, each turn's own, and KL as a reward."""
     lengths = [sample.num_loss_tokens for sample in turns]
-    ends = torch.tensor(lengths).cumsum(0) - 1
-    zeros = torch.zeros(sum(lengths), dtype=torch.float64)
-
-    def at(position: Tensor, value: float) -> Tensor:
-        return zeros.index_fill(0, position.reshape(1), value)
-
-    streams = {"outcome": at(ends[-1], trajectory.reward)}
-    for turn, end in zip(trajectory.turns, ends, strict=True):
+    streams = {"outcome": torch.zeros(sum(lengths), dtype=torch.float64)}
+    streams["outcome"][-1] = trajectory.reward
+    for turn, end in zip(trajectory.turns, accumulate(lengths), strict=True):
         for name, value in turn.rewards.items():
-            streams[name] = streams.get(name, zeros) + at(end, value)
+            streams.setdefault(name, torch.zeros_like(streams["outcome"]))[end - 1] += value
     if algorithm.needs_reference and algorithm.kl_in == "reward":
         # Of the policy that sampled: what the ratio divides by.
         policy, reference = _sampled(turns, f"{algorithm.anchor}_logprobs"), _sampled(turns, "ref_logprobs")

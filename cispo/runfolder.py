@@ -85,12 +85,16 @@ class RunLog:
             raise Diverged(
                 f"{broken[0]} is not finite at step {step}: the policy has diverged (learner.lr is too high?)"
             )
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+
         row = {"step": step, **values}
         self.history.append(row)
         with disk_errors(self.folder):
             self._lines.write(json.dumps(row) + "\n")
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            # One event for all: the board's queue holds ten, and whoever adds more waits for its thread.
+            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            assert self._board.file_writer is not None, "the log is closed"
+            self._board.file_writer.add_summary(Summary(value=scalars), step)
 
     def samples(self, step: int, groups: Sequence[TrajectoryGroup], *, kind: str = "train") -> None:
         """Writes a step's completions, one row each."""

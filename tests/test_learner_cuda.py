@@ -186,7 +186,7 @@ def test_steps_move_weights_and_masters_alike(folder: Path, dtype: Any):
         assert not torch.equal(parameter, old)
 
 
-def test_the_fused_optimizer_is_the_plain_one():
+def test_the_optimizer_is_that_of_a_cpu():
     """Gradients from 1e-18, far below bfloat16's eps of 1e-15 beside them, to 1: the same masters within 1e-6."""
     torch.manual_seed(0)
     shapes = [(64, 48), (48,), (7,), (130, 3)]

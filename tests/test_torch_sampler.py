@@ -123,7 +123,8 @@ def test_steps_continue_a_forward_pass(config: dict[str, Any], short: bool) -> N
         for row, prompt in enumerate(PROMPTS):
             whole = torch.cat([torch.tensor(prompt), continued[row]])
             expected = policy(whole, torch.arange(len(whole)), bounds([len(whole)])).hidden[len(prompt) - 1 :]
-            assert (torch.stack([h[row] for h in hidden]) - expected).abs().max() <= TOLERANCE
+            # Hidden states of size 3 through float32 norms: either form is up to 1.2e-5 from float64.
+            assert (torch.stack([h[row] for h in hidden]) - expected).abs().max() <= 2 * TOLERANCE
 
 
 @EVERY_KIND

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenRewards:
     """The rewards of one trajectory, laid out over its L sampled tokens (all turns; what tools wrote is left out).
 
@@ -27,7 +28,7 @@ class TokenRewards:
     values: Tensor | None = None
     """[L] float64: the critic's value of the state in which each token was sampled."""
 
-    @property
+    @cached_property
     def per_token(self) -> Tensor:
         """[L]: the sum of all streams."""
         return torch.stack(list(self.streams.values())).sum(0)

@@ -1,7 +1,8 @@
 """What a policy's attention layers ask for, and how packed documents answer: causal softmax attention in two forms.
 
     varlen    flash attention's own for packed documents, nothing padded: bfloat16 and float16 on a GPU
-    padded    documents of similar length in one batch, padded on the right: every other device and dtype
+    padded    documents of similar length in one batch, padded on the right: every other device and dtype; on a CPU as
+              plain products while the probabilities are few (`ops.product_attention`)
 
 What a form needs to know of the documents is worked out once a forward pass, for all layers (`Documents`).
 """
@@ -9,13 +10,17 @@ What a form needs to know of the documents is worked out once a forward pass, fo
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cispo.ops.lightning import lightning_attention
+from cispo.ops.product_attention import Padding, product_attention
+
+# 64 MiB of float32 a layer.
+_KEPT_PROBABILITIES = 1 << 24
 
 AttentionForm = Literal["varlen", "padded"]
 
@@ -33,15 +38,6 @@ class Attention(Protocol):
     def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
         """Lightning attention, [T, H, D]: q, k, v [T, H, D]; slopes [H] float32."""
         ...
-
-
-class Padding(NamedTuple):
-    """Documents as padded batches."""
-
-    batches: list[Tensor]
-    """[documents, width] int64 each: the token of each place, T behind a document's end."""
-    places: Tensor
-    """[T] int64: where each token is among the rows of all batches."""
 
 
 class Documents:
@@ -70,14 +66,17 @@ class Documents:
         cu_seqlens = self.cu_seqlens.long()
         lengths, starts = cu_seqlens.diff(), cu_seqlens[:-1]
         batches = []
+        places = torch.empty(self.tokens, dtype=torch.long, device=lengths.device)
+        before = 0
         for documents in _similar_lengths(lengths):
             steps = torch.arange(int(lengths[documents].max()), device=lengths.device)
-            inside = steps < lengths[documents, None]
-            batches.append(torch.where(inside, starts[documents, None] + steps, self.tokens))
-        owner = torch.cat([batch.flatten() for batch in batches])
-        places = torch.empty(self.tokens + 1, dtype=torch.long, device=owner.device)
-        places[owner] = torch.arange(len(owner), device=owner.device)
-        return Padding(batches, places[: self.tokens])
+            last = lengths[documents, None] - 1
+            rows = starts[documents, None] + torch.minimum(steps, last)
+            batches.append(rows)
+            inside = (steps <= last).flatten().nonzero()[:, 0]
+            places[rows.flatten()[inside]] = before + inside
+            before += rows.numel()
+        return Padding(batches, places, shared=False)
 
 
 class SharedPrompts:
@@ -90,16 +89,22 @@ class SharedPrompts:
         """distinct [C] int64: one place of each among the T tokens; reading [T] int64: which one each token equals."""
         self.documents, self.distinct, self.reading = documents, distinct, reading
 
+    @cached_property
+    def padding(self) -> Padding:
+        """The documents' own, in terms of the C tokens."""
+        batches, places, _ = self.documents.padding
+        return Padding([self.reading[rows] for rows in batches], places.index_select(0, self.distinct), shared=True)
+
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        q, k, v = self._all(q, k, v)
-        return self.documents.softmax(q, k, v, scale).index_select(0, self.distinct)
+        if _choose_form(q) == "padded":
+            return padded_attention(q, k, v, self.padding, scale)
+        return self.documents.softmax(*self._all(q, k, v), scale).index_select(0, self.distinct)
 
     def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        q, k, v = self._all(q, k, v)
-        return self.documents.lightning(q, k, v, slopes).index_select(0, self.distinct)
+        return self.documents.lightning(*self._all(q, k, v), slopes).index_select(0, self.distinct)
 
-    def _all(self, *columns: Tensor) -> list[Tensor]:
-        return [x.index_select(0, self.reading) for x in columns]
+    def _all(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q.index_select(0, self.reading), k.index_select(0, self.reading), v.index_select(0, self.reading)
 
 
 def causal_attention(
@@ -125,13 +130,21 @@ def causal_attention(
         return torch.ops.aten._flash_attention_forward(
             q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
         )[0]
-    # The causal mask alone keeps padding out, since it is on the right: a row of zeros.
-    q, k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (q, k, v))
+    return padded_attention(q, k, v, documents.padding, scale)
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding, scale: float | None = None) -> Tensor:
+    """`causal_attention` of padded batches: the causal mask alone keeps out what is behind a document's end."""
+    if not len(q):
+        return q.new_zeros(*q.shape[:2], v.shape[-1])
+    exact = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+    if exact and padding.probabilities(q.shape[1]) <= _KEPT_PROBABILITIES:
+        return product_attention(q, k, v, padding, scale)
     outputs = []
-    for batch in documents.padding.batches:
-        padded = [x.index_select(0, batch.flatten()).unflatten(0, batch.shape) for x in (q, k, v)]
+    for rows in padding.batches:
+        padded = [x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v)]
         outputs.append(_attend(padded[0], padded[1], padded[2], scale).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, documents.padding.places)
+    return torch.cat(outputs).index_select(0, padding.places)
 
 
 def _choose_form(q: Tensor) -> AttentionForm:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,29 @@ class RMSNorm(nn.Module):
             # One kernel, float32 inside whatever it reads and writes; on a CPU it would round before the weight.
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        normed = _RMSNorm.apply(x.to(wide), self.weight.to(wide), self.eps)
+        return normed.to(x.dtype)  # type: ignore[union-attr]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """In the fewest passes over x: F.rms_norm is a dozen operations on a CPU, and two and a half times as long.
+
+    With r = 1 / rms(x) the gradient of x is r g w - x r^3 mean(g w x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, weight, scale) = grads, ctx.saved_tensors
+        products = (grad * x).flatten(0, -2)
+        means = torch.mv(products, weight).view_as(scale).div_(-x.shape[-1])
+        grad_x = (grad * weight).mul_(scale).addcmul_(x, means.mul_(scale**3))
+        return grad_x, torch.mv(products.mT, scale.flatten()), None
 
 
 class SwiGLU(nn.Module):

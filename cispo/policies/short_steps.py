@@ -107,7 +107,8 @@ def _experts(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 class _Norm(NamedTuple):
     weight: Tensor
-    eps: float
+    eps: Tensor
+    """A scalar, so that it is added in the operation that squares and divides."""
 
 
 class _Linear(NamedTuple):
@@ -195,10 +196,10 @@ def _linear_of(module: Any) -> _Linear:
 
 def _norm_of(module: Any) -> _Norm:
     assert isinstance(module, RMSNorm)
-    return _Norm(module.weight, module.eps)
+    return _Norm(module.weight, torch.tensor(module.eps))
 
 
 def _rms_norm(x: Tensor, norm: _Norm) -> Tensor:
     """`layers.RMSNorm` for a few rows: on a CPU F.rms_norm is a dozen operations."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()).mul_(norm.weight)
+    return (x * torch.addcmul(norm.eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ from cispo.weight_sync import FileMessage, WeightMessage
 _GULP = 0.25
 
 # Between two steps the event loop turns until so many turns bring nothing new: a call from another process needs
-# several from its arrival to its start. Threads that bring it need the interpreter, which a step hardly lets go of.
+# several from its arrival to its start. Threads that bring it need the interpreter, which a step hardly lets go of; in
+# one process with everything else the loop runs in the main thread, and there are none.
 _QUIET_TURNS = 4
 _BREATH_SECONDS = 50e-6
 
@@ -188,7 +190,8 @@ class ServedEngine:
         known = None
         while known != self._arrivals:
             known = self._arrivals
-            time.sleep(_BREATH_SECONDS)
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(_BREATH_SECONDS)
             for _ in range(_QUIET_TURNS):
                 await asyncio.sleep(0)
 

@@ -4,11 +4,13 @@
 
 torch's kernel for a CPU computes the scores a second time on its way back, and its small tiles cost more than they
 save while the probabilities are few. Queries that share a key's head (arXiv 2305.13245) are rows of the same product.
+A prompt that several documents share is among the keys of all of them, and among the queries of the first alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,32 +20,51 @@ from torch import Tensor
 _QUERIES = 64
 
 
-class Padding(NamedTuple):
-    """Documents as padded batches of rows."""
+class Batch(NamedTuple):
+    """Documents of similar length, padded on the right."""
 
-    batches: list[Tensor]
-    """[documents, width] int64 each: the row that each place reads; behind a document's end its last row again."""
-    places: Tensor
-    """[C] int64: where the output of each row is among the places of all batches."""
-    shared: bool
-    """Whether rows are read in several documents."""
+    rows: Tensor
+    """[B, W] int64: the row that each place reads; behind a document's end its last row again."""
+    skip: int = 0
+    """Places at the start whose queries nobody asks for."""
 
-    def probabilities(self, heads: int) -> int:
-        """How many there are."""
-        return sum(heads * len(b) * sum((e - s) * e for s, e in _blocks(b.shape[1])) for b in self.batches)
+    @property
+    def queries(self) -> Tensor:
+        """[B, W - skip]."""
+        return self.rows[:, self.skip :]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First and last place of the queries of each product; the last, which see all keys, come first."""
+        width = self.rows.shape[1]
+        for end in range(width, self.skip, -_QUERIES):
+            yield max(end - _QUERIES, self.skip), end
+
+
+class Padding:
+    """Documents as padded batches of C rows."""
+
+    def __init__(self, batches: list[Batch], places: Tensor, *, shared: bool) -> None:
+        """places [C] int64: where each row's query is among the queries of all batches; `shared` says whether a row
+        is read in several documents."""
+        self.batches, self.places, self.shared = batches, places, shared
+
+    @cached_property
+    def probabilities(self) -> int:
+        """How many there are for each head."""
+        return sum(len(b.rows) * sum((end - start) * end for start, end in b.blocks()) for b in self.batches)
+
+    @cached_property
+    def readers(self) -> Tensor:
+        """[places]: the row that each place of all batches reads."""
+        return torch.cat([batch.rows.flatten() for batch in self.batches])
 
 
 def product_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding, scale: float | None = None) -> Tensor:
     """Each document's causal softmax attention, [C, H, E]: q [C, H, D], k [C, K, D], v [C, K, E], H a multiple of K.
 
-    scale is 1 / sqrt(D) where None. Differentiable in q, k and v; holds `padding.probabilities(H)` numbers for it.
+    scale is 1 / sqrt(D) where None. Differentiable in q, k and v; keeps H * `padding.probabilities` numbers for it.
     """
     return _ProductAttention.apply(q, k, v, padding, q.shape[-1] ** -0.5 if scale is None else scale)  # type: ignore[return-value]
-
-
-def _blocks(width: int) -> Iterator[tuple[int, int]]:
-    """First and last query of each product, the last one, which sees all keys, first."""
-    return ((start, min(start + _QUERIES, width)) for start in range((width - 1) // _QUERIES * _QUERIES, -1, -_QUERIES))
 
 
 class _ProductAttention(torch.autograd.Function):
@@ -51,17 +72,18 @@ class _ProductAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: Padding, scale: float) -> Tensor:
         ctx.padding, ctx.scale = padding, scale
         outputs, saved = [], []
-        for rows in padding.batches:
-            keys, values = _heads(k, rows), _heads(v, rows)
-            queries = _heads(q, rows).unflatten(0, (len(keys), -1))
+        for batch in padding.batches:
+            keys, values = _heads(k, batch.rows), _heads(v, batch.rows)
+            queries = _heads(q, batch.queries).unflatten(0, (len(keys), -1))
             output, probs = queries.new_empty(*queries.shape[:3], v.shape[-1]), []
-            for start, end in _blocks(rows.shape[1]):
-                block = queries[:, :, start:end]
+            for start, end in batch.blocks():
+                block = queries[:, :, start - batch.skip : end - batch.skip]
                 mask = _mask(q, start, end, block.shape[1])
                 scores = torch.baddbmm(mask, block.flatten(1, 2), keys[:, :end].mT, alpha=scale)
                 probs.append(scores.softmax(-1))
-                output[:, :, start:end] = torch.bmm(probs[-1], values[:, :end]).unflatten(1, block.shape[1:3])
-            outputs.append(_rows(output, rows))
+                attended = torch.bmm(probs[-1], values[:, :end])
+                output[:, :, start - batch.skip : end - batch.skip] = attended.unflatten(1, block.shape[1:3])
+            outputs.append(_rows(output, len(batch.rows)))
             if any(ctx.needs_input_grad):
                 saved += [queries, keys, values, output, *probs]
         ctx.save_for_backward(*saved)
@@ -70,34 +92,44 @@ class _ProductAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         padding, (grad,), saved = ctx.padding, grads, list(ctx.saved_tensors)
-        sizes = [rows.numel() for rows in padding.batches]
+        sizes = [batch.queries.numel() for batch in padding.batches]
         spread = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(0, padding.places, grad).split(sizes)
         parts, dims = [], []
-        for rows, own in zip(padding.batches, spread, strict=True):
-            above = own.view(*rows.shape, *grad.shape[1:]).transpose(1, 2)
-            batch = [saved.pop(0) for _ in range(4 + len(list(_blocks(rows.shape[1]))))]
-            gradients = _gradients(above, *batch, scale=ctx.scale)
+        for batch, own in zip(padding.batches, spread, strict=True):
+            above = own.view(*batch.queries.shape, *grad.shape[1:]).transpose(1, 2)
+            kept = [saved.pop(0) for _ in range(4 + len(list(batch.blocks())))]
+            gradients = _gradients(above, batch, *kept, scale=ctx.scale)
             dims = [gradient.shape[-1] for gradient in gradients]
-            parts.append([_rows(gradient, rows) for gradient in gradients])
-        columns = [torch.cat(part) for part in zip(*parts, strict=True)]
-        merged = [_collect(x, padding, len(grad)).unflatten(1, (-1, d)) for x, d in zip(columns, dims, strict=True)]
+            parts.append([_rows(gradient, len(batch.rows)) for gradient in gradients])
+        grad_q, grad_k, grad_v = (torch.cat(part) for part in zip(*parts, strict=True))
+        grad_q = grad_q.index_select(0, padding.places)
+        grad_k, grad_v = (_collect(x, padding, len(grad)) for x in (grad_k, grad_v))
+        merged = [x.unflatten(1, (-1, dim)) for x, dim in zip((grad_q, grad_k, grad_v), dims, strict=True)]
         return *merged, None, None
 
 
 def _gradients(
-    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, output: Tensor, *probs: Tensor, scale: float
+    grad: Tensor,
+    batch: Batch,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    *probs: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of one batch's queries [B * K, G, W, D], keys and values [B * K, W, D], given the output's [B, H, W, D]."""
+    """Those of one batch's queries [B * K, G, W - skip, D], keys and values [B * K, W, D], given the output's [B, H,
+    W - skip, D]."""
     grad = grad.reshape(output.shape)
     dots = (grad * output).sum(-1, keepdim=True)
     grad_q, grad_k, grad_v = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
-    width = keys.shape[1]
-    for (start, end), p in zip(_blocks(width), probs, strict=True):
-        block, above = (x[:, :, start:end].flatten(1, 2) for x in (queries, grad))
+    for (start, end), p in zip(batch.blocks(), probs, strict=True):
+        places = slice(start - batch.skip, end - batch.skip)
+        block, above = (x[:, :, places].flatten(1, 2) for x in (queries, grad))
         scores = torch.bmm(above, values[:, :end].mT)
-        scores.sub_(dots[:, :, start:end].flatten(1, 2)).mul_(p).mul_(scale)
-        grad_q[:, :, start:end] = torch.bmm(scores, keys[:, :end]).view_as(grad_q[:, :, start:end])
-        if end == width:
+        scores.sub_(dots[:, :, places].flatten(1, 2)).mul_(p).mul_(scale)
+        grad_q[:, :, places] = torch.bmm(scores, keys[:, :end]).view_as(grad_q[:, :, places])
+        if end == keys.shape[1]:
             torch.bmm(scores.mT, block, out=grad_k)
             torch.bmm(p.mT, above, out=grad_v)
         else:
@@ -107,14 +139,15 @@ def _gradients(
 
 
 def _heads(x: Tensor, rows: Tensor) -> Tensor:
-    """[C, heads, D] to [B * heads, W, D]."""
+    """[C, heads, D] to [B * heads, places, D]."""
     padded = x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
     return padded.transpose(1, 2).reshape(-1, rows.shape[1], x.shape[-1])
 
 
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """[B * heads, ..., W, D] to [B * W, heads * ... * D]."""
-    return x.view(len(rows), -1, rows.shape[1], x.shape[-1]).transpose(1, 2).reshape(rows.numel(), -1)
+def _rows(x: Tensor, documents: int) -> Tensor:
+    """[B * heads, ..., places, D] to [B * places, heads * ... * D]."""
+    places, dim = x.shape[-2:]
+    return x.view(documents, -1, places, dim).transpose(1, 2).reshape(documents * places, -1)
 
 
 def _mask(like: Tensor, start: int, end: int, groups: int) -> Tensor:
@@ -126,5 +159,5 @@ def _collect(x: Tensor, padding: Padding, rows: int) -> Tensor:
     """The gradient of `rows` rows from that of all places; what is behind a document's end is zero."""
     if not padding.shared:
         return x.index_select(0, padding.places)
-    readers = torch.cat([batch.flatten() for batch in padding.batches])
+    readers = padding.readers
     return x.new_zeros(rows, x.shape[1]).scatter_add_(0, readers[:, None].expand_as(x), x)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cispo.ops.lightning import lightning_attention
-from cispo.ops.product_attention import Padding, product_attention
+from cispo.ops.product_attention import Batch, Padding, product_attention
 
 # 64 MiB of float32 a layer.
 _KEPT_PROBABILITIES = 1 << 24
@@ -63,20 +63,27 @@ class Documents:
 
     @cached_property
     def padding(self) -> Padding:
+        none = torch.zeros(len(self.cu_seqlens) - 1, dtype=torch.long, device=self.cu_seqlens.device)
+        return self.padding_without(none, shared=False)
+
+    def padding_without(self, skips: Tensor, *, shared: bool) -> Padding:
+        """The documents as padded batches, without the queries of the first `skips[i]` tokens of document i, [S]."""
         cu_seqlens = self.cu_seqlens.long()
         lengths, starts = cu_seqlens.diff(), cu_seqlens[:-1]
         batches = []
         places = torch.empty(self.tokens, dtype=torch.long, device=lengths.device)
         before = 0
-        for documents in _similar_lengths(lengths):
+        for documents in _similar(lengths, lengths - skips):
             steps = torch.arange(int(lengths[documents].max()), device=lengths.device)
             last = lengths[documents, None] - 1
             rows = starts[documents, None] + torch.minimum(steps, last)
-            batches.append(rows)
-            inside = (steps <= last).flatten().nonzero()[:, 0]
-            places[rows.flatten()[inside]] = before + inside
-            before += rows.numel()
-        return Padding(batches, places, shared=False)
+            batch = Batch(rows, int(skips[documents].min()))
+            batches.append(batch)
+            asked = (steps >= skips[documents, None]) & (steps <= last)
+            inside = asked[:, batch.skip :].flatten().nonzero()[:, 0]
+            places[batch.queries.flatten()[inside]] = before + inside
+            before += batch.queries.numel()
+        return Padding(batches, places, shared=shared)
 
 
 class SharedPrompts:
@@ -91,13 +98,18 @@ class SharedPrompts:
 
     @cached_property
     def padding(self) -> Padding:
-        """The documents' own, in terms of the C tokens."""
-        batches, places, _ = self.documents.padding
-        return Padding([self.reading[rows] for rows in batches], places.index_select(0, self.distinct), shared=True)
+        """In terms of the C tokens: what a document has in common with an earlier one is among its keys alone."""
+        starts = self.documents.cu_seqlens.long()
+        own = torch.zeros(len(self.reading) + 1, dtype=torch.long, device=starts.device)
+        own[self.distinct + 1] = 1
+        skips = starts.diff() - own.cumsum(0)[starts].diff()
+        whole = self.documents.padding_without(skips, shared=True)
+        batches = [Batch(self.reading[batch.rows], batch.skip) for batch in whole.batches]
+        return Padding(batches, whole.places.index_select(0, self.distinct), shared=True)
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        if _choose_form(q) == "padded":
-            return padded_attention(q, k, v, self.padding, scale)
+        if _choose_form(q) == "padded" and _few(q, self.padding):
+            return product_attention(q, k, v, self.padding, scale)
         return self.documents.softmax(*self._all(q, k, v), scale).index_select(0, self.distinct)
 
     def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
@@ -130,21 +142,21 @@ def causal_attention(
         return torch.ops.aten._flash_attention_forward(
             q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
         )[0]
-    return padded_attention(q, k, v, documents.padding, scale)
-
-
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding, scale: float | None = None) -> Tensor:
-    """`causal_attention` of padded batches: the causal mask alone keeps out what is behind a document's end."""
-    if not len(q):
-        return q.new_zeros(*q.shape[:2], v.shape[-1])
-    exact = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
-    if exact and padding.probabilities(q.shape[1]) <= _KEPT_PROBABILITIES:
+    padding = documents.padding
+    if _few(q, padding):
         return product_attention(q, k, v, padding, scale)
+    # The causal mask alone keeps out what is behind a document's end.
     outputs = []
-    for rows in padding.batches:
-        padded = [x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k, v)]
+    for batch in padding.batches:
+        padded = [x.index_select(0, batch.rows.flatten()).unflatten(0, batch.rows.shape) for x in (q, k, v)]
         outputs.append(_attend(padded[0], padded[1], padded[2], scale).flatten(0, 1))
     return torch.cat(outputs).index_select(0, padding.places)
+
+
+def _few(q: Tensor, padding: Padding) -> bool:
+    """Whether the probabilities may be kept, by the form that is exact and fast for few."""
+    exact = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+    return exact and q.shape[1] * padding.probabilities <= _KEPT_PROBABILITIES
 
 
 def _choose_form(q: Tensor) -> AttentionForm:
@@ -158,16 +170,15 @@ def _has_flash(device: torch.device) -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _similar_lengths(lengths: Tensor) -> list[Tensor]:
-    """Documents in groups whose lengths are within a factor of two, so that padding at most doubles a group."""
-    groups = []
-    upper = int(lengths.max()) if len(lengths) else 0
-    while upper > 0:
-        group = ((lengths <= upper) & (lengths > upper // 2)).nonzero().squeeze(1)
-        if len(group):
-            groups.append(group)
-        upper //= 2
-    return groups
+def _similar(lengths: Tensor, queries: Tensor) -> list[Tensor]:
+    """Documents in groups in which lengths are within a factor of two, and queries too: padding at most doubles them.
+
+    Documents without queries are in none.
+    """
+    kinds = torch.stack([lengths, queries], 1).clamp(min=1).double().log2().floor().long()
+    kinds[queries <= 0] = -1
+    found, kind = torch.unique(kinds, dim=0, return_inverse=True)
+    return [(kind == number).nonzero()[:, 0] for number, (low, _) in enumerate(found.tolist()) if low >= 0][::-1]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:

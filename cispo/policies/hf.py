@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from cispo.policies.attention import Attention, Documents
 from cispo.policies.base import PolicyOutput
-from cispo.policies.layers import RMSNorm
+from cispo.policies.layers import RMSNorm, rotate
 from cispo.types import UserError
 
 ATTENTION = "cispo_packed"
@@ -40,6 +41,7 @@ _CONVOLUTION_KEYS = ("conv_L_cache", "sconv_kernel_size")
 _LOGIT_SCALE_KEYS = (
     "logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier"
 )  # fmt: skip
+_PLAIN_ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 _PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
@@ -67,6 +69,27 @@ def _packed_attention(
 AttentionInterface.register(ATTENTION, _packed_attention)
 
 
+def _short_attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    *,
+    attention: Attention,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`forward` of the modules in `_PLAIN_ATTENTION`, with the rotation in a quarter of their operations."""
+    q, k, v = (
+        projection(hidden_states[0]).unflatten(-1, (-1, self.head_dim))
+        for projection in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    if hasattr(self, "q_norm"):
+        q, k = self.q_norm(q), self.k_norm(k)
+    cos, sin = (table[0, :, None] for table in position_embeddings)
+    attended = attention.softmax(rotate(q, cos, sin), rotate(k, cos, sin), v, self.scaling)
+    return self.o_proj(attended.flatten(1))[None], None
+
+
 class HFPolicy(nn.Module):
     """A dense transformers model without cache, padding or dropout."""
 
@@ -81,6 +104,9 @@ class HFPolicy(nn.Module):
             )
         self.model.tie_weights()
         _take_own_norms(self.model)
+        for module in self.model.modules():
+            if type(module).__name__ in _PLAIN_ATTENTION:
+                module.forward = MethodType(_short_attention, module)
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise UserError(_refusal(config, "its output head is not a plain matrix"))

@@ -69,6 +69,33 @@ def rotary_table(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tens
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first 2 * cos.shape[-1] dims of x [T, heads, D], dim i with dim i + half; the rest pass through."""
-    half = cos.shape[-1]
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+    rotated = 2 * cos.shape[-1]
+    turned = rotate(x[..., :rotated], torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+    return (turned if rotated == x.shape[-1] else torch.cat([turned, x[..., rotated:]], -1)).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates dim i of x [T, heads, D] with dim i + D / 2; cos and sin [T, 1, D] hold every angle twice."""
+    return _Rotation.apply(x, cos, sin)  # type: ignore[return-value]
+
+
+class _Rotation(torch.autograd.Function):
+    """Three passes over x, and three over its gradient, which is rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        ctx.save_for_backward(cos, signed)
+        return turned(x, cos, signed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, signed = ctx.saved_tensors
+        return turned(grads[0], cos, -signed), None, None
+
+
+def turned(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
+    """x * cos + swap(x) * sin: swap exchanges the halves, and the sine brings the first one's sign."""
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(x * cos, swapped, signed)

@@ -18,7 +18,7 @@ from torch import Tensor
 from cispo.policies.attention import Attention
 from cispo.policies.base import Policy
 from cispo.policies.hf import HFPolicy
-from cispo.policies.layers import RMSNorm, apply_rotary, rotary_table
+from cispo.policies.layers import RMSNorm, apply_rotary, rotary_table, turned
 from cispo.policies.lightning import Layer, LightningAttention, LightningPolicy, SoftmaxAttention
 from cispo.policies.moe import FEW_TOKENS, MoE
 
@@ -145,7 +145,6 @@ class LlamaStep:
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         x = F.embedding(tokens, self._embed)
         cos, sin = (table[0, :, None] for table in self._rotary(x, positions[None]))
-        # Rotary as x * cos + swap(x) * sin: swap exchanges the halves, and the sine brings the first one's sign.
         half = sin.shape[-1] // 2
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         for layer in self._layers:
@@ -164,8 +163,7 @@ def _llama_attention(layer: _LlamaLayer, x: Tensor, cos: Tensor, sin: Tensor, at
     if layer.q_norm is not None and layer.k_norm is not None:
         weights = layer.q_norm.weight.expand(heads, dim), layer.k_norm.weight.expand(both.shape[1] - heads, dim)
         both = _rms_norm(both, _Norm(torch.cat(weights), layer.q_norm.eps))
-    swapped = both.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    both = torch.addcmul(both * cos, swapped, sin)
+    both = turned(both, cos, sin)
     attended = attention.softmax(both[:, :heads], both[:, heads:], v.unflatten(-1, (-1, dim)), layer.scale)
     return F.linear(attended.flatten(1), *layer.o)
 

@@ -109,6 +109,25 @@ def test_logprobs_are_the_policys(config: dict[str, Any]) -> None:
 
 
 @EVERY_KIND
+def test_a_step_sees_weights_that_changed_in_place(config: dict[str, Any]) -> None:
+    """Also those of which it keeps a copy."""
+    policy = make(config)
+    step, tokens = short_step(policy), torch.tensor([3])
+    results = []
+    for _ in range(2):
+        pair = []
+        for short in (step, None):
+            cache = Cache()
+            with torch.inference_mode():
+                cache.read(policy, PROMPTS[:1], [0])
+                pair.append(cache.step(policy, tokens, short))
+        assert (pair[0] - pair[1]).abs().max() <= 2 * TOLERANCE
+        results.append(pair[0])
+        policy.load_hf((name, 1.5 * weight) for name, weight in policy.to_hf().items())
+    assert (results[0] - results[1]).abs().max() > 0.01
+
+
+@EVERY_KIND
 @pytest.mark.parametrize("short", [True, False], ids=["short", "modules"])
 def test_steps_continue_a_forward_pass(config: dict[str, Any], short: bool) -> None:
     policy = make(config)

@@ -97,5 +97,4 @@ class _Rotation(torch.autograd.Function):
 
 def turned(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
     """x * cos + swap(x) * sin: swap exchanges the halves, and the sine brings the first one's sign."""
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return torch.addcmul(x * cos, swapped, signed)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed)

@@ -116,21 +116,39 @@ class _Linear(NamedTuple):
     bias: Tensor | None
 
 
+class _Merged:
+    """Linear modules that read the same rows, as one product; their weights are copied again where one has changed."""
+
+    def __init__(self, *modules: Any) -> None:
+        self._parts = [_linear_of(module) for module in modules]
+        self._versions: list[int] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, d] to [n, all outputs]."""
+        versions = [tensor._version for part in self._parts for tensor in part if tensor is not None]
+        if versions != self._versions:
+            weights, biases = zip(*self._parts, strict=True)
+            self._weight = torch.cat(weights)
+            self._bias = None if biases[0] is None else torch.cat(biases)
+            self._versions = versions
+        return F.linear(x, self._weight, self._bias)
+
+
 class _LlamaLayer(NamedTuple):
     """The parameters of one layer."""
 
     input_norm: _Norm
-    q: _Linear
-    k: _Linear
-    v: _Linear
+    qkv: _Merged
+    queries: int
+    """Heads."""
+    keys: int
     o: _Linear
     q_norm: _Norm | None
     k_norm: _Norm | None
     head_dim: int
     scale: float
     mlp_norm: _Norm
-    gate: _Linear
-    up: _Linear
+    gate_up: _Merged
     down: _Linear
 
 
@@ -150,21 +168,20 @@ class LlamaStep:
         for layer in self._layers:
             x = x + _llama_attention(layer, _rms_norm(x, layer.input_norm), cos, sin, attention)
             normed = _rms_norm(x, layer.mlp_norm)
-            inner = F.silu(F.linear(normed, *layer.gate), inplace=True).mul_(F.linear(normed, *layer.up))
-            x = x + F.linear(inner, *layer.down)
+            gate, up = layer.gate_up(normed).chunk(2, -1)
+            x = x + F.linear(F.silu(gate, inplace=True).mul_(up), *layer.down)
         return _rms_norm(x, self._norm)
 
 
 def _llama_attention(layer: _LlamaLayer, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-    q, k, v = (F.linear(x, *projection) for projection in (layer.q, layer.k, layer.v))
-    dim = layer.head_dim
     # Queries and keys in one tensor: what is done to both is done once.
-    both, heads = torch.cat([q, k], -1).unflatten(-1, (-1, dim)), q.shape[-1] // dim
+    dim, heads = layer.head_dim, layer.queries
+    both, v = layer.qkv(x).unflatten(-1, (-1, dim)).split([heads + layer.keys, layer.keys], 1)
     if layer.q_norm is not None and layer.k_norm is not None:
-        weights = layer.q_norm.weight.expand(heads, dim), layer.k_norm.weight.expand(both.shape[1] - heads, dim)
+        weights = layer.q_norm.weight.expand(heads, dim), layer.k_norm.weight.expand(layer.keys, dim)
         both = _rms_norm(both, _Norm(torch.cat(weights), layer.q_norm.eps))
     both = turned(both, cos, sin)
-    attended = attention.softmax(both[:, :heads], both[:, heads:], v.unflatten(-1, (-1, dim)), layer.scale)
+    attended = attention.softmax(both[:, :heads], both[:, heads:], v, layer.scale)
     return F.linear(attended.flatten(1), *layer.o)
 
 
@@ -173,17 +190,16 @@ def _llama_layer(layer: Any) -> _LlamaLayer:
     normed = hasattr(attention, "q_norm")
     return _LlamaLayer(
         input_norm=_norm_of(layer.input_layernorm),
-        q=_linear_of(attention.q_proj),
-        k=_linear_of(attention.k_proj),
-        v=_linear_of(attention.v_proj),
+        qkv=_Merged(attention.q_proj, attention.k_proj, attention.v_proj),
+        queries=attention.q_proj.out_features // attention.head_dim,
+        keys=attention.k_proj.out_features // attention.head_dim,
         o=_linear_of(attention.o_proj),
         q_norm=_norm_of(attention.q_norm) if normed else None,
         k_norm=_norm_of(attention.k_norm) if normed else None,
         head_dim=attention.head_dim,
         scale=attention.scaling,
         mlp_norm=_norm_of(layer.post_attention_layernorm),
-        gate=_linear_of(mlp.gate_proj),
-        up=_linear_of(mlp.up_proj),
+        gate_up=_Merged(mlp.gate_proj, mlp.up_proj),
         down=_linear_of(mlp.down_proj),
     )
 

@@ -76,15 +76,12 @@ def _value_targets(rewards: TokenRewards, algorithm: Algorithm) -> Tensor:
 
 def _split(turns: Sequence[Sample], columns: dict[str, Tensor]) -> Iterator[Sample]:
     """Hands columns [L] over a trajectory's sampled tokens out to its turns."""
-    start = 0
-    for sample in turns:
-        end = start + sample.num_loss_tokens
-        full = {
-            name: torch.zeros(len(sample.token_ids)).masked_scatter(sample.loss_mask, values[start:end].float())
-            for name, values in columns.items()
-        }
-        yield replace(sample, **full)
-        start = end
+    tokens = len(next(iter(columns.values())))
+    lengths = [sample.num_loss_tokens for sample in turns] if len(turns) > 1 else [tokens]
+    parts = {name: values.float().split(lengths) for name, values in columns.items()}
+    for number, sample in enumerate(turns):
+        empty = torch.zeros(len(sample.token_ids))
+        yield replace(sample, **{n: empty.masked_scatter(sample.loss_mask, part[number]) for n, part in parts.items()})
 
 
 def minibatches(samples: Sequence[Sample], count: int, *, seed: int) -> list[list[Sample]]:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cispo.policies import cache as cache_module
 from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.policies.cache import Cache
 from cispo.policies.short_steps import short_step
@@ -125,6 +126,23 @@ def test_a_step_sees_weights_that_changed_in_place(config: dict[str, Any]) -> No
         results.append(pair[0])
         policy.load_hf((name, 1.5 * weight) for name, weight in policy.to_hf().items())
     assert (results[0] - results[1]).abs().max() > 0.01
+
+
+@EVERY_KIND
+def test_a_cache_that_has_been_used(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds on to changes nothing; above a bound it holds nothing."""
+    policy = make(config)
+    first = sampled(policy, PROMPTS, LIMITS)
+    torch.manual_seed(5)
+    sampler = Sampler(policy, Sampling(max_tokens=90, eos_ids=()))
+    for bound in (cache_module._IDLE_BYTES, 0):
+        monkeypatch.setattr(cache_module, "_IDLE_BYTES", bound)
+        for seed in (4, 3):
+            torch.manual_seed(seed)
+            sampler.add(range(len(PROMPTS)), PROMPTS, LIMITS)
+            done = [s for _ in range(max(LIMITS)) for s in sampler.step()]
+            assert not len(sampler) and (sampler._cache.rows > 0) == (bound > 0)
+        assert sorted(done, key=lambda s: s.request) == first
 
 
 @EVERY_KIND

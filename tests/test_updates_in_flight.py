@@ -91,7 +91,7 @@ def idle(engine: ServedEngine) -> bool:
     """Whether the engine holds nothing of any call."""
     core = engine.engine
     if isinstance(core, TorchEngine):
-        return not (core._waiting or core._running or core._samplers)
+        return not (core._waiting or core._running or any(map(len, core._samplers.values())))
     return not scheduler(engine).requests
 
 

@@ -25,6 +25,9 @@ from cispo.policies.short_steps import ShortStep
 # Tokens that a row has room for at first; the room doubles when a sequence outgrows it.
 _FIRST_ROOM = 64
 
+# What an idle cache may hold on to: memory that is new has to be cleared, in every step of a small policy.
+_IDLE_BYTES = 64 << 20
+
 
 class Cache:
     """Keys, values and states of n sequences, which grow by a token in every step."""
@@ -82,7 +85,7 @@ class Cache:
             for layer in self.states:
                 layer[holes] = layer[movers]
         self.lengths = self.lengths[order]
-        if not left:  # an idle engine holds no memory
+        if not left and sum(layer.nbytes for layer in (*self.keys_values, *self.states)) > _IDLE_BYTES:
             self.keys_values, self.states, self.rows, self.room = [], [], 0, _FIRST_ROOM
         return order
 

@@ -37,7 +37,7 @@ class TorchEngine:
         """For the next step."""
         self._running: dict[int, Draft] = {}
         self._samplers: dict[Sampling, Sampler] = {}
-        """Those that have something to sample, in the order in which they draw."""
+        """Those that have something to sample, in the order in which they draw, and the last one that had."""
 
     def submit(self, drafts: Sequence[Draft]) -> None:
         self._waiting.extend(drafts)
@@ -99,13 +99,17 @@ class TorchEngine:
         self._running |= admitted
         for sampling in dict.fromkeys(draft.sampling for draft in admitted.values()):
             drafts = {number: draft for number, draft in admitted.items() if draft.sampling == sampling}
-            if sampling not in self._samplers:
-                self._samplers[sampling] = Sampler(self._policy, sampling)
-            prompts, limits = [d.prompt for d in drafts.values()], [d.limit for d in drafts.values()]
-            self._samplers[sampling].add(list(drafts), prompts, limits)
+            sampler = self._samplers.get(sampling)
+            if sampler is None:
+                sampler = Sampler(self._policy, sampling)
+            if not len(sampler):  # it draws after those that are at work
+                self._samplers.pop(sampling, None)
+                self._samplers[sampling] = sampler
+            sampler.add(list(drafts), [d.prompt for d in drafts.values()], [d.limit for d in drafts.values()])
 
     def _forget_idle(self) -> None:
-        self._samplers = {sampling: sampler for sampling, sampler in self._samplers.items() if len(sampler)}
+        busy = {sampling: sampler for sampling, sampler in self._samplers.items() if len(sampler)}
+        self._samplers = busy or dict(itertools.islice(self._samplers.items(), 1))
 
 
 def _extend(draft: Draft, sampled: Sampled) -> None:

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 class Padding:
     """Documents as padded batches of C rows."""
 
-    def __init__(self, batches: list[Batch], places: Tensor, *, shared: bool) -> None:
+    def __init__(self, batches: list[Batch], places: Tensor, *, shared: bool = False) -> None:
         """places [C] int64: where each row's query is among the queries of all batches; `shared` says whether a row
         is read in several documents."""
         self.batches, self.places, self.shared = batches, places, shared

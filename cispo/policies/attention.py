@@ -64,9 +64,9 @@ class Documents:
     @cached_property
     def padding(self) -> Padding:
         none = torch.zeros(len(self.cu_seqlens) - 1, dtype=torch.long, device=self.cu_seqlens.device)
-        return self.padding_without(none, shared=False)
+        return self.padding_without(none)
 
-    def padding_without(self, skips: Tensor, *, shared: bool) -> Padding:
+    def padding_without(self, skips: Tensor) -> Padding:
         """The documents as padded batches, without the queries of the first `skips[i]` tokens of document i, [S]."""
         cu_seqlens = self.cu_seqlens.long()
         lengths, starts = cu_seqlens.diff(), cu_seqlens[:-1]
@@ -83,7 +83,7 @@ class Documents:
             inside = asked[:, batch.skip :].flatten().nonzero()[:, 0]
             places[batch.queries.flatten()[inside]] = before + inside
             before += batch.queries.numel()
-        return Padding(batches, places, shared=shared)
+        return Padding(batches, places)
 
 
 class SharedPrompts:
@@ -103,7 +103,7 @@ class SharedPrompts:
         own = torch.zeros(len(self.reading) + 1, dtype=torch.long, device=starts.device)
         own[self.distinct + 1] = 1
         skips = starts.diff() - own.cumsum(0)[starts].diff()
-        whole = self.documents.padding_without(skips, shared=True)
+        whole = self.documents.padding_without(skips)
         batches = [Batch(self.reading[batch.rows], batch.skip) for batch in whole.batches]
         return Padding(batches, whole.places.index_select(0, self.distinct), shared=True)
 

@@ -84,8 +84,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        signed = signed_sine(sin)
         ctx.save_for_backward(cos, signed)
         return turned(x, cos, signed)
 
@@ -93,6 +92,12 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, signed = ctx.saved_tensors
         return turned(grads[0], cos, -signed), None, None
+
+
+def signed_sine(sin: Tensor) -> Tensor:
+    """[..., D] with every angle twice, to what `turned` takes: the first half turns against the second."""
+    half = sin.shape[-1] // 2
+    return torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
 
 def turned(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:

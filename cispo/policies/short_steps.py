@@ -18,7 +18,7 @@ from torch import Tensor
 from cispo.policies.attention import Attention
 from cispo.policies.base import Policy
 from cispo.policies.hf import HFPolicy
-from cispo.policies.layers import RMSNorm, apply_rotary, rotary_table, turned
+from cispo.policies.layers import RMSNorm, apply_rotary, rotary_table, signed_sine, turned
 from cispo.policies.lightning import Layer, LightningAttention, LightningPolicy, SoftmaxAttention
 from cispo.policies.moe import FEW_TOKENS, MoE
 
@@ -163,8 +163,7 @@ class LlamaStep:
     def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         x = F.embedding(tokens, self._embed)
         cos, sin = (table[0, :, None] for table in self._rotary(x, positions[None]))
-        half = sin.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        sin = signed_sine(sin)
         for layer in self._layers:
             x = x + _llama_attention(layer, _rms_norm(x, layer.input_norm), cos, sin, attention)
             normed = _rms_norm(x, layer.mlp_norm)

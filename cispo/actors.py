@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from cispo import cluster
 from cispo.cluster import Bundle
 from cispo.network import free_port, in_url, listen_on
-from cispo.types import ProcessDied, RunError, UserError
+from cispo.errors import ProcessDied, RunError, UserError
 from cispo.watchdog import Activity
 
 # One thread each: on a shared machine more wait for each other (docs/design.md, Threads). The allocator keeps what it

@@ -14,7 +14,7 @@ import yaml
 
 from cispo.assemble import algorithm_of
 from cispo.config import Recipe, load_recipe, need, parse_recipe
-from cispo.types import UserError
+from cispo.errors import UserError
 
 # Keys that say how much and how, not which algorithm: an arm of another algorithm keeps the recipe's.
 _SHARED_KEYS = ("updates_per_batch", "epochs", "overlong_penalty")

@@ -30,7 +30,8 @@ from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.seeds import seed_of
-from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling, UserError
+from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling
+from cispo.errors import UserError
 from cispo.watchdog import Activity
 from cispo.weight_buckets import Transport
 from cispo.weight_sync import shared_weights_folder, weights_folder

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cispo.files import disk_errors, write_json
-from cispo.types import UserError
+from cispo.errors import UserError
 
 _DRAFT = ".draft"
 _FACTS = "cispo.json"

@@ -150,7 +150,7 @@ def doctor(
 
 def _run(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Bad input is one sentence and exit code 2, a run that broke is one and code 1, an interrupt is code 130."""
-    from cispo.types import RunError, UserError
+    from cispo.errors import RunError, UserError
 
     try:
         command(*args, **kwargs)

@@ -23,7 +23,7 @@ from typing import Any
 from cispo.leftovers import watch_over
 from cispo.ray_address import check_ray_address
 from cispo.shipping import shipped_code
-from cispo.types import RunError, UserError
+from cispo.errors import RunError, UserError
 
 Bundle = Mapping[str, float]
 """What one seat reserves: CPU and GPU."""

@@ -24,7 +24,8 @@ from cispo.run import Run, chosen_policy, load_task
 from cispo.runfolder import create_run_folder, last_run_folder
 from cispo.screen import Screen
 from cispo.seeds import seed_of
-from cispo.types import Prompt, UserError
+from cispo.types import Prompt
+from cispo.errors import UserError
 from cispo.watchdog import Activity
 from cispo.workers import Workers
 

@@ -40,7 +40,7 @@ from cispo.run import Run, Task, load_task
 from cispo.runfolder import read_metrics
 from cispo.screen import Screen, progress_bars
 from cispo.settings_report import write_overview
-from cispo.types import Diverged, RunError, UserError
+from cispo.errors import Diverged, RunError, UserError
 from cispo.watchdog import Activity
 
 

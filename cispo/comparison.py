@@ -24,7 +24,7 @@ from cispo.statistics import (
     number,
     seeds_text,
 )
-from cispo.types import RunError, UserError
+from cispo.errors import RunError, UserError
 
 MEASURES = {"final": "final {}", "best": "best {}", "auc": "average {} over the run"}
 """The numbers of a run that arms are compared by; the first is the one that the verdict is about."""

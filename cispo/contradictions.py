@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cispo.types import UserError
+from cispo.errors import UserError
 
 if TYPE_CHECKING:
     from cispo.config import Recipe

@@ -38,7 +38,8 @@ from cispo.runfolder import RunLog
 from cispo.screen import Screen
 from cispo.seeds import seed_of
 from cispo.step_metrics import Updates, sampling_metrics, update_metrics
-from cispo.types import Diverged, Prompt, Sample, Sampling, TrajectoryGroup
+from cispo.errors import Diverged
+from cispo.types import Prompt, Sample, Sampling, TrajectoryGroup
 from cispo.workers import Workers
 
 # A run whose gradients stay non-finite this many updates in a row will not recover.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cispo.types import RunError, UserError
+from cispo.errors import RunError, UserError
 
 
 def write_text(file: Path, text: str) -> None:

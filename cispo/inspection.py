@@ -40,7 +40,8 @@ from cispo.packing import to_samples
 from cispo.placement import gpus_of
 from cispo.policies.base import count_parameters
 from cispo.seeds import seed_of
-from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn, UserError
+from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn
+from cispo.errors import UserError
 from cispo.watchdog import Activity
 from cispo.workers import Workers
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cispo.types import UserError
+from cispo.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 """Where `rewards/` lies when CISPO runs from a checkout."""

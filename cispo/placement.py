@@ -19,7 +19,7 @@ import torch
 
 from cispo.config import Recipe
 from cispo.learner.parallel import pick_device
-from cispo.types import UserError
+from cispo.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

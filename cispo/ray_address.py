@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 
 from cispo.network import host_and_port, in_url
-from cispo.types import UserError
+from cispo.errors import UserError
 
 _SECONDS = 10.0
 _CLIENT = "ray://"

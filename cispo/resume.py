@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from cispo.config import Recipe
-from cispo.types import UserError
+from cispo.errors import UserError
 
 # Sections and keys that do not change what is computed, or only from now on.
 _FREE = (

@@ -42,7 +42,8 @@ from cispo.rollout.renderer import Renderer
 from cispo.runfolder import RunLog, only_user_of
 from cispo.screen import Screen
 from cispo.shipping import check_output_dir
-from cispo.types import Diverged, Prompt, RunError, Sample, UserError
+from cispo.errors import Diverged, RunError, UserError
+from cispo.types import Prompt, Sample
 from cispo.warmup import warm_up
 from cispo.watchdog import Activity, guarded
 from cispo.workers import Workers

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cispo.files import disk_errors, write_text
-from cispo.types import Diverged, TrajectoryGroup, UserError
+from cispo.errors import Diverged, UserError
+from cispo.types import TrajectoryGroup
 
 
 def create_run_folder(output_dir: str, name: str) -> Path:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from cispo.confinement.launcher import HEADER
-from cispo.types import RunError, UserError
+from cispo.errors import RunError, UserError
 
 Mechanism = Literal["namespaces", "landlock"]
 Stop = Literal["time", "memory", "output", "disk", "threads"]

@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from cispo.types import UserError
+from cispo.errors import UserError
 
 # Code alone, neither data nor compiled files, however large a package's folder is. As in a .gitignore; but the folder
 # itself is called ".", which nothing here may match.

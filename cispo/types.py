@@ -27,22 +27,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 
-class UserError(ValueError):
-    """Bad input of the user: one sentence that names the key or file. The CLI prints it and exits with code 2."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on through no fault of its input: one sentence. The CLI prints it and exits with code 1."""
-
-
-class Diverged(RunError):
-    """A run whose numbers are no longer finite: the same run would end the same way."""
-
-
-class ProcessDied(RunError):
-    """A process of the run ended by itself, or was killed."""
-
-
 OnUpdate = Literal["wait", "keep", "recompute", "abort"]
 """What an engine does with unfinished completions when new weights arrive: finish them first; go on with the old keys,
 values and states; compute those anew under the new weights; or begin the completions anew."""

@@ -14,7 +14,8 @@ from cispo.learner.sft import demonstration_batches
 from cispo.runfolder import RunLog
 from cispo.screen import Screen
 from cispo.seeds import seed_of
-from cispo.types import Sample, UserError
+from cispo.types import Sample
+from cispo.errors import UserError
 from cispo.workers import Workers
 
 _SFT = Objective(loss=negative_log_likelihood)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-from cispo.types import RunError
+from cispo.errors import RunError
 
 # Seconds beyond the end of a run that is given up, after which a driver that does not answer either is ended.
 _GRACE = 60.0

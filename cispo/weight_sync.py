@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cispo.types import UserError
+from cispo.errors import UserError
 from cispo.weight_buckets import BucketMessage, WeightReceiver
 
 TRANSFER_BACKEND = "cispo"

@@ -20,7 +20,8 @@ from cispo.algorithms.objective import Objective
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.seeds import seed_of
-from cispo.types import Completion, Diverged, MicroBatch, OnUpdate, ProcessDied, RunError, Sampling, UserError
+from cispo.types import Completion, MicroBatch, OnUpdate, Sampling
+from cispo.errors import Diverged, ProcessDied, RunError, UserError
 from cispo.watchdog import Activity
 from cispo.weight_buckets import Transport, merged
 

@@ -15,7 +15,7 @@ from typing import Any
 import reasoning_gym
 
 from cispo.rollout.prompts import load_rows
-from cispo.types import UserError
+from cispo.errors import UserError
 
 
 def score(

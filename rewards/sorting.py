@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from random import Random
 
 from cispo.rollout.prompts import in_split
-from cispo.types import UserError
+from cispo.errors import UserError
 
 
 def problems(size: int, seed: int, count: int = 4, split: str = "train") -> Iterator[dict[str, str]]:

@@ -23,7 +23,7 @@ from cispo.algorithms.advantages import (
 from cispo.algorithms.filters import overlong_penalty
 from cispo.algorithms.presets import PRESETS
 from cispo.algorithms.words import describe, warnings
-from cispo.types import UserError
+from cispo.errors import UserError
 
 
 def outcomes(*values: float, length: int = 2) -> list[TokenRewards]:

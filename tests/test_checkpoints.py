@@ -15,7 +15,7 @@ from torch import Tensor
 from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning import LightningAttention, LightningPolicy, Place, disk_names, place_of
 from cispo.policies.lightning_config import parse_config
-from cispo.types import UserError
+from cispo.errors import UserError
 from tests.tiny_policies import (
     DENSE,
     EVERY_KIND,

@@ -23,7 +23,7 @@ import pytest
 from cispo import ray_address, shipping
 from cispo.actors import RayRuntime, Seat
 from cispo.network import free_port, host_and_port, open_store
-from cispo.types import RunError, UserError
+from cispo.errors import RunError, UserError
 from cispo.watchdog import Activity
 from tests.test_end_to_end import QUICKSTART, ROOT, VARIED, metrics
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cispo.arms import Plan, make_plan
-from cispo.types import UserError
+from cispo.errors import UserError
 from tests.test_end_to_end import QUICKSTART, ROOT, SMALL, VARIED
 
 ARMS = ["train.steps=2", "train.eval_every=1", "sft.steps=3", "algorithm.ratio_max=null"]

@@ -23,7 +23,7 @@ from cispo.statistics import (
     number,
     student_interval,
 )
-from cispo.types import UserError
+from cispo.errors import UserError
 
 METRIC = "eval/accuracy"
 

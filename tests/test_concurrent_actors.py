@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cispo.actors import Handle, LocalRuntime, Runtime
-from cispo.types import RunError, UserError
+from cispo.errors import RunError, UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cispo.config import Recipe, dump_yaml, json_schema, known_keys, load_recipe
-from cispo.types import UserError
+from cispo.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -27,7 +27,8 @@ from cispo.rollout.drafts import Draft, RunCounter
 from cispo.rollout.serving import ServedEngine
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.vllm_engine import VLLMEngine
-from cispo.types import Diverged, FinishReason, RepetitionStop, Sampling, UserError
+from cispo.errors import Diverged, UserError
+from cispo.types import FinishReason, RepetitionStop, Sampling
 from cispo.weight_sync import mapped_weights, publish_weights, weights_folder
 from tests.patterns import repeats_pattern
 from tests.served import sampled, update

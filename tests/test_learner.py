@@ -21,7 +21,8 @@ from cispo.learner.optim import Optimizer, learning_rate
 from cispo.learner.sft import demonstration_batches
 from cispo.packing import demonstration, pack, unpack
 from cispo.policies.base import init_policy, load_policy, save_policy
-from cispo.types import Sample, UserError
+from cispo.types import Sample
+from cispo.errors import UserError
 
 TINY = {
     "model_type": "minimax",

@@ -12,7 +12,7 @@ import torch
 from cispo.assemble import transport_of
 from cispo.config import Recipe, load_recipe
 from cispo.placement import Placement, gpus_of, placement_of
-from cispo.types import UserError
+from cispo.errors import UserError
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 

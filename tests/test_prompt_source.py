@@ -18,7 +18,8 @@ from scipy.stats import chi2
 
 from cispo.rollout.prompt_source import PromptSource, Weighting
 from cispo.seeds import seed_of
-from cispo.types import Prompt, UserError
+from cispo.types import Prompt
+from cispo.errors import UserError
 
 GROUP = 4
 

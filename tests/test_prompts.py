@@ -13,7 +13,7 @@ import pytest
 
 from cispo.loading import is_hub_id, load_object
 from cispo.rollout.prompts import build_prompts, load_rows
-from cispo.types import UserError
+from cispo.errors import UserError
 
 USER_CODE = """
 def rows(size, split="train"):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cispo.rollout.renderer import Renderer, load_tokenizer
-from cispo.types import UserError
+from cispo.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CHARS = ROOT / "recipes" / "tokenizers" / "chars"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from cispo.checkpoint import CheckpointFolder, step_of
 from cispo.commands import train
-from cispo.types import RunError, UserError
+from cispo.errors import RunError, UserError
 from tests.test_end_to_end import QUICKSTART, ROOT, SMALL, VARIED, cispo, metrics
 
 SCRIPT = ROOT / "scripts" / "inject_faults.py"

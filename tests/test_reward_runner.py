@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from cispo.rollout.rewards import Attempts, RewardFunction, RewardRunner, Score
-from cispo.types import Prompt, UserError
+from cispo.types import Prompt
+from cispo.errors import UserError
 
 USER_CODE = r"""
 import asyncio, os, random, re, signal, subprocess, sys, time

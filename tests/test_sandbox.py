@@ -18,7 +18,7 @@ import pytest
 
 from cispo.confinement import seccomp
 from cispo.sandbox import Mechanism, SandboxResult, _interpreter, available_mechanisms, run_python
-from cispo.types import RunError
+from cispo.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("no_other_sandboxes")
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from cispo.rollout.drafts import Draft
 from cispo.rollout.serving import OnUpdate, ServedEngine
 from cispo.rollout.torch_engine import TorchEngine
-from cispo.types import Completion, RepetitionStop, Sampling, UserError
+from cispo.types import Completion, RepetitionStop, Sampling
+from cispo.errors import UserError
 from cispo.weight_sync import FileMessage, WeightMessage
 from tests.served import sampled
 

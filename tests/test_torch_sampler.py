@@ -22,7 +22,8 @@ from cispo.rollout import torch_sampler
 from cispo.rollout.serving import ServedEngine
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.torch_sampler import Sampled, Sampler, draw
-from cispo.types import Diverged, FinishReason, RepetitionStop, Sampling
+from cispo.errors import Diverged
+from cispo.types import FinishReason, RepetitionStop, Sampling
 from tests import served
 from tests.patterns import repeats_pattern
 from tests.tiny_policies import DENSE, LLAMA, MINIMAX, ORIGINAL, QWEN3, bounds, logprobs, tokens_of

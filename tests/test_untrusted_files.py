@@ -19,7 +19,7 @@ from cispo.rollout.prompts import load_rows
 from cispo.rollout.renderer import load_tokenizer
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.vllm_engine import VLLMEngine
-from cispo.types import UserError
+from cispo.errors import UserError
 from tests.test_bad_input import CHARS, TINY
 from tests.test_vllm_parity import QWEN3
 

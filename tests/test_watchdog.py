@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cispo.types import RunError
+from cispo.errors import RunError
 from cispo.watchdog import Activity, guarded
 
 

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from cispo.types import Diverged, ProcessDied, RunError, Sampling, UserError
+from cispo.errors import Diverged, ProcessDied, RunError, UserError
+from cispo.types import Sampling
 from cispo.workers import Workers
 
 SAMPLING = Sampling(max_tokens=4, eos_ids=(1,))

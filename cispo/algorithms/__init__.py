@@ -15,7 +15,7 @@ from cispo.algorithms.advantages import ADVANTAGES, GROUP_RELATIVE, AdvantageFn,
 from cispo.algorithms.corrections import DEFAULT_BOUNDS, Correction, CorrectionKind
 from cispo.algorithms.losses import Kl, LossFn, cispo, clipped_surrogate, gspo, policy_gradient
 from cispo.algorithms.objective import Anchor, Objective
-from cispo.types import UserError
+from cispo.errors import UserError
 
 Reduction = Literal["token", "prompt", "sequence", "sequence_sum", "constant"]
 KlPlace = Literal["loss", "reward"]

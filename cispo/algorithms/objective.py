@@ -13,7 +13,8 @@ import torch
 
 from cispo.algorithms.corrections import Correction, correction_factors
 from cispo.algorithms.losses import Kl, LossFn, LossOutput, is_per_token, kl_estimate
-from cispo.types import LossInputs, UserError
+from cispo.types import LossInputs
+from cispo.errors import UserError
 
 Anchor = Literal["rollout", "old"]
 

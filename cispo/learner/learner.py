@@ -25,7 +25,8 @@ from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Ranks, join, leave, release_memory, to_device
 from cispo.policies.base import Policy, load_policy, save_policy, write_policy
 from cispo.policies.moe import expert_counts, router_aux_loss
-from cispo.types import MicroBatch, UserError
+from cispo.types import MicroBatch
+from cispo.errors import UserError
 from cispo.weight_buckets import BucketMessage, Transport, WeightSender
 from cispo.weight_sync import publish_weights
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from cispo.types import UserError
+from cispo.errors import UserError
 
 
 def learning_rate(

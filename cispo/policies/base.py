@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cispo.files import read_json, write_json
 from cispo.policies.attention import Attention
 from cispo.policies.lightning_config import is_lightning_config, parse_config, read_config
-from cispo.types import UserError
+from cispo.errors import UserError
 
 # What torch and others pickle weights into.
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -31,7 +31,7 @@ from transformers.modeling_utils import AttentionInterface
 from cispo.policies.attention import Attention, Documents
 from cispo.policies.base import PolicyOutput
 from cispo.policies.layers import RMSNorm, rotate
-from cispo.types import UserError
+from cispo.errors import UserError
 
 ATTENTION = "cispo_packed"
 

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 
-from cispo.types import UserError
+from cispo.errors import UserError
 
 Convention = Literal["hf", "original"]
 

@@ -52,7 +52,7 @@ from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig,
 from cispo.policies.moe import MoE
 from cispo.policies.vllm_shares import ShardedRMSNorm, check_shares, load_columns, load_expert, load_rows
 from cispo.policies.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
-from cispo.types import UserError
+from cispo.errors import UserError
 
 # Recomputed from the config: Hugging Face's buffers, rounded to the checkpoint's dtype, would be worse.
 _NOT_WEIGHTS = (".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay", ".inv_freq")

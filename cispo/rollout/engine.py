@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cispo.policies.base import weight_files
 from cispo.rollout.drafts import Draft
-from cispo.types import UserError
+from cispo.errors import UserError
 from cispo.weight_sync import WeightMessage
 
 if TYPE_CHECKING:

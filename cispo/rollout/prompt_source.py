@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from cispo.curriculum import difficulty_weights, effective_number, enough
 from cispo.seeds import seed_of
-from cispo.types import Prompt, UserError
+from cispo.types import Prompt
+from cispo.errors import UserError
 
 Weighting = Literal["uniform", "difficulty"]
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cispo.loading import is_hub_id, load_object
-from cispo.types import Message, Prompt, UserError
+from cispo.types import Message, Prompt
+from cispo.errors import UserError
 
 Row = dict[str, Any]
 

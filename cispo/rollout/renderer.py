@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cispo.loading import is_hub_id
-from cispo.types import Message, UserError
+from cispo.types import Message
+from cispo.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

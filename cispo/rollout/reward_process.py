@@ -26,7 +26,7 @@ from cispo.rollout.reward_worker import (
     receive,
     send,
 )
-from cispo.types import UserError
+from cispo.errors import UserError
 
 # Beyond twice the limit of a call: a worker whose own watchdog works has ended itself by then, also on a busy machine.
 _SLACK_SECONDS = 10.0

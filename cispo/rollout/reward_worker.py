@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cispo.loading import load_object
-from cispo.types import UserError
+from cispo.errors import UserError
 
 HEADER = struct.Struct("<Q")
 """Length of a frame's pickle."""

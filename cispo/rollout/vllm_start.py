@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from cispo.types import UserError
+from cispo.errors import UserError
 from cispo.weight_sync import TRANSFER_BACKEND, register_transfer_backend
 
 if TYPE_CHECKING:

@@ -1,0 +1,19 @@
+"""Two kinds of failure, two exit codes: bad input (2) and a run that cannot go on (1)."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input of the user: one sentence that names the key or file. The CLI prints it and exits with code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on through no fault of its input: one sentence. The CLI prints it and exits with code 1."""
+
+
+class Diverged(RunError):
+    """A run whose numbers are no longer finite: the same run would end the same way."""
+
+
+class ProcessDied(RunError):
+    """A process of the run ended by itself, or was killed."""

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cispo.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat
+from cispo.runtime.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat
 from cispo.algorithms import ADVANTAGE_KEYS, ALGORITHMS, LOSS_KEYS, Algorithm, Changes, Reduction, resolve
 from cispo.algorithms.advantages import GROUP_RELATIVE
 from cispo.algorithms.presets import PRESETS
@@ -22,7 +22,7 @@ from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
 from cispo.loading import load_object
 from cispo.packing import demonstration, pack
-from cispo.placement import Placement, placement_of
+from cispo.runtime.placement import Placement, placement_of
 from cispo.policies.base import init_policy, local_folder, save_policy
 from cispo.rollout.engine import make_engine
 from cispo.rollout.prompt_source import PromptSource
@@ -32,7 +32,7 @@ from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.seeds import seed_of
 from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling
 from cispo.errors import UserError
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 from cispo.weight_buckets import Transport
 from cispo.weight_sync import shared_weights_folder, weights_folder
 from cispo.workers import Workers

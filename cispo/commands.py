@@ -15,7 +15,7 @@ from cispo.assemble import prompts_of, renderer_of, rewards_of, running_workers,
 from cispo.checkpoint import CheckpointFolder, check_checkpoint, step_of
 from cispo.config import Recipe, load_recipe, need
 from cispo.evaluate import evaluate
-from cispo.interrupts import Interrupts
+from cispo.runtime.interrupts import Interrupts
 from cispo.policies.base import load_policy, save_policy
 from cispo.resume import check_same_run
 from cispo.rollout.renderer import load_tokenizer
@@ -26,7 +26,7 @@ from cispo.screen import Screen
 from cispo.seeds import seed_of
 from cispo.types import Prompt
 from cispo.errors import UserError
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 from cispo.workers import Workers
 
 

@@ -34,14 +34,14 @@ from cispo.comparison import ArmResult, Comparison, RunResult, assert_equal, req
 from cispo.comparison_report import summary_lines, write_report
 from cispo.config import Recipe, dump_yaml
 from cispo.files import write_json
-from cispo.interrupts import Interrupts
-from cispo.placement import gpus_of
+from cispo.runtime.interrupts import Interrupts
+from cispo.runtime.placement import gpus_of
 from cispo.run import Run, Task, load_task
 from cispo.runfolder import read_metrics
 from cispo.screen import Screen, progress_bars
 from cispo.settings_report import write_overview
 from cispo.errors import Diverged, RunError, UserError
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 
 
 def compare(

@@ -26,7 +26,7 @@ from cispo.config import Recipe
 from cispo.dropped_tokens import DroppedTokens
 from cispo.evaluate import evaluate, num_right
 from cispo.files import read_json
-from cispo.interrupts import Interrupts
+from cispo.runtime.interrupts import Interrupts
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
 from cispo.packing import to_samples, unpack

@@ -33,16 +33,16 @@ from cispo.assemble import (
 )
 from cispo.config import Recipe, dump_yaml, load_recipe
 from cispo.curriculum import describe_curriculum
-from cispo.learner.parallel import pick_device
+from cispo.runtime.placement import pick_device
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
 from cispo.packing import to_samples
-from cispo.placement import gpus_of
+from cispo.runtime.placement import gpus_of
 from cispo.policies.base import count_parameters
 from cispo.seeds import seed_of
 from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn
 from cispo.errors import UserError
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 from cispo.workers import Workers
 
 _PACKAGES = (

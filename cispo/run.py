@@ -35,17 +35,17 @@ from cispo.checkpoint_writer import CheckpointWriter
 from cispo.config import Recipe, dump_yaml
 from cispo.controller import Controller
 from cispo.files import disk_errors, write_text
-from cispo.interrupts import Interrupts
+from cispo.runtime.interrupts import Interrupts
 from cispo.policies.base import local_folder, weight_files
 from cispo.report import learning_curve, summary
 from cispo.rollout.renderer import Renderer
 from cispo.runfolder import RunLog, only_user_of
 from cispo.screen import Screen
-from cispo.shipping import check_output_dir
+from cispo.runtime.ship_code import check_output_dir
 from cispo.errors import Diverged, RunError, UserError
 from cispo.types import Prompt, Sample
 from cispo.warmup import warm_up
-from cispo.watchdog import Activity, guarded
+from cispo.runtime.watchdog import Activity, guarded
 from cispo.workers import Workers
 
 

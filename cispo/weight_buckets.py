@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo
 
-from cispo.network import host_and_port, in_url, open_store
+from cispo.runtime.network import host_and_port, in_url, open_store
 
 Transport = Literal["cuda_ipc", "broadcast", "direct"]
 

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from cispo.actors import RayRuntime, Seat
+from cispo.runtime.actors import RayRuntime, Seat
 from cispo.config import load_recipe
 from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.rollout.engine import make_engine
 from cispo.types import RepetitionStop, Sampling
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 
 PROMPT = 48
 RECIPE = Path(__file__).parents[1] / "recipes" / "lightning_30m.yaml"

@@ -208,12 +208,12 @@ async def _steps(job: Job, pipe: Connection) -> None:
     from cispo.checkpoint import CheckpointFolder
     from cispo.checkpoint_writer import CheckpointWriter
     from cispo.controller import Controller
-    from cispo.interrupts import Interrupts
+    from cispo.runtime.interrupts import Interrupts
     from cispo.rollout.prompt_source import PromptSource
     from cispo.run import load_task
     from cispo.runfolder import RunLog
     from cispo.screen import Screen
-    from cispo.watchdog import Activity
+    from cispo.runtime.watchdog import Activity
 
     recipe = recipe_of(job)
     task = load_task(recipe)
@@ -399,7 +399,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    from cispo.actors import _CPU_ENV
+    from cispo.runtime.actors import _CPU_ENV
 
     args = arguments()
     sides = {"ours": Side(run_ours)}

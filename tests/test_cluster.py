@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
-from cispo import ray_address, shipping
-from cispo.actors import RayRuntime, Seat
-from cispo.network import free_port, host_and_port, open_store
+from cispo.runtime import ray_address, ship_code as shipping
+from cispo.runtime.actors import RayRuntime, Seat
+from cispo.runtime.network import free_port, host_and_port, open_store
 from cispo.errors import RunError, UserError
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 from tests.test_end_to_end import QUICKSTART, ROOT, VARIED, metrics
 
 RECIPE = [str(QUICKSTART), "sft.steps=4", "train.steps=2", "eval.limit=8", "learner.lr=1e-3", VARIED]
@@ -153,9 +153,9 @@ def actor_nodes(two_nodes: TwoNodes) -> dict[str, str]:
 # Runs where this process is a driver of the cluster: RayRuntime's own verbs, without vLLM's start.
 DRIVER = """
 import asyncio, os, sys
-from cispo.actors import RayRuntime, Seat
+from cispo.runtime.actors import RayRuntime, Seat
 from cispo.types import RunError, UserError
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 from my_parts import Part
 
 async def main():
@@ -262,7 +262,7 @@ def test_what_a_cluster_has_no_room_for_is_refused(two_nodes: TwoNodes, monkeypa
                 await runtime.reserve([[{"CPU": 3}]])
             await other.reserve([[{"CPU": 2}]])
             with monkeypatch.context() as patch:
-                patch.setattr("cispo.cluster._ROOM_SECONDS", 1.0)
+                patch.setattr("cispo.runtime.cluster._ROOM_SECONDS", 1.0)
                 with pytest.raises(RunError, match="no room for 2 CPUs within 1 s: other runs hold it"):
                     await runtime.reserve([[{"CPU": 2}]])
             other.close()

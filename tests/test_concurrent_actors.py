@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cispo.actors import Handle, LocalRuntime, Runtime
+from cispo.runtime.actors import Handle, LocalRuntime, Runtime
 from cispo.errors import RunError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -77,8 +77,8 @@ def test_calls_overlap_and_are_cancelled_here() -> None:
 def test_calls_overlap_and_are_cancelled_in_a_ray_actor() -> None:
     """In a process of its own: Ray reads its settings once, and other tests have had others."""
     code = """
-from cispo.actors import RayRuntime
-from cispo.watchdog import Activity
+from cispo.runtime.actors import RayRuntime
+from cispo.runtime.watchdog import Activity
 from tests.test_concurrent_actors import check
 
 check(RayRuntime(processes=1, activity=Activity()))

@@ -18,7 +18,7 @@ from cispo.checkpoint import CheckpointFolder
 from cispo.checkpoint_writer import CheckpointWriter
 from cispo.config import Recipe, parse_recipe
 from cispo.controller import Controller
-from cispo.interrupts import Interrupts
+from cispo.runtime.interrupts import Interrupts
 from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.prompts import build_prompts
 from cispo.rollout.rewards import RewardFunction, RewardRunner

@@ -11,7 +11,7 @@ import torch
 
 from cispo.assemble import transport_of
 from cispo.config import Recipe, load_recipe
-from cispo.placement import Placement, gpus_of, placement_of
+from cispo.runtime.placement import Placement, gpus_of, placement_of
 from cispo.errors import UserError
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cispo.errors import RunError
-from cispo.watchdog import Activity, guarded
+from cispo.runtime.watchdog import Activity, guarded
 
 
 def test_a_run_in_which_nothing_moves_is_ended_with_who_waits_for_what():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from cispo.network import LOOPBACK, host_and_port, open_store
+from cispo.runtime.network import LOOPBACK, host_and_port, open_store
 from cispo.types import MicroBatch
 
 _TIMEOUT = timedelta(minutes=10)
@@ -41,11 +41,6 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
 
 
-def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device that a recipe's `device` key names; auto takes a GPU where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
 
 
 def join(*, rank: int, world: int, device: torch.device, address: str) -> Ranks:

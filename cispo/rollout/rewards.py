@@ -19,7 +19,7 @@ from cispo.rollout.reward_process import WorkerDied, WorkerProcess
 from cispo.rollout.reward_worker import START_SECONDS, Failure, Job, Reply, Setup, Signature, Value
 from cispo.types import Prompt
 from cispo.errors import UserError
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 
 KEPT_PROBLEMS = 100
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import psutil
 
-from cispo.leftovers import MARK
+from cispo.runtime.orphans import MARK
 
 ROOT = Path(__file__).parents[1]
 
 # A child in a session of its own whose parent is gone, as Ray's agents are.
 DRIVER = """
 import subprocess, sys, time
-import cispo.leftovers as leftovers
+import cispo.runtime.orphans as orphans
 
-leftovers.watch_over()
+orphans.watch_over()
 child = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!"], start_new_session=True, stdout=subprocess.PIPE)
 print(int(child.stdout.readline()), flush=True)
 sys.stdin.read()
@@ -37,10 +37,10 @@ def until(condition: Callable[[], bool], seconds: float) -> bool:
 
 def watchers(driver: int) -> list[psutil.Process]:
     lines = {process: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
-    return [process for process, line in lines.items() if "cispo.leftovers" in line and str(driver) in line]
+    return [process for process, line in lines.items() if "cispo.runtime.orphans" in line and str(driver) in line]
 
 
-def test_leftovers_end_with_a_driver_that_is_killed() -> None:
+def test_orphans_end_with_a_driver_that_is_killed() -> None:
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )

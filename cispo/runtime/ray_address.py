@@ -10,7 +10,7 @@ import os
 import socket
 from pathlib import Path
 
-from cispo.network import host_and_port, in_url
+from cispo.runtime.network import host_and_port, in_url
 from cispo.errors import UserError
 
 _SECONDS = 10.0

@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cispo import cluster
-from cispo.cluster import Bundle
-from cispo.network import free_port, in_url, listen_on
+from cispo.runtime import cluster
+from cispo.runtime.cluster import Bundle
+from cispo.runtime.network import free_port, in_url, listen_on
 from cispo.errors import ProcessDied, RunError, UserError
-from cispo.watchdog import Activity
+from cispo.runtime.watchdog import Activity
 
 # One thread each: on a shared machine more wait for each other (docs/design.md, Threads). The allocator keeps what it
 # has, which spares an engine most of its page faults. The last hides torch's warning about NUMA.

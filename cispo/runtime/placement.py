@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 
 from cispo.config import Recipe
-from cispo.learner.parallel import pick_device
 from cispo.errors import UserError
 
 
@@ -138,3 +137,10 @@ def gpus_of(recipe: Recipe, *, critic: bool = False, shared: bool | None = None)
 def _gpus(recipe: Recipe, *, critic: bool, shared: bool) -> int:
     ranks, rollout = recipe.learner.ranks, recipe.rollout
     return ranks if shared else ranks * (1 + int(critic)) + rollout.engines * rollout.tensor_parallel
+
+
+def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that a recipe's `device` key names; auto takes a GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)

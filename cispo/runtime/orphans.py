@@ -29,7 +29,7 @@ def watch_over() -> None:
     """Starts a watcher for this process; what this process starts from now on ends with it, at most some 10 s later."""
     mark = f"{os.getpid()}-{uuid.uuid4().hex}"
     subprocess.Popen(
-        [sys.executable, "-m", "cispo.leftovers", str(os.getpid()), mark],
+        [sys.executable, "-m", "cispo.runtime.orphans", str(os.getpid()), mark],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -40,7 +40,7 @@ def watch_over() -> None:
     os.environ[MARK] = mark
 
 
-def end_leftovers(driver: int, mark: str) -> None:
+def end_orphans(driver: int, mark: str) -> None:
     """Waits for the end of the driver, then for what it started; kills that after a while."""
     try:
         process = psutil.Process(driver)
@@ -67,4 +67,4 @@ def _is_marked(process: psutil.Process, mark: str) -> bool:
 
 
 if __name__ == "__main__":
-    end_leftovers(int(sys.argv[1]), sys.argv[2])
+    end_orphans(int(sys.argv[1]), sys.argv[2])

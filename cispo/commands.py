@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from cispo.assemble import prompts_of, renderer_of, rewards_of, running_workers, sampling_of
-from cispo.checkpoint import CheckpointFolder, check_checkpoint, step_of
+from cispo.output.checkpoint import CheckpointFolder, check_checkpoint, step_of
 from cispo.config import Recipe, load_recipe, need
 from cispo.evaluate import evaluate
 from cispo.runtime.interrupts import Interrupts
@@ -21,8 +21,8 @@ from cispo.resume import check_same_run
 from cispo.rollout.renderer import load_tokenizer
 from cispo.rollout.rollout import roll_out
 from cispo.run import Run, chosen_policy, load_task
-from cispo.runfolder import create_run_folder, last_run_folder
-from cispo.screen import Screen
+from cispo.output.folder import create_run_folder, last_run_folder
+from cispo.output.screen import Screen
 from cispo.seeds import seed_of
 from cispo.types import Prompt
 from cispo.errors import UserError

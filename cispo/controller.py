@@ -20,8 +20,8 @@ from cispo.algorithms import Algorithm
 from cispo.assemble import max_tokens_of, overlong_buffer_of, pack_for, updates_per_batch
 from cispo.batch import informative, minibatches, with_advantages
 from cispo.buffer import Buffer
-from cispo.checkpoint import load_tensors
-from cispo.checkpoint_writer import CheckpointWriter
+from cispo.files import load_tensors
+from cispo.output.checkpoint import CheckpointWriter
 from cispo.config import Recipe
 from cispo.dropped_tokens import DroppedTokens
 from cispo.evaluate import evaluate, num_right
@@ -34,8 +34,8 @@ from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, roll_out
-from cispo.runfolder import RunLog
-from cispo.screen import Screen
+from cispo.output.folder import RunLog
+from cispo.output.screen import Screen
 from cispo.seeds import seed_of
 from cispo.step_metrics import Updates, sampling_metrics, update_metrics
 from cispo.errors import Diverged

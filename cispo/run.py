@@ -30,17 +30,17 @@ from cispo.assemble import (
     sampling_of,
     updates_per_batch,
 )
-from cispo.checkpoint import CheckpointFolder, check_checkpoint, step_of
-from cispo.checkpoint_writer import CheckpointWriter
+from cispo.output.checkpoint import CheckpointFolder, check_checkpoint, step_of
+from cispo.output.checkpoint import CheckpointWriter
 from cispo.config import Recipe, dump_yaml
 from cispo.controller import Controller
 from cispo.files import disk_errors, write_text
 from cispo.runtime.interrupts import Interrupts
 from cispo.policies.base import local_folder, weight_files
-from cispo.report import learning_curve, summary
+from cispo.output.summary import learning_curve, summary
 from cispo.rollout.renderer import Renderer
-from cispo.runfolder import RunLog, only_user_of
-from cispo.screen import Screen
+from cispo.output.folder import RunLog, only_user_of
+from cispo.output.screen import Screen
 from cispo.runtime.ship_code import check_output_dir
 from cispo.errors import Diverged, RunError, UserError
 from cispo.types import Prompt, Sample

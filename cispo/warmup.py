@@ -11,8 +11,8 @@ from cispo.assemble import pack_for
 from cispo.config import Recipe
 from cispo.learner.optim import learning_rate
 from cispo.learner.sft import demonstration_batches
-from cispo.runfolder import RunLog
-from cispo.screen import Screen
+from cispo.output.folder import RunLog
+from cispo.output.screen import Screen
 from cispo.seeds import seed_of
 from cispo.types import Sample
 from cispo.errors import UserError

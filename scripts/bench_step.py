@@ -205,14 +205,14 @@ async def _steps(job: Job, pipe: Connection) -> None:
     from rich.console import Console
 
     from cispo.assemble import algorithm_of, rewards_of, running_workers, sampling_of
-    from cispo.checkpoint import CheckpointFolder
-    from cispo.checkpoint_writer import CheckpointWriter
+    from cispo.output.checkpoint import CheckpointFolder
+    from cispo.output.checkpoint import CheckpointWriter
     from cispo.controller import Controller
     from cispo.runtime.interrupts import Interrupts
     from cispo.rollout.prompt_source import PromptSource
     from cispo.run import load_task
-    from cispo.runfolder import RunLog
-    from cispo.screen import Screen
+    from cispo.output.folder import RunLog
+    from cispo.output.screen import Screen
     from cispo.runtime.watchdog import Activity
 
     recipe = recipe_of(job)

@@ -14,8 +14,8 @@ from rich.console import Console
 from cispo.algorithms import ALGORITHMS, Changes, resolve
 from cispo.assemble import renderer_of, sampling_of
 from cispo.batch import informative
-from cispo.checkpoint import CheckpointFolder
-from cispo.checkpoint_writer import CheckpointWriter
+from cispo.output.checkpoint import CheckpointFolder
+from cispo.output.checkpoint import CheckpointWriter
 from cispo.config import Recipe, parse_recipe
 from cispo.controller import Controller
 from cispo.runtime.interrupts import Interrupts
@@ -23,8 +23,8 @@ from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.prompts import build_prompts
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.rollout.rollout import Rollouts
-from cispo.runfolder import RunLog
-from cispo.screen import Screen
+from cispo.output.folder import RunLog
+from cispo.output.screen import Screen
 from cispo.types import Completion, FinishReason
 from cispo.workers import Workers
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cispo.checkpoint import CheckpointFolder, step_of
+from cispo.output.checkpoint import CheckpointFolder, step_of
 from cispo.commands import train
 from cispo.errors import RunError, UserError
 from tests.test_end_to_end import QUICKSTART, ROOT, SMALL, VARIED, cispo, metrics
@@ -151,7 +151,7 @@ def test_a_disk_that_refuses_loses_no_earlier_checkpoint(tmp_path: Path):
 
 
 def test_two_processes_cannot_share_a_run_folder(tmp_path: Path):
-    from cispo.runfolder import only_user_of
+    from cispo.output.folder import only_user_of
 
     with only_user_of(tmp_path), pytest.raises(UserError, match="is in use"), only_user_of(tmp_path):
         pass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cispo.algorithms.losses import value_loss
-from cispo.checkpoint import BackgroundSave, load_tensors, save_tensors
+from cispo.files import BackgroundSave, load_tensors, save_tensors
 from cispo.config import Critic as CriticConfig
 from cispo.config import Learner as LearnerConfig
 from cispo.learner.optim import Optimizer

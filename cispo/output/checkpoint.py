@@ -15,13 +15,16 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cispo.files import disk_errors, write_json
+from torch import Tensor
+
+from cispo.files import disk_errors, save_tensors, write_json
+from cispo.workers import Workers
 from cispo.errors import UserError
 
 _DRAFT = ".draft"
@@ -111,55 +114,14 @@ class CheckpointFolder:
         return json.loads(file.read_text()) if file.exists() else {}
 
 
-class BackgroundSave:
-    """A file that a thread writes while its process goes on."""
-
-    def __init__(self, write: Callable[[], None]) -> None:
-        self._write = write
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._write()
-        # Whatever it is, it is raised where somebody asks.
-        except BaseException as error:
-            self._error = error
-
-    def done(self, *, wait: bool) -> bool:
-        """Whether it is written; raises what went wrong."""
-        if wait:
-            self._thread.join()
-        if self._thread.is_alive():
-            return False
-        if self._error is not None:
-            raise self._error
-        return True
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
-    """Writes a safetensors file. Raises RunError where the disk refuses."""
-    from safetensors.torch import save_file
-
-    with disk_errors(file):
-        file.parent.mkdir(exist_ok=True)
-        save_file(dict(tensors), file, metadata={"format": "pt"})
 
 
-def load_tensors(file: Path) -> dict[str, Any]:
-    """Reads a safetensors file into the CPU's memory. Raises UserError where it is none."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
 
 
 def check_checkpoint(folder: str) -> Path:
@@ -192,3 +154,47 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointWriter:
+    """At most one checkpoint is being written at a time."""
+
+    folder: CheckpointFolder
+    workers: Workers
+    save_tokenizer: Callable[[Path], object]
+    saved: int = -1
+    """The step of the last checkpoint that was begun, or that the run goes on from."""
+    _pending: dict[str, Any] | None = None
+    """What completes the one that is being written."""
+
+    async def begin(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        facts: Mapping[str, Any],
+        score: float | None,
+    ) -> None:
+        """Copies policy, critic and optimizers as they are; `state` and `tensors` are the driver's.
+
+        Raises RunError where the disk refuses.
+        """
+        await self.settle(wait=True)
+        with self.folder.writing() as draft:
+            await self.workers.start_save(draft)
+            self.save_tokenizer(draft)
+            save_tensors(tensors, draft / "training" / "driver.safetensors")
+            write_json(draft / "training" / "driver.json", state)
+        self._pending = {"step": step, "facts": facts, "score": score}
+        self.saved = step
+
+    async def settle(self, *, wait: bool) -> None:
+        """Completes the checkpoint that was begun once it is on the disk. Raises RunError where the disk refused."""
+        if self._pending is None:
+            return
+        with self.folder.completing():
+            if await self.workers.saved(wait=wait):
+                self.folder.finish(**self._pending)
+                self._pending = None

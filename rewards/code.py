@@ -1,4 +1,4 @@
-"""Rewards for programs: the completion's code runs in a sandbox (`cispo.sandbox`) against the tests of its dataset row.
+"""Rewards for programs: the completion's code runs in a sandbox (`cispo.sandbox.run`) against the tests of its dataset row.
 
     passes_io        column tests       each test is an input and the output that a program prints for it
     passes_asserts   column test_code   assert statements, or test functions, that call what the code defines
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cispo.sandbox import SandboxResult, run_python
+from cispo.sandbox.run import SandboxResult, run_python
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _HARNESS = Path(__file__).with_name("code_harness.py")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from cispo.confinement import seccomp
-from cispo.sandbox import Mechanism, SandboxResult, _interpreter, available_mechanisms, run_python
+from cispo.sandbox.run import seccomp
+from cispo.sandbox.run import Mechanism, SandboxResult, _interpreter, available_mechanisms, run_python
 from cispo.errors import RunError
 
 pytestmark = pytest.mark.usefixtures("no_other_sandboxes")
@@ -34,7 +34,7 @@ def ours() -> set[int]:
             command = (folder / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"cispo.confinement.launcher" in command or b"_sitebuiltins" in command:
+        if b"cispo.sandbox.run.launcher" in command or b"_sitebuiltins" in command:
             found.add(int(folder.name))
     return found
 
@@ -363,7 +363,7 @@ def wait_for_programs(before: set[int], count: int) -> set[int]:
 def test_a_caller_that_is_killed_leaves_nothing(mechanism: Mechanism) -> None:
     processes, scratch = ours(), folders()
     call = f"run_python('import time; time.sleep(1000)', timeout=999, mechanism={mechanism!r})"
-    code = f"from cispo.sandbox import run_python; {call}"
+    code = f"from cispo.sandbox.run import run_python; {call}"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
     # The caller's command line names none of the two.
     wait_for_programs(processes, 2)
@@ -399,7 +399,7 @@ def test_a_launcher_that_is_killed_takes_its_program_along(mechanism: Mechanism)
 WITHOUT = """
 import ctypes, struct, sys
 from cispo.confinement import seccomp
-from cispo.confinement.kernel import AARCH64, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, call
+from cispo.sandbox.run.kernel import AARCH64, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, call
 step = seccomp._step
 code = step(0x20, 0)
 for number in {numbers}:
@@ -409,7 +409,7 @@ buffer = ctypes.create_string_buffer(code)
 call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
 call("prctl", PR_SET_SECCOMP, 2, ctypes.create_string_buffer(program), 0, 0)
-from cispo.sandbox import available_mechanisms, run_python
+from cispo.sandbox.run import available_mechanisms, run_python
 from cispo.types import UserError
 try:
     print(available_mechanisms(), run_python("print(6 * 7)").stdout)

@@ -1,6 +1,6 @@
 """Running Python code that nobody has read, such as a model's: in a fresh interpreter that can do nothing but compute.
 
-    run_python(code) --> launcher (`cispo.confinement`) --> the program: no network, no processes, no files but its own
+    run_python(code) --> launcher (`launcher`) --> the program: no network, no processes, no files but its own
                      <-- stdout, stderr, exit code, and what stopped it
 
 Two mechanisms, of which the first that works on this machine is taken; each is complete by itself:
@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Literal
 
-from cispo.confinement.launcher import HEADER
+from cispo.sandbox.run.launcher import HEADER
 from cispo.errors import RunError, UserError
 
 Mechanism = Literal["namespaces", "landlock"]
@@ -44,8 +44,8 @@ END_SECONDS = 10
 
 _REASONS: dict[str, Stop] = {"time": "time", "disk": "disk", "threads": "threads"}
 
-_PROJECT = str(Path(__file__).parents[1])
-_BOOT = "import sys; sys.path.append({project!r}); from cispo.confinement.launcher import main; main({status})"
+_PROJECT = str(Path(__file__).parents[2])
+_BOOT = "import sys; sys.path.append({project!r}); from cispo.sandbox.run.launcher import main; main({status})"
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 

@@ -13,7 +13,7 @@ import struct
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 AARCH64 = os.uname().machine == "aarch64"
-"""Else x86_64: `cispo.sandbox` refuses any other machine."""
+"""Else x86_64: `cispo.sandbox.run` refuses any other machine."""
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _CAPABILITY_VERSION_3 = 0x20080522

@@ -33,8 +33,8 @@ from cispo.seeds import seed_of
 from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling
 from cispo.errors import UserError
 from cispo.runtime.watchdog import Activity
-from cispo.weight_buckets import Transport
-from cispo.weight_sync import shared_weights_folder, weights_folder
+from cispo.weights.buckets import Transport
+from cispo.weights.publish import shared_weights_folder, weights_folder
 from cispo.workers import Workers
 
 # More sequences than this at once gain nothing on one engine and cost cache memory.

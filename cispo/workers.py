@@ -23,7 +23,7 @@ from cispo.seeds import seed_of
 from cispo.types import Completion, MicroBatch, OnUpdate, Sampling
 from cispo.errors import Diverged, ProcessDied, RunError, UserError
 from cispo.runtime.watchdog import Activity
-from cispo.weight_buckets import Transport, merged
+from cispo.weights.buckets import Transport, merged
 
 Columns = Sequence[Sequence[MicroBatch]]
 """[ranks][micro-batches] of one pass or update."""

@@ -14,7 +14,7 @@ from cispo.learner.critic import Critic
 from cispo.packing import pack, unpack
 from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.types import Sample
-from cispo.weight_sync import publish_weights
+from cispo.weights.publish import publish_weights
 from tests.test_learner import DENSE, TINY, samples
 
 

@@ -29,7 +29,7 @@ from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.errors import Diverged, UserError
 from cispo.types import FinishReason, RepetitionStop, Sampling
-from cispo.weight_sync import mapped_weights, publish_weights, weights_folder
+from cispo.weights.publish import mapped_weights, publish_weights, weights_folder
 from tests.patterns import repeats_pattern
 from tests.served import sampled, update
 
@@ -388,7 +388,7 @@ def test_a_version_that_cannot_be_written_leaves_the_last_alone(weights: Path, t
 
 
 def test_the_learners_side_does_not_import_vllm() -> None:
-    script = "import sys, cispo.weight_sync, cispo.rollout.engine; sys.exit('vllm' in sys.modules)"
+    script = "import sys, cispo.weights.publish, cispo.rollout.engine; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True, timeout=60)
 
 

@@ -19,7 +19,7 @@ from cispo.rollout.serving import OnUpdate, ServedEngine
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.errors import UserError
-from cispo.weight_sync import FileMessage, WeightMessage
+from cispo.weights.publish import FileMessage, WeightMessage
 from tests.served import sampled
 
 PLAIN = Sampling(max_tokens=6, eos_ids=(), repetition=RepetitionStop(run_length=0))

@@ -22,7 +22,7 @@ from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.rollout.serving import OnUpdate, ServedEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Completion, RepetitionStop, Sampling
-from cispo.weight_buckets import WeightSender
+from cispo.weights.buckets import WeightSender
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

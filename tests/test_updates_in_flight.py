@@ -26,7 +26,7 @@ from cispo.rollout.serving import ServedEngine
 from cispo.rollout.torch_engine import TorchEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Completion, FinishReason, OnUpdate, RepetitionStop, Sampling
-from cispo.weight_sync import publish_weights, weights_folder
+from cispo.weights.publish import publish_weights, weights_folder
 from tests.served import sampled
 from tests.test_vllm_parity import CROSSING, QWEN3, RAGGED, SHARED, learner_logprobs, lightning, scheduler
 

@@ -21,7 +21,7 @@ from cispo.policies.lightning_config import LightningConfig, dump_config, parse_
 from cispo.rollout.serving import ServedEngine
 from cispo.rollout.vllm_engine import VLLMEngine
 from cispo.types import Completion, RepetitionStop, Sampling
-from cispo.weight_sync import publish_weights, weights_folder
+from cispo.weights.publish import publish_weights, weights_folder
 from tests.served import sampled, update
 
 ORACLE = Path(__file__).parents[2] / "shared/oracle/m1_like"

@@ -23,7 +23,7 @@ from cispo.learner.parallel import join, leave, release_memory, to_device
 from cispo.policies.base import load_policy
 from cispo.policies.value import ValueModel
 from cispo.types import MicroBatch
-from cispo.weight_sync import mapped_weights
+from cispo.weights.publish import mapped_weights
 
 # Before the names of the value model's own tensors in a checkpoint.
 _MODEL = "model/"

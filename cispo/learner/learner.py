@@ -27,8 +27,8 @@ from cispo.policies.base import Policy, load_policy, save_policy, write_policy
 from cispo.policies.moe import expert_counts, router_aux_loss
 from cispo.types import MicroBatch
 from cispo.errors import UserError
-from cispo.weight_buckets import BucketMessage, Transport, WeightSender
-from cispo.weight_sync import publish_weights
+from cispo.weights.buckets import BucketMessage, Transport, WeightSender
+from cispo.weights.publish import publish_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from cispo.policies.base import weight_files
 from cispo.rollout.drafts import Draft
 from cispo.errors import UserError
-from cispo.weight_sync import WeightMessage
+from cispo.weights.publish import WeightMessage
 
 if TYPE_CHECKING:
     from cispo.rollout.serving import ServedEngine

@@ -24,7 +24,7 @@ from cispo.rollout.drafts import Draft, start_drafts
 from cispo.rollout.engine import Engine
 from cispo.rollout.stream import RandomStream
 from cispo.types import Completion, OnUpdate, Sampling
-from cispo.weight_sync import FileMessage, WeightMessage
+from cispo.weights.publish import FileMessage, WeightMessage
 
 # Drafts join those that run when all that wait find room, or when this share of the room is free. On a GPU a step that
 # reads a prompt takes twice the time of one that only samples (it is no CUDA graph), for one prompt as for many.

@@ -17,7 +17,7 @@ from cispo.rollout.drafts import Draft
 from cispo.rollout.engine import check_model
 from cispo.rollout.torch_sampler import Sampled, Sampler
 from cispo.types import Sampling
-from cispo.weight_sync import FileMessage, WeightMessage, mapped_weights
+from cispo.weights.publish import FileMessage, WeightMessage, mapped_weights
 
 
 class TorchEngine:

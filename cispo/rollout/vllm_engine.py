@@ -21,7 +21,7 @@ from cispo.rollout.recorder import LogprobTable
 from cispo.rollout.stream import seeded
 from cispo.rollout.vllm_start import start_vllm
 from cispo.types import Sampling
-from cispo.weight_sync import WeightMessage
+from cispo.weights.publish import WeightMessage
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

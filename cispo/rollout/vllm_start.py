@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from cispo.errors import UserError
-from cispo.weight_sync import TRANSFER_BACKEND, register_transfer_backend
+from cispo.weights.vllm_receiver import TRANSFER_BACKEND, register_transfer_backend
 
 if TYPE_CHECKING:
     from vllm import LLMEngine

@@ -24,7 +24,7 @@ from cispo.loading import load_object
 from cispo.packing import demonstration, pack
 from cispo.runtime.placement import Placement, placement_of
 from cispo.policies.base import init_policy, local_folder, save_policy
-from cispo.rollout.engine import make_engine
+from cispo.engines.serving import make_engine
 from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.rollout.renderer import Renderer, load_tokenizer

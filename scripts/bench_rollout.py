@@ -25,7 +25,7 @@ import torch
 from cispo.runtime.actors import RayRuntime, Seat
 from cispo.config import load_recipe
 from cispo.policies.base import Policy, init_policy, save_policy
-from cispo.rollout.engine import make_engine
+from cispo.engines.serving import make_engine
 from cispo.types import RepetitionStop, Sampling
 from cispo.runtime.watchdog import Activity
 

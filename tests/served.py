@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from cispo.rollout.serving import ServedEngine
+from cispo.engines.serving import ServedEngine
 from cispo.types import Completion, Sampling
 
 

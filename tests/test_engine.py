@@ -23,10 +23,10 @@ from torch import Tensor
 
 from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning_config import LightningConfig, dump_config
-from cispo.rollout.drafts import Draft, RunCounter
-from cispo.rollout.serving import ServedEngine
-from cispo.rollout.torch_engine import TorchEngine
-from cispo.rollout.vllm_engine import VLLMEngine
+from cispo.engines.drafts import Draft, RunCounter
+from cispo.engines.serving import ServedEngine
+from cispo.engines.torch_engine import TorchEngine
+from cispo.engines.vllm_engine import VLLMEngine
 from cispo.errors import Diverged, UserError
 from cispo.types import FinishReason, RepetitionStop, Sampling
 from cispo.weights.publish import mapped_weights, publish_weights, weights_folder
@@ -388,7 +388,7 @@ def test_a_version_that_cannot_be_written_leaves_the_last_alone(weights: Path, t
 
 
 def test_the_learners_side_does_not_import_vllm() -> None:
-    script = "import sys, cispo.weights.publish, cispo.rollout.engine; sys.exit('vllm' in sys.modules)"
+    script = "import sys, cispo.weights.publish, cispo.engines.engine; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=True, timeout=60)
 
 

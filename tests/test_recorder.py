@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cispo.rollout.recorder import LogprobTable, RecordingSampler, Records
+from cispo.engines.vllm_logprobs import LogprobTable, RecordingSampler, Records
 
 
 @dataclass

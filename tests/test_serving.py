@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cispo.rollout.drafts import Draft
-from cispo.rollout.serving import OnUpdate, ServedEngine
-from cispo.rollout.torch_engine import TorchEngine
+from cispo.engines.drafts import Draft
+from cispo.engines.serving import OnUpdate, ServedEngine
+from cispo.engines.torch_engine import TorchEngine
 from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.errors import UserError
 from cispo.weights.publish import FileMessage, WeightMessage

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from cispo.policies.base import init_policy, load_policy, save_policy
-from cispo.rollout.serving import OnUpdate, ServedEngine
-from cispo.rollout.vllm_engine import VLLMEngine
+from cispo.engines.serving import OnUpdate, ServedEngine
+from cispo.engines.vllm_engine import VLLMEngine
 from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.weights.buckets import WeightSender
 

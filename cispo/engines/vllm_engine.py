@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cispo.rollout.drafts import Draft
-from cispo.rollout.engine import check_model
-from cispo.rollout.recorder import LogprobTable
-from cispo.rollout.stream import seeded
-from cispo.rollout.vllm_start import start_vllm
+from cispo.engines.drafts import Draft
+from cispo.engines.engine import check_model
+from cispo.engines.vllm_logprobs import LogprobTable
+from cispo.engines.random_stream import seeded
+from cispo.engines.vllm_start import start_vllm
 from cispo.types import Sampling
 from cispo.weights.publish import WeightMessage
 

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from cispo.rollout.drafts import Draft, start_drafts
-from cispo.rollout.engine import Engine
-from cispo.rollout.stream import RandomStream
+from cispo.engines.drafts import Draft, start_drafts
+from cispo.engines.engine import Engine
+from cispo.engines.random_stream import RandomStream
 from cispo.types import Completion, OnUpdate, Sampling
 from cispo.weights.publish import FileMessage, WeightMessage
 
@@ -279,3 +279,37 @@ class ServedEngine:
     def _check_broken(self) -> None:
         if self._broken is not None:
             raise self._broken
+
+
+def make_engine(
+    kind: Literal["vllm", "torch"],
+    model: str,
+    *,
+    dtype: str,
+    max_context: int,
+    max_sequences: int,
+    tensor_parallel: int,
+    memory: float,
+    sleeps: bool,
+    engine_args: Mapping[str, Any],
+) -> ServedEngine:
+    """The engine that a recipe's rollout.engine names."""
+
+    if kind == "torch":
+        from cispo.engines.torch_engine import TorchEngine
+
+        return ServedEngine(TorchEngine(model, dtype=dtype, max_context=max_context, max_sequences=max_sequences))
+    from cispo.engines.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(
+        model,
+        dtype=dtype,
+        max_context=max_context,
+        max_sequences=max_sequences,
+        tensor_parallel=tensor_parallel,
+        seed=0,  # whoever serves it seeds every call
+        memory=memory,
+        sleeps=sleeps,
+        engine_args=engine_args,
+    )
+    return ServedEngine(engine)

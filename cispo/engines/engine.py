@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cispo.policies.base import weight_files
-from cispo.rollout.drafts import Draft
+from cispo.engines.drafts import Draft
 from cispo.errors import UserError
 from cispo.weights.publish import WeightMessage
 
 if TYPE_CHECKING:
-    from cispo.rollout.serving import ServedEngine
+    from cispo.engines.serving import ServedEngine
 
 
 class Engine(Protocol):
@@ -96,36 +96,3 @@ def check_model(model: str, max_context: int) -> None:
     weight_files(Path(model))
 
 
-def make_engine(
-    kind: Literal["vllm", "torch"],
-    model: str,
-    *,
-    dtype: str,
-    max_context: int,
-    max_sequences: int,
-    tensor_parallel: int,
-    memory: float,
-    sleeps: bool,
-    engine_args: Mapping[str, Any],
-) -> ServedEngine:
-    """The engine that a recipe's rollout.engine names."""
-    from cispo.rollout.serving import ServedEngine
-
-    if kind == "torch":
-        from cispo.rollout.torch_engine import TorchEngine
-
-        return ServedEngine(TorchEngine(model, dtype=dtype, max_context=max_context, max_sequences=max_sequences))
-    from cispo.rollout.vllm_engine import VLLMEngine
-
-    engine = VLLMEngine(
-        model,
-        dtype=dtype,
-        max_context=max_context,
-        max_sequences=max_sequences,
-        tensor_parallel=tensor_parallel,
-        seed=0,  # whoever serves it seeds every call
-        memory=memory,
-        sleeps=sleeps,
-        engine_args=engine_args,
-    )
-    return ServedEngine(engine)

@@ -85,7 +85,7 @@ def _cuda_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     float32 is for checks: its grouped products read sizes on the host, which a graph cannot hold.
     """
     common = {
-        "worker_extension_cls": "cispo.rollout.recorder.RecorderExtension",
+        "worker_extension_cls": "cispo.engines.vllm_logprobs.RecorderExtension",
         # The cache has a size of its own, and several engines may start on one GPU at a time.
         "gpu_memory_utilization": 0.01,
     }

@@ -64,7 +64,7 @@ def compare(
     ] = None,
 ) -> None:
     """Run algorithms side by side on one task, several seeds each, and report what differs with intervals."""
-    from cispo import compare
+    from cispo.compare.command import command as compare
 
     _run(
         compare.compare,

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from cispo.comparison import ArmResult, Comparison, RunResult, assert_equal, collapse, results, summarise
-from cispo.statistics import (
+from cispo.compare.command.comparison import ArmResult, Comparison, RunResult, assert_equal, collapse, results, summarise
+from cispo.compare.command.statistics import (
     BOOTSTRAP_COVERAGE,
     Verdict,
     average,

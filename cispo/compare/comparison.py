@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cispo.statistics import (
+from cispo.compare.command.statistics import (
     Difference,
     Estimate,
     average,

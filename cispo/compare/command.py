@@ -27,11 +27,11 @@ import torch
 from rich.console import Console
 
 from cispo.algorithms.words import describe
-from cispo.arms import Arm, Plan, make_plan
+from cispo.compare.command.plan import Arm, Plan, make_plan
 from cispo.assemble import algorithm_of, make_runtime, num_processes
 from cispo.output.checkpoint import CheckpointFolder
-from cispo.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
-from cispo.comparison_report import summary_lines, write_report
+from cispo.compare.command.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
+from cispo.compare.command.report import summary_lines, write_report
 from cispo.config import Recipe, dump_yaml
 from cispo.files import write_json
 from cispo.runtime.interrupts import Interrupts
@@ -39,7 +39,7 @@ from cispo.runtime.placement import gpus_of
 from cispo.run import Run, Task, load_task
 from cispo.output.folder import read_metrics
 from cispo.output.screen import Screen, progress_bars
-from cispo.settings_report import write_overview
+from cispo.compare.command.overview import write_overview
 from cispo.errors import Diverged, RunError, UserError
 from cispo.runtime.watchdog import Activity
 

@@ -16,11 +16,11 @@ from cispo.runtime.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat
 from cispo.algorithms import ADVANTAGE_KEYS, ALGORITHMS, LOSS_KEYS, Algorithm, Changes, Reduction, resolve
 from cispo.algorithms.advantages import GROUP_RELATIVE
 from cispo.algorithms.presets import PRESETS
-from cispo.config import Data, Recipe
+from cispo.recipe.schema import Data, Recipe
 from cispo.curriculum import max_tokens_at
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
-from cispo.loading import load_object
+from cispo.user_code import load_object
 from cispo.packing import demonstration, pack
 from cispo.runtime.placement import Placement, placement_of
 from cispo.policies.base import init_policy, local_folder, save_policy

@@ -13,11 +13,12 @@ from rich.table import Table
 
 from cispo.assemble import prompts_of, renderer_of, rewards_of, running_workers, sampling_of
 from cispo.output.checkpoint import CheckpointFolder, check_checkpoint, step_of
-from cispo.config import Recipe, load_recipe, need
+from cispo.recipe.schema import Recipe
+from cispo.recipe.load import load_recipe, need
 from cispo.evaluate import evaluate
 from cispo.runtime.interrupts import Interrupts
 from cispo.policies.base import load_policy, save_policy
-from cispo.resume import check_same_run
+from cispo.recipe.resume import check_same_run
 from cispo.rollout.renderer import load_tokenizer
 from cispo.rollout.rollout import roll_out
 from cispo.run import Run, chosen_policy, load_task

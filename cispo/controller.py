@@ -22,7 +22,7 @@ from cispo.batch import informative, minibatches, with_advantages
 from cispo.buffer import Buffer
 from cispo.files import load_tensors
 from cispo.output.checkpoint import CheckpointWriter
-from cispo.config import Recipe
+from cispo.recipe.schema import Recipe
 from cispo.dropped_tokens import DroppedTokens
 from cispo.evaluate import evaluate, num_right
 from cispo.files import read_json

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from cispo.config import Curriculum
+    from cispo.recipe.schema import Curriculum
 
 
 def difficulty_weights(right: NDArray[np.int64], attempts: NDArray[np.int64]) -> NDArray[np.float64]:

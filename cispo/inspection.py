@@ -31,7 +31,8 @@ from cispo.assemble import (
     sampling_of,
     updates_per_batch,
 )
-from cispo.config import Recipe, dump_yaml, load_recipe
+from cispo.recipe.schema import Recipe
+from cispo.recipe.load import dump_yaml, load_recipe
 from cispo.curriculum import describe_curriculum
 from cispo.runtime.placement import pick_device
 from cispo.ops.lightning import lightning_attention

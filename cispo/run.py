@@ -32,7 +32,8 @@ from cispo.assemble import (
 )
 from cispo.output.checkpoint import CheckpointFolder, check_checkpoint, step_of
 from cispo.output.checkpoint import CheckpointWriter
-from cispo.config import Recipe, dump_yaml
+from cispo.recipe.schema import Recipe
+from cispo.recipe.load import dump_yaml
 from cispo.controller import Controller
 from cispo.files import disk_errors, write_text
 from cispo.runtime.interrupts import Interrupts

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cispo.algorithms.losses import negative_log_likelihood
 from cispo.algorithms.objective import Objective
 from cispo.assemble import pack_for
-from cispo.config import Recipe
+from cispo.recipe.schema import Recipe
 from cispo.learner.optim import learning_rate
 from cispo.learner.sft import demonstration_batches
 from cispo.output.folder import RunLog

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cispo.runtime.actors import RayRuntime, Seat
-from cispo.config import load_recipe
+from cispo.recipe.load import load_recipe
 from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.engines.serving import make_engine
 from cispo.types import RepetitionStop, Sampling

@@ -165,7 +165,7 @@ class Limited:
 
 
 def recipe_of(job: Job) -> Any:
-    from cispo.config import parse_recipe
+    from cispo.recipe.load import parse_recipe
 
     cuda = job.device == "cuda"
     rollout = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cispo.config import Recipe, dump_yaml, json_schema, known_keys, load_recipe
+from cispo.recipe.schema import Recipe
+from cispo.recipe.load import dump_yaml, json_schema, known_keys, load_recipe
 from cispo.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cispo.config import Critic as CriticConfig
-from cispo.config import Learner as LearnerConfig
+from cispo.recipe.schema import Critic as CriticConfig
+from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.learner.critic import Critic
 from cispo.packing import pack, unpack
 from cispo.policies.base import init_policy, load_policy, save_policy

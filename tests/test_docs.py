@@ -11,7 +11,7 @@ import yaml
 
 from cispo.algorithms import ALGORITHMS, Algorithm, Changes, resolve
 from cispo.algorithms.presets import PRESETS
-from cispo.config import known_keys, parse_recipe
+from cispo.recipe.load import known_keys, parse_recipe
 from cispo.types import LossInputs
 
 DOCS = Path(__file__).parents[1] / "docs"

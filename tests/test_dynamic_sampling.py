@@ -16,7 +16,8 @@ from cispo.assemble import renderer_of, sampling_of
 from cispo.batch import informative
 from cispo.output.checkpoint import CheckpointFolder
 from cispo.output.checkpoint import CheckpointWriter
-from cispo.config import Recipe, parse_recipe
+from cispo.recipe.schema import Recipe
+from cispo.recipe.load import parse_recipe
 from cispo.controller import Controller
 from cispo.runtime.interrupts import Interrupts
 from cispo.rollout.prompt_source import PromptSource

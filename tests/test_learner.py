@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cispo.algorithms.losses import cispo, clipped_surrogate, negative_log_likelihood
 from cispo.algorithms.objective import Objective
-from cispo.config import Learner as LearnerConfig
+from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.optim import Optimizer, learning_rate
 from cispo.learner.sft import demonstration_batches

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cispo.algorithms.losses import LossOutput, cispo, clipped_surrogate, gspo
 from cispo.algorithms.objective import Objective
-from cispo.config import Learner as LearnerConfig
+from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.loss import micro_batch_loss
 from cispo.learner.optim import Optimizer

@@ -23,7 +23,7 @@ from cispo.algorithms.losses import (
 )
 from cispo.algorithms.objective import Objective
 from cispo.algorithms.presets import PRESETS
-from cispo.config import Learner as LearnerConfig
+from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.learner.learner import Learner
 from cispo.packing import pack
 from cispo.policies.base import init_policy, save_policy

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cispo.assemble import transport_of
-from cispo.config import Recipe, load_recipe
+from cispo.recipe.schema import Recipe
+from cispo.recipe.load import load_recipe
 from cispo.runtime.placement import Placement, gpus_of, placement_of
 from cispo.errors import UserError
 

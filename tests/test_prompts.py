@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cispo.loading import is_hub_id, load_object
+from cispo.user_code import is_hub_id, load_object
 from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.errors import UserError
 

@@ -102,7 +102,7 @@ def test_what_cannot_be_resumed(tmp_path: Path, change: str, message: str):
     folder = tmp_path / "quickstart"
     (folder / "checkpoints").mkdir(parents=True)
     shown = [sys.executable, "-m", "cispo.cli", "train", str(QUICKSTART), f"output_dir={tmp_path}", *KEYS]
-    from cispo.config import dump_yaml, load_recipe
+    from cispo.recipe.load import dump_yaml, load_recipe
 
     (folder / "recipe.yaml").write_text(dump_yaml(load_recipe(QUICKSTART, [f"output_dir={tmp_path}", *KEYS])))
     done = subprocess.run([*shown, change, "--resume"], capture_output=True, text=True, check=False, cwd=ROOT)

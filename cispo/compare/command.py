@@ -32,7 +32,8 @@ from cispo.assemble import algorithm_of, make_runtime, num_processes
 from cispo.output.checkpoint import CheckpointFolder
 from cispo.compare.command.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
 from cispo.compare.command.report import summary_lines, write_report
-from cispo.config import Recipe, dump_yaml
+from cispo.recipe.schema import Recipe
+from cispo.recipe.load import dump_yaml
 from cispo.files import write_json
 from cispo.runtime.interrupts import Interrupts
 from cispo.runtime.placement import gpus_of

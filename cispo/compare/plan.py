@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from cispo.assemble import algorithm_of
-from cispo.config import Recipe, load_recipe, need, parse_recipe
+from cispo.recipe.schema import Recipe
+from cispo.recipe.load import load_recipe, need, parse_recipe
 from cispo.errors import UserError
 
 # Keys that say how much and how, not which algorithm: an arm of another algorithm keeps the recipe's.

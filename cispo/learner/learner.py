@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cispo.algorithms.objective import Objective
 from cispo.files import BackgroundSave, load_tensors, save_tensors
-from cispo.config import Learner as LearnerConfig
+from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.files import disk_errors
 from cispo.learner.loss import Columns, micro_batch_loss, read, spread, trained_logprobs
 from cispo.learner.optim import Optimizer

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cispo.loading import is_hub_id, load_object
+from cispo.user_code import is_hub_id, load_object
 from cispo.types import Message, Prompt
 from cispo.errors import UserError
 

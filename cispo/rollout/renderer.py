@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cispo.loading import is_hub_id
+from cispo.user_code import is_hub_id
 from cispo.types import Message
 from cispo.errors import UserError
 

@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cispo.loading import load_object
+from cispo.user_code import load_object
 from cispo.errors import UserError
 
 HEADER = struct.Struct("<Q")

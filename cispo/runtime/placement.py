@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from cispo.config import Recipe
+from cispo.recipe.schema import Recipe
 from cispo.errors import UserError
 
 

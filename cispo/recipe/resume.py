@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cispo.config import Recipe
+from cispo.recipe.schema import Recipe
 from cispo.errors import UserError
 
 # Sections and keys that do not change what is computed, or only from now on.

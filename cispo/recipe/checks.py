@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cispo.errors import UserError
 
 if TYPE_CHECKING:
-    from cispo.config import Recipe
+    from cispo.recipe.schema import Recipe
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cispo.runtime.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat
-from cispo.algorithms import ADVANTAGE_KEYS, ALGORITHMS, LOSS_KEYS, Algorithm, Changes, Reduction, resolve
+from cispo.algorithms.choice import ADVANTAGE_KEYS, LOSS_KEYS, Changes, resolve
+from cispo.algorithms import ALGORITHMS, Algorithm, Reduction
 from cispo.algorithms.advantages import GROUP_RELATIVE
 from cispo.algorithms.presets import PRESETS
 from cispo.recipe.schema import Data, Recipe
@@ -41,34 +42,8 @@ from cispo.workers import Workers
 _MAX_SEQUENCES = 512
 
 
-def algorithm_of(recipe: Recipe) -> Algorithm:
-    """The recipe's algorithm with its changes, checked against the group size."""
-    keys = recipe.algorithm
-    settings = {key: getattr(keys, key) for key in (*LOSS_KEYS, *ADVANTAGE_KEYS)}
-    same = ("advantage", "reduction", "kl", "kl_coef", "kl_in", "correction", "correction_low", "correction_high")
-    same += ("zero_variance", "dynamic_sampling")
-    changes = {key: getattr(keys, key) for key in same}
-    resolved = resolve(named_algorithm(keys.name), Changes(settings=settings, anchor=keys.ratio_anchor, **changes))
-    if recipe.rollout.group_size == 1 and resolved.advantage in GROUP_RELATIVE:
-        raise UserError(
-            f"rollout.group_size 1 gives {resolved.advantage.__name__} nothing to compare: every advantage would be 0"
-        )
-    return resolved
 
 
-def named_algorithm(name: str) -> Algorithm:
-    """The record of a name, a preset or module:NAME. Raises UserError where there is none."""
-    if ":" in name:
-        algorithm = load_object(name, "algorithm.name")
-        if not isinstance(algorithm, Algorithm):
-            raise UserError(f"algorithm.name: {name} is not an Algorithm record but a {type(algorithm).__name__}")
-        return algorithm
-    known = ALGORITHMS | PRESETS
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}, or module:NAME"
-        raise UserError(f"algorithm.name {name!r} is unknown ({hint})")
-    return known[name]
 
 
 def updates_per_batch(recipe: Recipe) -> int:
@@ -81,10 +56,6 @@ def max_tokens_of(recipe: Recipe, step: int) -> int:
     return max_tokens_at(step, stages=recipe.curriculum.length_stages, max_tokens=recipe.rollout.max_tokens)
 
 
-def overlong_buffer_of(recipe: Recipe, algorithm: Algorithm, max_tokens: int) -> int:
-    """Tokens before max_tokens over which the length penalty rises: the recipe's, else the algorithm's share."""
-    given = recipe.algorithm.overlong_buffer
-    return round(algorithm.overlong_share * max_tokens) if given is None else given
 
 
 def renderer_of(recipe: Recipe) -> Renderer:

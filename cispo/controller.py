@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from cispo.algorithms import Algorithm
-from cispo.assemble import max_tokens_of, overlong_buffer_of, pack_for, updates_per_batch
+from cispo.assemble import max_tokens_of, pack_for, updates_per_batch
+from cispo.algorithms.choice import overlong_buffer_of
 from cispo.batch import informative, minibatches, with_advantages
 from cispo.buffer import Buffer
 from cispo.files import load_tensors
 from cispo.output.checkpoint import CheckpointWriter
 from cispo.recipe.schema import Recipe
-from cispo.dropped_tokens import DroppedTokens
+from cispo.algorithms.dropped_tokens import DroppedTokens
 from cispo.evaluate import evaluate, num_right
 from cispo.files import read_json
 from cispo.runtime.interrupts import Interrupts

@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from cispo.algorithms import Algorithm
-from cispo.algorithms.words import describe, warnings
+from cispo.algorithms.describe import describe, warnings
+from cispo.algorithms.choice import algorithm_of
 from cispo.assemble import (
-    algorithm_of,
     new_config,
     pack_for,
     policy_folder,

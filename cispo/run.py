@@ -16,9 +16,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from cispo.algorithms.words import warnings
+from cispo.algorithms.describe import warnings
+from cispo.algorithms.choice import algorithm_of
 from cispo.assemble import (
-    algorithm_of,
     check_same_shape,
     demonstrations_of,
     policy_folder,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cispo.dropped_tokens import would_drop
+from cispo.algorithms.dropped_tokens import would_drop
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.metrics import group_metrics, importance_metrics, mismatch_metrics, rollout_metrics, value_metrics

@@ -204,7 +204,8 @@ def run_ours(job: Job, pipe: Connection) -> None:
 async def _steps(job: Job, pipe: Connection) -> None:
     from rich.console import Console
 
-    from cispo.assemble import algorithm_of, rewards_of, running_workers, sampling_of
+    from cispo.algorithms.choice import algorithm_of
+    from cispo.assemble import rewards_of, running_workers, sampling_of
     from cispo.output.checkpoint import CheckpointFolder
     from cispo.output.checkpoint import CheckpointWriter
     from cispo.controller import Controller

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cispo.algorithms import ALGORITHMS, Algorithm, Changes, resolve
+from cispo.algorithms import ALGORITHMS, Algorithm
+from cispo.algorithms.choice import Changes, resolve
 from cispo.algorithms.advantages import (
     ADVANTAGES,
     GROUP_RELATIVE,
@@ -20,9 +21,9 @@ from cispo.algorithms.advantages import (
     leave_one_out,
     reward_to_go,
 )
-from cispo.algorithms.filters import overlong_penalty
+from cispo.rollout.rollout import overlong_penalty
 from cispo.algorithms.presets import PRESETS
-from cispo.algorithms.words import describe, warnings
+from cispo.algorithms.describe import describe, warnings
 from cispo.errors import UserError
 
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cispo.algorithms import ALGORITHMS
-from cispo.algorithms.filters import overlong_penalty
-from cispo.assemble import max_tokens_of, overlong_buffer_of
+from cispo.rollout.rollout import overlong_penalty
+from cispo.assemble import max_tokens_of
+from cispo.algorithms.choice import overlong_buffer_of
 from cispo.recipe.schema import Curriculum, Recipe
 from cispo.recipe.load import parse_recipe
 from cispo.curriculum import describe_curriculum, difficulty_weights, effective_number, enough, max_tokens_at

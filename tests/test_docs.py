@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from cispo.algorithms import ALGORITHMS, Algorithm, Changes, resolve
+from cispo.algorithms import ALGORITHMS, Algorithm
+from cispo.algorithms.choice import Changes, resolve
 from cispo.algorithms.presets import PRESETS
 from cispo.recipe.load import known_keys, parse_recipe
 from cispo.types import LossInputs

@@ -11,7 +11,8 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from cispo.algorithms import ALGORITHMS, Changes, resolve
+from cispo.algorithms import ALGORITHMS
+from cispo.algorithms.choice import Changes, resolve
 from cispo.assemble import renderer_of, sampling_of
 from cispo.batch import informative
 from cispo.output.checkpoint import CheckpointFolder

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cispo.algorithms import ALGORITHMS, Algorithm, Changes, resolve
+from cispo.algorithms import ALGORITHMS, Algorithm
+from cispo.algorithms.choice import Changes, resolve
 from cispo.algorithms.advantages import ADVANTAGES, TokenRewards, generalised_advantages
 from cispo.algorithms.corrections import Correction, correction_factors
-from cispo.algorithms.filters import overlong_penalty
+from cispo.rollout.rollout import overlong_penalty
 from cispo.algorithms.losses import LossFn, cispo, clipped_surrogate, gspo, kl_estimate, policy_gradient, value_loss
 from cispo.algorithms.objective import Objective
 from cispo.packing import reduction_weights

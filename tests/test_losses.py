@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cispo.algorithms import ALGORITHMS, Algorithm, Changes, resolve
+from cispo.algorithms import ALGORITHMS, Algorithm
+from cispo.algorithms.choice import Changes, resolve
 from cispo.algorithms.corrections import Correction
 from cispo.algorithms.losses import (
     LossFn,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cispo.dropped_tokens import DroppedTokens, would_drop
+from cispo.algorithms.dropped_tokens import DroppedTokens, would_drop
 from cispo.metrics import (
     group_metrics,
     importance_metrics,

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cispo.algorithms.words import describe
+from cispo.algorithms.describe import describe
 from cispo.compare.command.plan import Arm, Plan, make_plan
-from cispo.assemble import algorithm_of, make_runtime, num_processes
+from cispo.algorithms.choice import algorithm_of
+from cispo.assemble import make_runtime, num_processes
 from cispo.output.checkpoint import CheckpointFolder
 from cispo.compare.command.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
 from cispo.compare.command.report import summary_lines, write_report

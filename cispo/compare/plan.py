@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cispo.assemble import algorithm_of
+from cispo.algorithms.choice import algorithm_of
 from cispo.recipe.schema import Recipe
 from cispo.recipe.load import load_recipe, need, parse_recipe
 from cispo.errors import UserError

@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
 
-from cispo.algorithms.filters import overlong_penalty
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import Attempts, RewardRunner, Score, Scores
 from cispo.types import Completion, Prompt, Sampling, Trajectory, TrajectoryGroup, Turn
@@ -101,3 +100,14 @@ def _group(
         for index, (completion, text, score) in enumerate(zip(completions, texts, scores, strict=True))
     ]
     return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))
+
+
+def overlong_penalty(length: int, *, max_tokens: int, buffer: int, penalty: float = 1.0) -> float:
+    """DAPO's soft punishment of long completions (arXiv 2503.14476, eq. 13), at most 0.
+
+    Nothing up to max_tokens - buffer tokens, then linear, -penalty from max_tokens on. A buffer of 0 is off.
+    """
+    if buffer == 0:
+        return 0.0
+    over = length - (max_tokens - buffer)
+    return -penalty * min(max(over / buffer, 0.0), 1.0)

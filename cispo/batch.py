@@ -99,3 +99,18 @@ def minibatches(samples: Sequence[Sample], count: int, *, seed: int) -> list[lis
     bounds = [round(i * len(trajectories) / count) for i in range(count + 1)]
     shares = [trajectories[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
     return [[sample for turns in share for sample in turns] for share in shares if share]
+
+
+def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
+    """Packs a batch for the recipe's learner ranks: [ranks][micro-batches].
+
+    The constant reduction divides by rollout.max_tokens in every length stage: a token weighs the same in all of them.
+    """
+    return pack(
+        samples,
+        reduction=reduction,
+        max_tokens=recipe.rollout.max_tokens,
+        tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
+        ranks=recipe.learner.ranks,
+        share_prompts=recipe.learner.share_prompts,
+    )

@@ -11,7 +11,11 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from cispo.assemble import prompts_of, renderer_of, rewards_of, running_workers, sampling_of
+from cispo.rollout.prompts import prompts_of
+from cispo.rollout.renderer import renderer_of
+from cispo.rollout.rewards import rewards_of
+from cispo.start import running_workers
+from cispo.rollout.rollout import sampling_of
 from cispo.output.checkpoint import CheckpointFolder, check_checkpoint, step_of
 from cispo.recipe.schema import Recipe
 from cispo.recipe.load import load_recipe, need
@@ -21,7 +25,8 @@ from cispo.policies.base import load_policy, save_policy
 from cispo.recipe.resume import check_same_run
 from cispo.rollout.renderer import load_tokenizer
 from cispo.rollout.rollout import roll_out
-from cispo.run import Run, chosen_policy, load_task
+from cispo.run import Run, load_task
+from cispo.start import chosen_policy
 from cispo.output.folder import create_run_folder, last_run_folder
 from cispo.output.screen import Screen
 from cispo.seeds import seed_of

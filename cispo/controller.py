@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cispo.algorithms import Algorithm
-from cispo.assemble import max_tokens_of, pack_for, updates_per_batch
+from cispo.rollout.curriculum import max_tokens_of
+from cispo.batch import pack_for
 from cispo.algorithms.choice import overlong_buffer_of
 from cispo.batch import informative, minibatches, with_advantages
 from cispo.buffer import Buffer
@@ -276,7 +277,7 @@ class Controller:
                 samples, keys.updates_per_batch, seed=seed_of(self.recipe.seed, "minibatches", step, epoch)
             )
         ]
-        each = updates_per_batch(self.recipe)
+        each = self.recipe.algorithm.steps_per_batch
         for number, share in enumerate(shares):
             if self.algorithm.critic:
                 lr = self._lr(position * each + number, self.recipe.critic.lr)
@@ -295,7 +296,7 @@ class Controller:
         steps = min(train.steps, train.max_prompts / self.recipe.rollout.prompts_per_step or math.inf)
         return learning_rate(
             number,
-            steps=round(steps * updates_per_batch(self.recipe)),
+            steps=round(steps * self.recipe.algorithm.steps_per_batch),
             peak=peak,
             warmup=keys.warmup_steps,
             schedule=keys.schedule,

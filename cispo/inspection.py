@@ -21,19 +21,14 @@ from torch import Tensor
 from cispo.algorithms import Algorithm
 from cispo.algorithms.describe import describe, warnings
 from cispo.algorithms.choice import algorithm_of
-from cispo.assemble import (
-    new_config,
-    pack_for,
-    policy_folder,
-    prompts_of,
-    renderer_of,
-    running_workers,
-    sampling_of,
-    updates_per_batch,
-)
+from cispo.start import new_config, policy_folder, running_workers
+from cispo.batch import pack_for
+from cispo.rollout.prompts import prompts_of
+from cispo.rollout.renderer import renderer_of
+from cispo.rollout.rollout import sampling_of
 from cispo.recipe.schema import Recipe
 from cispo.recipe.load import dump_yaml, load_recipe
-from cispo.curriculum import describe_curriculum
+from cispo.rollout.curriculum import describe_curriculum
 from cispo.runtime.placement import pick_device
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
@@ -77,7 +72,7 @@ def show(path: Path, overrides: Sequence[str]) -> None:
     console.print(dump_yaml(recipe), markup=False)
     console.print("[bold]algorithm[/]")
     console.print(_table(describe(algorithm)))
-    updates, stale = updates_per_batch(recipe), recipe.control.max_staleness
+    updates, stale = recipe.algorithm.steps_per_batch, recipe.control.max_staleness
     for sentence in warnings(algorithm, updates_per_batch=updates, max_staleness=stale):
         console.print(f"[yellow]warning:[/] {sentence}")
     rollout = recipe.rollout
@@ -132,7 +127,7 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
         (
             "batch",
             f"{rollout.prompts_per_step} prompts x {rollout.group_size} = {completions} completions of at most "
-            f"{rollout.max_tokens} tokens, {updates_per_batch(recipe)} update(s)",
+            f"{rollout.max_tokens} tokens, {recipe.algorithm.steps_per_batch} update(s)",
         ),
         ("sampling", _sampling(recipe)),
     ]

@@ -18,18 +18,13 @@ from rich.markup import escape
 
 from cispo.algorithms.describe import warnings
 from cispo.algorithms.choice import algorithm_of
-from cispo.assemble import (
-    check_same_shape,
-    demonstrations_of,
-    policy_folder,
-    prompt_source_of,
-    prompts_of,
-    renderer_of,
-    rewards_of,
-    running_workers,
-    sampling_of,
-    updates_per_batch,
-)
+from cispo.start import check_same_shape, policy_folder, running_workers
+from cispo.warmup import demonstrations_of
+from cispo.rollout.prompt_source import prompt_source_of
+from cispo.rollout.prompts import prompts_of
+from cispo.rollout.renderer import renderer_of
+from cispo.rollout.rewards import rewards_of
+from cispo.rollout.rollout import sampling_of
 from cispo.output.checkpoint import CheckpointFolder, check_checkpoint, step_of
 from cispo.output.checkpoint import CheckpointWriter
 from cispo.recipe.schema import Recipe
@@ -114,7 +109,7 @@ class Run:
         self.screen.print(f"[bold]{self.recipe.name}[/]: {self.algorithm.name}, run folder {self.folder}")
         if self.checkpoint is not None:
             self.screen.print(f"going on after step {self.step}")
-        updates, stale = updates_per_batch(self.recipe), self.recipe.control.max_staleness
+        updates, stale = self.recipe.algorithm.steps_per_batch, self.recipe.control.max_staleness
         for sentence in warnings(self.algorithm, updates_per_batch=updates, max_staleness=stale):
             self.screen.print(f"[yellow]warning:[/] {sentence}")
 
@@ -212,18 +207,3 @@ class Run:
             self.screen.print(f"checkpoint:     {saved}{better}")
 
 
-def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
-    """The folder of the policy that a command works with: a checkpoint, else the recipe's model."""
-    if checkpoint is None:
-        if recipe.policy.model is None:
-            raise UserError("the recipe starts from random weights: name a policy with --checkpoint DIR")
-        # A folder must hold a policy; anything else is taken for a hub id.
-        if Path(recipe.policy.model).exists():
-            check_checkpoint(recipe.policy.model)
-        folder = local_folder(recipe.policy.model)
-        weight_files(folder)
-        return str(folder)
-    folder = check_checkpoint(checkpoint)
-    weight_files(folder)
-    check_same_shape(recipe, folder)
-    return str(folder)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cispo.algorithms.losses import negative_log_likelihood
 from cispo.algorithms.objective import Objective
-from cispo.assemble import pack_for
+from cispo.batch import pack_for
 from cispo.recipe.schema import Recipe
 from cispo.learner.optim import learning_rate
 from cispo.learner.sft import demonstration_batches
@@ -40,3 +40,17 @@ async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], l
         screen.step(step, {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"})
     screen.done()
     await workers.reset_optimizer()
+
+
+def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe) -> list[Sample]:
+    """The demonstrations of the supervised warm-up."""
+    key = "sft.data"
+    rows = load_rows(data.source, data.split, data.args, data.limit, key)
+    samples = []
+    for index, (row, prompt) in enumerate(zip(rows, build_prompts(rows, data.prompt, key), strict=True)):
+        if not isinstance(row.get("completion"), str):
+            raise UserError(f"{key}: row {index} has no text in column 'completion' (it has {', '.join(row)})")
+        prompt_ids, completion_ids = renderer.render_demonstration(prompt.messages, row["completion"])
+        check_length(len(prompt_ids) + len(completion_ids) - 1, recipe, f"{key}: row {index}")
+        samples.append(demonstration(prompt_ids, completion_ids, index))
+    return samples

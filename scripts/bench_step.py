@@ -205,7 +205,9 @@ async def _steps(job: Job, pipe: Connection) -> None:
     from rich.console import Console
 
     from cispo.algorithms.choice import algorithm_of
-    from cispo.assemble import rewards_of, running_workers, sampling_of
+    from cispo.rollout.rewards import rewards_of
+    from cispo.start import running_workers
+    from cispo.rollout.rollout import sampling_of
     from cispo.output.checkpoint import CheckpointFolder
     from cispo.output.checkpoint import CheckpointWriter
     from cispo.controller import Controller

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from cispo.algorithms import ALGORITHMS
 from cispo.algorithms.choice import Changes, resolve
-from cispo.assemble import renderer_of, sampling_of
+from cispo.rollout.renderer import renderer_of
+from cispo.rollout.rollout import sampling_of
 from cispo.batch import informative
 from cispo.output.checkpoint import CheckpointFolder
 from cispo.output.checkpoint import CheckpointWriter

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cispo.assemble import transport_of
+from cispo.start import transport_of
 from cispo.recipe.schema import Recipe
 from cispo.recipe.load import load_recipe
 from cispo.runtime.placement import Placement, gpus_of, placement_of

@@ -29,7 +29,7 @@ from rich.console import Console
 from cispo.algorithms.describe import describe
 from cispo.compare.command.plan import Arm, Plan, make_plan
 from cispo.algorithms.choice import algorithm_of
-from cispo.assemble import make_runtime, num_processes
+from cispo.start import make_runtime, num_processes
 from cispo.output.checkpoint import CheckpointFolder
 from cispo.compare.command.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
 from cispo.compare.command.report import summary_lines, write_report

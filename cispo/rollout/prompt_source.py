@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cispo.curriculum import difficulty_weights, effective_number, enough
+from cispo.rollout.curriculum import difficulty_weights, effective_number, enough
 from cispo.seeds import seed_of
 from cispo.types import Prompt
 from cispo.errors import UserError
@@ -236,3 +236,14 @@ class PromptSource:
             text = json.dumps(prompt.messages, default=lambda value: type(value).__name__, skipkeys=True)
             digest.update(text.encode())
         return digest.hexdigest()
+
+
+def prompt_source_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptSource:
+    """The stream of the training prompts, in the order of the recipe's seed and curriculum."""
+    return PromptSource(
+        prompts,
+        seed_of(recipe.seed, "prompts"),
+        drop_above=recipe.curriculum.drop_above,
+        weighting=recipe.curriculum.weighting,
+        pass_size=recipe.rollout.prompts_per_step,
+    )

@@ -245,3 +245,19 @@ def _checked_messages(value: Any, where: str) -> tuple[Message, ...]:
 
 def _available(row: Row) -> str:
     return f"its columns are {', '.join(map(str, row)) or 'none'}"
+
+
+def prompts_of(data: Data, key: str, renderer: Renderer, recipe: Recipe) -> list[Prompt]:
+    """A section's prompts, every one of them short enough for the context."""
+    prompts = build_prompts(load_rows(data.source, data.split, data.args, data.limit, key), data.prompt, key)
+    for prompt in prompts:
+        check_length(len(renderer.render(prompt.messages)), recipe, f"{key}: prompt {prompt.id}")
+    return prompts
+
+
+def check_length(length: int, recipe: Recipe, name: str) -> None:
+    room = recipe.rollout.max_context - 1
+    if length > room:
+        raise UserError(
+            f"{name} has {length} tokens; rollout.max_context {recipe.rollout.max_context} leaves room for {room}"
+        )

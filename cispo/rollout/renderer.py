@@ -117,3 +117,9 @@ def _content(message: Message) -> str:
     if not isinstance(content, str):
         raise UserError(f"a message holds {type(content).__name__} where a tokenizer without chat template needs text")
     return content
+
+
+def renderer_of(recipe: Recipe) -> Renderer:
+    folder = recipe.policy.tokenizer or recipe.policy.model
+    assert folder is not None
+    return Renderer(load_tokenizer(folder))

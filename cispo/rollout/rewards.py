@@ -285,3 +285,13 @@ def _names(paths: Sequence[str]) -> tuple[str, ...]:
     short = [path.rpartition(":")[2] for path in paths]
     names = [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
     return tuple(f"{n}#{names[:i].count(n) + 1}" if names.count(n) > 1 else n for i, n in enumerate(names))
+
+
+def rewards_of(recipe: Recipe, prompts: Sequence[Prompt], activity: Activity | None = None) -> RewardRunner:
+    """The reward functions, imported and found to fit the columns of the prompts."""
+    assert recipe.reward is not None
+    terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in recipe.reward.functions]
+    keys = recipe.reward
+    runner = RewardRunner(terms, on_error=keys.on_error, timeout=keys.timeout, activity=activity or Activity())
+    runner.check(columns=prompts[0].columns)
+    return runner

@@ -111,3 +111,13 @@ def overlong_penalty(length: int, *, max_tokens: int, buffer: int, penalty: floa
         return 0.0
     over = length - (max_tokens - buffer)
     return -penalty * min(max(over / buffer, 0.0), 1.0)
+
+
+def sampling_of(recipe: Recipe, renderer: Renderer) -> Sampling:
+    rollout = recipe.rollout
+    return Sampling(
+        max_tokens=rollout.max_tokens,
+        eos_ids=renderer.eos_ids,
+        temperature=rollout.temperature,
+        repetition=RepetitionStop(**rollout.repetition.model_dump()),
+    )

@@ -18,7 +18,7 @@ from cispo.algorithms import ALGORITHMS, Algorithm, Reduction
 from cispo.algorithms.advantages import GROUP_RELATIVE
 from cispo.algorithms.presets import PRESETS
 from cispo.recipe.schema import Data, Recipe
-from cispo.curriculum import max_tokens_at
+from cispo.rollout.curriculum import max_tokens_at
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
 from cispo.user_code import load_object
@@ -46,83 +46,24 @@ _MAX_SEQUENCES = 512
 
 
 
-def updates_per_batch(recipe: Recipe) -> int:
-    """Optimizer steps on one batch of rollouts, all epochs together."""
-    return recipe.algorithm.updates_per_batch * recipe.algorithm.epochs
-
-
-def max_tokens_of(recipe: Recipe, step: int) -> int:
-    """Most tokens of a completion that is sampled for a training step (the first is 1)."""
-    return max_tokens_at(step, stages=recipe.curriculum.length_stages, max_tokens=recipe.rollout.max_tokens)
 
 
 
 
-def renderer_of(recipe: Recipe) -> Renderer:
-    folder = recipe.policy.tokenizer or recipe.policy.model
-    assert folder is not None
-    return Renderer(load_tokenizer(folder))
 
 
-def sampling_of(recipe: Recipe, renderer: Renderer) -> Sampling:
-    rollout = recipe.rollout
-    return Sampling(
-        max_tokens=rollout.max_tokens,
-        eos_ids=renderer.eos_ids,
-        temperature=rollout.temperature,
-        repetition=RepetitionStop(**rollout.repetition.model_dump()),
-    )
 
 
-def rewards_of(recipe: Recipe, prompts: Sequence[Prompt], activity: Activity | None = None) -> RewardRunner:
-    """The reward functions, imported and found to fit the columns of the prompts."""
-    assert recipe.reward is not None
-    terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in recipe.reward.functions]
-    keys = recipe.reward
-    runner = RewardRunner(terms, on_error=keys.on_error, timeout=keys.timeout, activity=activity or Activity())
-    runner.check(columns=prompts[0].columns)
-    return runner
 
 
-def prompts_of(data: Data, key: str, renderer: Renderer, recipe: Recipe) -> list[Prompt]:
-    """A section's prompts, every one of them short enough for the context."""
-    prompts = build_prompts(load_rows(data.source, data.split, data.args, data.limit, key), data.prompt, key)
-    for prompt in prompts:
-        _check_length(len(renderer.render(prompt.messages)), recipe, f"{key}: prompt {prompt.id}")
-    return prompts
 
 
-def prompt_source_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptSource:
-    """The stream of the training prompts, in the order of the recipe's seed and curriculum."""
-    return PromptSource(
-        prompts,
-        seed_of(recipe.seed, "prompts"),
-        drop_above=recipe.curriculum.drop_above,
-        weighting=recipe.curriculum.weighting,
-        pass_size=recipe.rollout.prompts_per_step,
-    )
 
 
-def _check_length(length: int, recipe: Recipe, what: str) -> None:
-    room = recipe.rollout.max_context - 1
-    if length > room:
-        raise UserError(
-            f"{what} has {length} tokens; rollout.max_context {recipe.rollout.max_context} leaves room for {room}"
-        )
 
 
-def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe) -> list[Sample]:
-    """The demonstrations of the supervised warm-up."""
-    key = "sft.data"
-    rows = load_rows(data.source, data.split, data.args, data.limit, key)
-    samples = []
-    for index, (row, prompt) in enumerate(zip(rows, build_prompts(rows, data.prompt, key), strict=True)):
-        if not isinstance(row.get("completion"), str):
-            raise UserError(f"{key}: row {index} has no text in column 'completion' (it has {', '.join(row)})")
-        prompt_ids, completion_ids = renderer.render_demonstration(prompt.messages, row["completion"])
-        _check_length(len(prompt_ids) + len(completion_ids) - 1, recipe, f"{key}: row {index}")
-        samples.append(demonstration(prompt_ids, completion_ids, index))
-    return samples
+
+
 
 
 def new_config(recipe: Recipe, renderer: Renderer) -> dict[str, Any]:
@@ -156,19 +97,6 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
             )
 
 
-def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
-    """Packs a batch for the recipe's learner ranks: [ranks][micro-batches].
-
-    The constant reduction divides by rollout.max_tokens in every length stage: a token weighs the same in all of them.
-    """
-    return pack(
-        samples,
-        reduction=reduction,
-        max_tokens=recipe.rollout.max_tokens,
-        tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
-        ranks=recipe.learner.ranks,
-        share_prompts=recipe.learner.share_prompts,
-    )
 
 
 def num_processes(recipe: Recipe, *, learners: bool = True, critic: bool = False, engines: bool = True) -> int:
@@ -301,3 +229,20 @@ async def running_workers(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
+    """The folder of the policy that a command works with: a checkpoint, else the recipe's model."""
+    if checkpoint is None:
+        if recipe.policy.model is None:
+            raise UserError("the recipe starts from random weights: name a policy with --checkpoint DIR")
+        # A folder must hold a policy; anything else is taken for a hub id.
+        if Path(recipe.policy.model).exists():
+            check_checkpoint(recipe.policy.model)
+        folder = local_folder(recipe.policy.model)
+        weight_files(folder)
+        return str(folder)
+    folder = check_checkpoint(checkpoint)
+    weight_files(folder)
+    check_same_shape(recipe, folder)
+    return str(folder)

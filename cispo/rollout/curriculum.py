@@ -68,3 +68,8 @@ def describe_curriculum(keys: Curriculum, *, group_size: int, max_tokens: int) -
         stages = ", ".join(f"{tokens} tokens from step {start}" for start, tokens in keys.length_stages)
         rows.append(("longest completion", f"{stages}; in evaluations {max_tokens}"))
     return rows
+
+
+def max_tokens_of(recipe: Recipe, step: int) -> int:
+    """Most tokens of a completion that is sampled for a training step (the first is 1)."""
+    return max_tokens_at(step, stages=recipe.curriculum.length_stages, max_tokens=recipe.rollout.max_tokens)

@@ -31,7 +31,7 @@ from cispo.files import read_json
 from cispo.runtime.interrupts import Interrupts
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
-from cispo.packing import to_samples, unpack
+from cispo.batch import to_samples, unpack
 from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
@@ -39,7 +39,7 @@ from cispo.rollout.rollout import Rollouts, roll_out
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
 from cispo.seeds import seed_of
-from cispo.step_metrics import Updates, sampling_metrics, update_metrics
+from cispo.metrics import Updates, sampling_metrics, update_metrics
 from cispo.errors import Diverged
 from cispo.types import Prompt, Sample, Sampling, TrajectoryGroup
 from cispo.workers import Workers

@@ -32,7 +32,7 @@ from cispo.rollout.curriculum import describe_curriculum
 from cispo.runtime.placement import pick_device
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
-from cispo.packing import to_samples
+from cispo.batch import to_samples
 from cispo.runtime.placement import gpus_of
 from cispo.policies.base import count_parameters
 from cispo.seeds import seed_of

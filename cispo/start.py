@@ -22,7 +22,7 @@ from cispo.rollout.curriculum import max_tokens_at
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
 from cispo.user_code import load_object
-from cispo.packing import demonstration, pack
+from cispo.batch import demonstration, pack
 from cispo.runtime.placement import Placement, placement_of
 from cispo.policies.base import init_policy, local_folder, save_policy
 from cispo.engines.serving import make_engine

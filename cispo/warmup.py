@@ -10,7 +10,6 @@ from cispo.algorithms.objective import Objective
 from cispo.batch import pack_for
 from cispo.recipe.schema import Recipe
 from cispo.learner.optim import learning_rate
-from cispo.learner.sft import demonstration_batches
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
 from cispo.seeds import seed_of
@@ -54,3 +53,17 @@ def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe) -> list[Sa
         check_length(len(prompt_ids) + len(completion_ids) - 1, recipe, f"{key}: row {index}")
         samples.append(demonstration(prompt_ids, completion_ids, index))
     return samples
+
+
+def demonstration_batches(samples: Sequence[Sample], *, batch_size: int, seed: int) -> Iterator[list[Sample]]:
+    """Batches without end: every demonstration once an epoch, in an order that only the seed decides."""
+    epoch = 0
+    queue: list[Sample] = []
+    while True:
+        while len(queue) < batch_size:
+            order = list(samples)
+            random.Random(f"{seed}/{epoch}").shuffle(order)
+            queue += order
+            epoch += 1
+        yield queue[:batch_size]
+        del queue[:batch_size]

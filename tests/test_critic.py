@@ -11,7 +11,7 @@ import torch
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.learner.critic import Critic
-from cispo.packing import pack, unpack
+from cispo.batch import pack, unpack
 from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.types import Sample
 from cispo.weights.publish import publish_weights

@@ -18,8 +18,8 @@ from cispo.algorithms.objective import Objective
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.optim import Optimizer, learning_rate
-from cispo.learner.sft import demonstration_batches
-from cispo.packing import demonstration, pack, unpack
+from cispo.warmup import demonstration_batches
+from cispo.batch import demonstration, pack, unpack
 from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.types import Sample
 from cispo.errors import UserError

@@ -23,7 +23,7 @@ from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.loss import micro_batch_loss
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import to_device
-from cispo.packing import pack
+from cispo.batch import pack
 from cispo.policies.attention import Documents, causal_attention
 from cispo.policies.base import init_policy, save_policy
 from cispo.policies.layers import RMSNorm

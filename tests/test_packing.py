@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cispo.algorithms import Reduction
-from cispo.packing import demonstration, pack, reduction_weights, to_samples, unpack
+from cispo.batch import demonstration, pack, reduction_weights, to_samples, unpack
 from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
 
 

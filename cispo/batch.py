@@ -6,6 +6,7 @@ groups, samples (with what passes of learner, reference and critic attached) -> 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -13,10 +14,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from cispo.algorithms import Algorithm
+from cispo.algorithms import Algorithm, Reduction
 from cispo.algorithms.advantages import TokenRewards, generalised_advantages, is_constant
 from cispo.algorithms.losses import kl_estimate
-from cispo.types import Sample, Trajectory, TrajectoryGroup
+from cispo.recipe.schema import Recipe
+from cispo.types import MicroBatch, Sample, Trajectory, TrajectoryGroup, Turn
 
 
 def informative(group: TrajectoryGroup) -> bool:

@@ -35,9 +35,9 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe: supervised warm-up if it has one, then reinforcement learning."""
-    from cispo import commands
+    from cispo.commands.train import train
 
-    _run(commands.train, recipe, overrides or [], resume=resume)
+    _run(train, recipe, overrides or [], resume=resume)
 
 
 @app.command()
@@ -64,10 +64,10 @@ def compare(
     ] = None,
 ) -> None:
     """Run algorithms side by side on one task, several seeds each, and report what differs with intervals."""
-    from cispo.compare.command import command as compare
+    from cispo.compare.command import compare
 
     _run(
-        compare.compare,
+        compare,
         items,
         algorithms=algorithms,
         seeds=seeds,
@@ -84,17 +84,17 @@ def compare(
 @app.command()
 def sft(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run only the supervised warm-up of a recipe and save the policy."""
-    from cispo import commands
+    from cispo.commands.train import sft
 
-    _run(commands.sft, recipe, overrides or [])
+    _run(sft, recipe, overrides or [])
 
 
 @app.command()
 def evaluate(recipe: RecipeArgument, overrides: Overrides = None, checkpoint: Checkpoint = None) -> None:
     """Measure sampling accuracy on the held-out prompts."""
-    from cispo import commands
+    from cispo.commands.evaluate import evaluate_checkpoint
 
-    _run(commands.evaluate_checkpoint, recipe, overrides or [], checkpoint)
+    _run(evaluate_checkpoint, recipe, overrides or [], checkpoint)
 
 
 @app.command()
@@ -109,19 +109,17 @@ def generate(
     ] = None,
 ) -> None:
     """Sample completions of one prompt, with log-probabilities and rewards."""
-    from cispo import commands
+    from cispo.commands.evaluate import generate
 
-    _run(
-        commands.generate, recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or []
-    )
+    _run(generate, recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or [])
 
 
 @app.command()
 def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print the resolved recipe, the algorithm in words, and the process and memory plan."""
-    from cispo import inspection
+    from cispo.commands.show import show
 
-    _run(inspection.show, recipe, overrides or [])
+    _run(show, recipe, overrides or [])
 
 
 @app.command()
@@ -131,9 +129,9 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
     """Write a checkpoint as a Hugging Face model folder."""
-    from cispo import commands
+    from cispo.commands.evaluate import export
 
-    _run(commands.export, checkpoint, to, dtype)
+    _run(export, checkpoint, to, dtype)
 
 
 @app.command()
@@ -143,9 +141,9 @@ def doctor(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Check versions, devices, the lightning op against its reference, and sampler/learner parity of a recipe."""
-    from cispo import inspection
+    from cispo.commands.doctor import doctor
 
-    _run(inspection.doctor, recipe, overrides or [], checkpoint)
+    _run(doctor, recipe, overrides or [], checkpoint)
 
 
 def _run(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:

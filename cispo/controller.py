@@ -17,30 +17,27 @@ from pathlib import Path
 from typing import Any
 
 from cispo.algorithms import Algorithm
-from cispo.rollout.curriculum import max_tokens_of
-from cispo.batch import pack_for
 from cispo.algorithms.choice import overlong_buffer_of
-from cispo.batch import informative, minibatches, with_advantages
-from cispo.buffer import Buffer
-from cispo.files import load_tensors
-from cispo.output.checkpoint import CheckpointWriter
-from cispo.recipe.schema import Recipe
 from cispo.algorithms.dropped_tokens import DroppedTokens
+from cispo.batch import informative, minibatches, pack_for, to_samples, unpack, with_advantages
+from cispo.buffer import Buffer
+from cispo.errors import Diverged
 from cispo.evaluate import evaluate, num_right
-from cispo.files import read_json
-from cispo.runtime.interrupts import Interrupts
+from cispo.files import load_tensors, read_json
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
-from cispo.batch import to_samples, unpack
+from cispo.metrics import Updates, sampling_metrics, update_metrics
+from cispo.output.checkpoint import CheckpointWriter
+from cispo.output.folder import RunLog
+from cispo.output.screen import Screen
+from cispo.recipe.schema import Recipe
+from cispo.rollout.curriculum import max_tokens_of
 from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, roll_out
-from cispo.output.folder import RunLog
-from cispo.output.screen import Screen
+from cispo.runtime.interrupts import Interrupts
 from cispo.seeds import seed_of
-from cispo.metrics import Updates, sampling_metrics, update_metrics
-from cispo.errors import Diverged
 from cispo.types import Prompt, Sample, Sampling, TrajectoryGroup
 from cispo.workers import Workers
 

@@ -11,9 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cispo.types import FinishReason, Trajectory, TrajectoryGroup
+import torch
+
+from cispo.algorithms.dropped_tokens import would_drop
+from cispo.learner.critic import CriticResult
+from cispo.learner.learner import UpdateResult
+from cispo.rollout.rewards import RewardRunner
+from cispo.rollout.rollout import Rollouts
+from cispo.types import FinishReason, Sample, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
     from torch import Tensor

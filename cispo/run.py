@@ -16,32 +16,28 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from cispo.algorithms.describe import warnings
 from cispo.algorithms.choice import algorithm_of
-from cispo.start import check_same_shape, policy_folder, running_workers
-from cispo.warmup import demonstrations_of
-from cispo.rollout.prompt_source import prompt_source_of
-from cispo.rollout.prompts import prompts_of
-from cispo.rollout.renderer import renderer_of
-from cispo.rollout.rewards import rewards_of
-from cispo.rollout.rollout import sampling_of
-from cispo.output.checkpoint import CheckpointFolder, check_checkpoint, step_of
-from cispo.output.checkpoint import CheckpointWriter
-from cispo.recipe.schema import Recipe
-from cispo.recipe.load import dump_yaml
+from cispo.algorithms.describe import warnings
 from cispo.controller import Controller
+from cispo.errors import Diverged, RunError
 from cispo.files import disk_errors, write_text
-from cispo.runtime.interrupts import Interrupts
-from cispo.policies.base import local_folder, weight_files
-from cispo.output.summary import learning_curve, summary
-from cispo.rollout.renderer import Renderer
+from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter, step_of
 from cispo.output.folder import RunLog, only_user_of
 from cispo.output.screen import Screen
+from cispo.output.summary import learning_curve, summary
+from cispo.recipe.load import dump_yaml
+from cispo.recipe.schema import Recipe
+from cispo.rollout.prompt_source import prompt_source_of
+from cispo.rollout.prompts import prompts_of
+from cispo.rollout.renderer import Renderer, renderer_of
+from cispo.rollout.rewards import rewards_of
+from cispo.rollout.rollout import sampling_of
+from cispo.runtime.interrupts import Interrupts
 from cispo.runtime.ship_code import check_output_dir
-from cispo.errors import Diverged, RunError, UserError
-from cispo.types import Prompt, Sample
-from cispo.warmup import warm_up
 from cispo.runtime.watchdog import Activity, guarded
+from cispo.start import chosen_policy, policy_folder, running_workers
+from cispo.types import Prompt, Sample
+from cispo.warmup import demonstrations_of, warm_up
 from cispo.workers import Workers
 
 
@@ -205,5 +201,3 @@ class Run:
         if saved is not None:
             better = f" (best: {best.name})" if best is not None and best != saved else ""
             self.screen.print(f"checkpoint:     {saved}{better}")
-
-

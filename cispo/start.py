@@ -4,66 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cispo.runtime.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat
-from cispo.algorithms.choice import ADVANTAGE_KEYS, LOSS_KEYS, Changes, resolve
-from cispo.algorithms import ALGORITHMS, Algorithm, Reduction
-from cispo.algorithms.advantages import GROUP_RELATIVE
-from cispo.algorithms.presets import PRESETS
-from cispo.recipe.schema import Data, Recipe
-from cispo.rollout.curriculum import max_tokens_at
+from cispo.engines.serving import make_engine
+from cispo.errors import UserError
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
-from cispo.user_code import load_object
-from cispo.batch import demonstration, pack
+from cispo.output.checkpoint import check_checkpoint
+from cispo.policies.base import init_policy, local_folder, save_policy, weight_files
+from cispo.recipe.schema import Recipe
+from cispo.rollout.renderer import Renderer
+from cispo.runtime.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat
 from cispo.runtime.placement import Placement, placement_of
-from cispo.policies.base import init_policy, local_folder, save_policy
-from cispo.engines.serving import make_engine
-from cispo.rollout.prompt_source import PromptSource
-from cispo.rollout.prompts import build_prompts, load_rows
-from cispo.rollout.renderer import Renderer, load_tokenizer
-from cispo.rollout.rewards import RewardFunction, RewardRunner
-from cispo.seeds import seed_of
-from cispo.types import MicroBatch, Prompt, RepetitionStop, Sample, Sampling
-from cispo.errors import UserError
 from cispo.runtime.watchdog import Activity
+from cispo.seeds import seed_of
 from cispo.weights.buckets import Transport
 from cispo.weights.publish import shared_weights_folder, weights_folder
 from cispo.workers import Workers
 
 # More sequences than this at once gain nothing on one engine and cost cache memory.
 _MAX_SEQUENCES = 512
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def new_config(recipe: Recipe, renderer: Renderer) -> dict[str, Any]:
@@ -95,8 +60,6 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
             raise UserError(
                 f"checkpoint {checkpoint} is of another model: its {key} is {stored[key]!r}, the recipe's is {wanted!r}"
             )
-
-
 
 
 def num_processes(recipe: Recipe, *, learners: bool = True, critic: bool = False, engines: bool = True) -> int:

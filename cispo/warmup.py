@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cispo.algorithms.losses import negative_log_likelihood
 from cispo.algorithms.objective import Objective
-from cispo.batch import pack_for
-from cispo.recipe.schema import Recipe
+from cispo.batch import demonstration, pack_for
+from cispo.errors import UserError
 from cispo.learner.optim import learning_rate
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
+from cispo.recipe.schema import Data, Recipe
+from cispo.rollout.prompts import build_prompts, check_length, load_rows
+from cispo.rollout.renderer import Renderer
 from cispo.seeds import seed_of
 from cispo.types import Sample
-from cispo.errors import UserError
 from cispo.workers import Workers
 
 _SFT = Objective(loss=negative_log_likelihood)

@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from cispo.runtime.actors import Handle
 from cispo.algorithms.objective import Objective
+from cispo.errors import Diverged, ProcessDied, RunError, UserError
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
+from cispo.runtime.actors import Handle
+from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
 from cispo.types import Completion, MicroBatch, OnUpdate, Sampling
-from cispo.errors import Diverged, ProcessDied, RunError, UserError
-from cispo.runtime.watchdog import Activity
 from cispo.weights.buckets import Transport, merged
 
 Columns = Sequence[Sequence[MicroBatch]]

@@ -1,4 +1,4 @@
-"""Rewards for programs: the completion's code runs in a sandbox (`cispo.sandbox.run`) against the tests of its dataset row.
+"""Rewards for programs: the completion's code runs in a sandbox (`cispo.sandbox`) against the tests of its dataset row.
 
     passes_io        column tests       each test is an input and the output that a program prints for it
     passes_asserts   column test_code   assert statements, or test functions, that call what the code defines

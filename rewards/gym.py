@@ -14,8 +14,8 @@ from typing import Any
 
 import reasoning_gym
 
-from cispo.rollout.prompts import load_rows
 from cispo.errors import UserError
+from cispo.rollout.prompts import load_rows
 
 
 def score(

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from cispo.rollout.prompts import in_split
 from cispo.errors import UserError
+from cispo.rollout.prompts import in_split
 
 
 def problems(size: int, seed: int, count: int = 4, split: str = "train") -> Iterator[dict[str, str]]:

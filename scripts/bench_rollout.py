@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from cispo.runtime.actors import RayRuntime, Seat
-from cispo.recipe.load import load_recipe
-from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.engines.serving import make_engine
-from cispo.types import RepetitionStop, Sampling
+from cispo.policies.base import Policy, init_policy, save_policy
+from cispo.recipe.load import load_recipe
+from cispo.runtime.actors import RayRuntime, Seat
 from cispo.runtime.watchdog import Activity
+from cispo.types import RepetitionStop, Sampling
 
 PROMPT = 48
 RECIPE = Path(__file__).parents[1] / "recipes" / "lightning_30m.yaml"

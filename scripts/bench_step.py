@@ -205,18 +205,17 @@ async def _steps(job: Job, pipe: Connection) -> None:
     from rich.console import Console
 
     from cispo.algorithms.choice import algorithm_of
-    from cispo.rollout.rewards import rewards_of
-    from cispo.start import running_workers
-    from cispo.rollout.rollout import sampling_of
-    from cispo.output.checkpoint import CheckpointFolder
-    from cispo.output.checkpoint import CheckpointWriter
     from cispo.controller import Controller
-    from cispo.runtime.interrupts import Interrupts
-    from cispo.rollout.prompt_source import PromptSource
-    from cispo.run import load_task
+    from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter
     from cispo.output.folder import RunLog
     from cispo.output.screen import Screen
+    from cispo.rollout.prompt_source import PromptSource
+    from cispo.rollout.rewards import rewards_of
+    from cispo.rollout.rollout import sampling_of
+    from cispo.run import load_task
+    from cispo.runtime.interrupts import Interrupts
     from cispo.runtime.watchdog import Activity
+    from cispo.start import running_workers
 
     recipe = recipe_of(job)
     task = load_task(recipe)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cispo.algorithms import ALGORITHMS, Algorithm
-from cispo.algorithms.choice import Changes, resolve
 from cispo.algorithms.advantages import (
     ADVANTAGES,
     GROUP_RELATIVE,
@@ -21,10 +20,11 @@ from cispo.algorithms.advantages import (
     leave_one_out,
     reward_to_go,
 )
-from cispo.rollout.rollout import overlong_penalty
-from cispo.algorithms.presets import PRESETS
+from cispo.algorithms.choice import Changes, resolve
 from cispo.algorithms.describe import describe, warnings
+from cispo.algorithms.presets import PRESETS
 from cispo.errors import UserError
+from cispo.rollout.rollout import overlong_penalty
 
 
 def outcomes(*values: float, length: int = 2) -> list[TokenRewards]:

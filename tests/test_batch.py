@@ -9,8 +9,7 @@ import torch
 
 from cispo.algorithms import ALGORITHMS
 from cispo.algorithms.choice import Changes, resolve
-from cispo.batch import informative, minibatches, token_rewards, with_advantages
-from cispo.batch import to_samples
+from cispo.batch import informative, minibatches, to_samples, token_rewards, with_advantages
 from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
 
 

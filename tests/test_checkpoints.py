@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cispo.errors import UserError
 from cispo.policies.base import Policy, init_policy, load_policy, save_policy
 from cispo.policies.lightning import LightningAttention, LightningPolicy, Place, disk_names, place_of
 from cispo.policies.lightning_config import parse_config
-from cispo.errors import UserError
 from tests.tiny_policies import (
     DENSE,
     EVERY_KIND,

@@ -20,10 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
-from cispo.runtime import ray_address, ship_code as shipping
+from cispo.errors import RunError, UserError
+from cispo.runtime import ray_address
+from cispo.runtime import ship_code as shipping
 from cispo.runtime.actors import RayRuntime, Seat
 from cispo.runtime.network import free_port, host_and_port, open_store
-from cispo.errors import RunError, UserError
 from cispo.runtime.watchdog import Activity
 from tests.test_end_to_end import QUICKSTART, ROOT, VARIED, metrics
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cispo.compare.command.plan import Plan, make_plan
+from cispo.compare.plan import Plan, make_plan
 from cispo.errors import UserError
 from tests.test_end_to_end import QUICKSTART, ROOT, SMALL, VARIED
 

@@ -9,8 +9,16 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from cispo.compare.command.comparison import ArmResult, Comparison, RunResult, assert_equal, collapse, results, summarise
-from cispo.compare.command.statistics import (
+from cispo.compare.comparison import (
+    ArmResult,
+    Comparison,
+    RunResult,
+    assert_equal,
+    collapse,
+    results,
+    summarise,
+)
+from cispo.compare.statistics import (
     BOOTSTRAP_COVERAGE,
     Verdict,
     average,

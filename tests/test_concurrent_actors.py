@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cispo.runtime.actors import Handle, LocalRuntime, Runtime
 from cispo.errors import RunError, UserError
+from cispo.runtime.actors import Handle, LocalRuntime, Runtime
 
 ROOT = Path(__file__).parents[1]
 

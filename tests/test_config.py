@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cispo.recipe.schema import Recipe
-from cispo.recipe.load import dump_yaml, json_schema, known_keys, load_recipe
 from cispo.errors import UserError
+from cispo.recipe.load import dump_yaml, json_schema, known_keys, load_recipe
+from cispo.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

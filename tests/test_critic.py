@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cispo.batch import pack, unpack
+from cispo.learner.critic import Critic
+from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
-from cispo.learner.critic import Critic
-from cispo.batch import pack, unpack
-from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.types import Sample
 from cispo.weights.publish import publish_weights
 from tests.test_learner import DENSE, TINY, samples

@@ -12,12 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cispo.algorithms import ALGORITHMS
-from cispo.rollout.rollout import overlong_penalty
-from cispo.rollout.curriculum import max_tokens_of
 from cispo.algorithms.choice import overlong_buffer_of
-from cispo.recipe.schema import Curriculum, Recipe
 from cispo.recipe.load import parse_recipe
-from cispo.rollout.curriculum import describe_curriculum, difficulty_weights, effective_number, enough, max_tokens_at
+from cispo.recipe.schema import Curriculum, Recipe
+from cispo.rollout.curriculum import (
+    describe_curriculum,
+    difficulty_weights,
+    effective_number,
+    enough,
+    max_tokens_at,
+    max_tokens_of,
+)
+from cispo.rollout.rollout import overlong_penalty
 from tests.test_end_to_end import QUICKSTART, SMALL, VARIED, cispo, metrics
 
 

@@ -13,21 +13,19 @@ from rich.console import Console
 
 from cispo.algorithms import ALGORITHMS
 from cispo.algorithms.choice import Changes, resolve
-from cispo.rollout.renderer import renderer_of
-from cispo.rollout.rollout import sampling_of
 from cispo.batch import informative
-from cispo.output.checkpoint import CheckpointFolder
-from cispo.output.checkpoint import CheckpointWriter
-from cispo.recipe.schema import Recipe
-from cispo.recipe.load import parse_recipe
 from cispo.controller import Controller
-from cispo.runtime.interrupts import Interrupts
-from cispo.rollout.prompt_source import PromptSource
-from cispo.rollout.prompts import build_prompts
-from cispo.rollout.rewards import RewardFunction, RewardRunner
-from cispo.rollout.rollout import Rollouts
+from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
+from cispo.recipe.load import parse_recipe
+from cispo.recipe.schema import Recipe
+from cispo.rollout.prompt_source import PromptSource
+from cispo.rollout.prompts import build_prompts
+from cispo.rollout.renderer import renderer_of
+from cispo.rollout.rewards import RewardFunction, RewardRunner
+from cispo.rollout.rollout import Rollouts, sampling_of
+from cispo.runtime.interrupts import Interrupts
 from cispo.types import Completion, FinishReason
 from cispo.workers import Workers
 

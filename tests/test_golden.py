@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from cispo.algorithms import ALGORITHMS, Algorithm
-from cispo.algorithms.choice import Changes, resolve
 from cispo.algorithms.advantages import ADVANTAGES, TokenRewards, generalised_advantages
+from cispo.algorithms.choice import Changes, resolve
 from cispo.algorithms.corrections import Correction, correction_factors
-from cispo.rollout.rollout import overlong_penalty
 from cispo.algorithms.losses import LossFn, cispo, clipped_surrogate, gspo, kl_estimate, policy_gradient, value_loss
 from cispo.algorithms.objective import Objective
 from cispo.batch import reduction_weights
+from cispo.rollout.rollout import overlong_penalty
 from cispo.types import LossInputs, Sample
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from cispo.algorithms.losses import cispo, clipped_surrogate, negative_log_likelihood
 from cispo.algorithms.objective import Objective
-from cispo.recipe.schema import Learner as LearnerConfig
+from cispo.batch import demonstration, pack, unpack
+from cispo.errors import UserError
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.optim import Optimizer, learning_rate
-from cispo.warmup import demonstration_batches
-from cispo.batch import demonstration, pack, unpack
 from cispo.policies.base import init_policy, load_policy, save_policy
+from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import Sample
-from cispo.errors import UserError
+from cispo.warmup import demonstration_batches
 
 TINY = {
     "model_type": "minimax",

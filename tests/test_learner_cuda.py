@@ -18,16 +18,16 @@ from torch import Tensor
 
 from cispo.algorithms.losses import LossOutput, cispo, clipped_surrogate, gspo
 from cispo.algorithms.objective import Objective
-from cispo.recipe.schema import Learner as LearnerConfig
+from cispo.batch import pack
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.loss import micro_batch_loss
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import to_device
-from cispo.batch import pack
 from cispo.policies.attention import Documents, causal_attention
 from cispo.policies.base import init_policy, save_policy
 from cispo.policies.layers import RMSNorm
 from cispo.policies.moe import MoE
+from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import LossInputs, MicroBatch, Sample
 from tests.tiny_policies import bounds
 

@@ -25,8 +25,8 @@ from cispo.algorithms.losses import (
     value_loss,
 )
 from cispo.algorithms.objective import Objective
-from cispo.types import LossInputs
 from cispo.errors import UserError
+from cispo.types import LossInputs
 
 INF = float("inf")
 

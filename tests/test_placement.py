@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from cispo.start import transport_of
-from cispo.recipe.schema import Recipe
-from cispo.recipe.load import load_recipe
-from cispo.runtime.placement import Placement, gpus_of, placement_of
 from cispo.errors import UserError
+from cispo.recipe.load import load_recipe
+from cispo.recipe.schema import Recipe
+from cispo.runtime.placement import Placement, gpus_of, placement_of
+from cispo.start import transport_of
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 

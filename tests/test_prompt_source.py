@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
+from cispo.errors import UserError
 from cispo.rollout.prompt_source import PromptSource, Weighting
 from cispo.seeds import seed_of
 from cispo.types import Prompt
-from cispo.errors import UserError
 
 GROUP = 4
 

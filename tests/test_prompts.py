@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cispo.user_code import is_hub_id, load_object
-from cispo.rollout.prompts import build_prompts, load_rows
 from cispo.errors import UserError
+from cispo.rollout.prompts import build_prompts, load_rows
+from cispo.user_code import is_hub_id, load_object
 
 USER_CODE = """
 def rows(size, split="train"):

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.errors import UserError
+from cispo.rollout.renderer import Renderer, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CHARS = ROOT / "recipes" / "tokenizers" / "chars"

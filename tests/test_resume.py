@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cispo.output.checkpoint import CheckpointFolder, step_of
-from cispo.commands import train
+from cispo.commands.train import train
 from cispo.errors import RunError, UserError
+from cispo.output.checkpoint import CheckpointFolder, step_of
 from tests.test_end_to_end import QUICKSTART, ROOT, SMALL, VARIED, cispo, metrics
 
 SCRIPT = ROOT / "scripts" / "inject_faults.py"

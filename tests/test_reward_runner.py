@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from cispo.errors import UserError
 from cispo.rollout.rewards import Attempts, RewardFunction, RewardRunner, Score
 from cispo.types import Prompt
-from cispo.errors import UserError
 
 USER_CODE = r"""
 import asyncio, os, random, re, signal, subprocess, sys, time

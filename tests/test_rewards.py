@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cispo.rollout.prompts import in_split, load_rows
 from cispo.errors import UserError
+from cispo.rollout.prompts import in_split, load_rows
 from rewards import gym, sorting, steps
 from rewards.exact import exact_match
 from rewards.format import boxed, boxed_exact, extract_boxed, think_format

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from cispo.sandbox.run import seccomp
-from cispo.sandbox.run import Mechanism, SandboxResult, _interpreter, available_mechanisms, run_python
 from cispo.errors import RunError
+from cispo.sandbox import seccomp
+from cispo.sandbox.run import Mechanism, SandboxResult, _interpreter, available_mechanisms, run_python
 
 pytestmark = pytest.mark.usefixtures("no_other_sandboxes")
 
@@ -34,7 +34,7 @@ def ours() -> set[int]:
             command = (folder / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"cispo.sandbox.run.launcher" in command or b"_sitebuiltins" in command:
+        if b"cispo.sandbox.launcher" in command or b"_sitebuiltins" in command:
             found.add(int(folder.name))
     return found
 
@@ -398,8 +398,8 @@ def test_a_launcher_that_is_killed_takes_its_program_along(mechanism: Mechanism)
 
 WITHOUT = """
 import ctypes, struct, sys
-from cispo.confinement import seccomp
-from cispo.sandbox.run.kernel import AARCH64, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, call
+from cispo.sandbox import seccomp
+from cispo.sandbox.kernel import AARCH64, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, call
 step = seccomp._step
 code = step(0x20, 0)
 for number in {numbers}:

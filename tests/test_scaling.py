@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cispo.compare.command.comparison import ArmResult, RunResult
-from cispo.compare.command.scaling import Parameters, fit_arm, scaling_curve
+from cispo.compare.comparison import ArmResult, RunResult
+from cispo.compare.scaling import Parameters, fit_arm, scaling_curve
 
 TRUE = Parameters(ceiling=0.61, steepness=1.92, midpoint=2542.0)
 COMPUTE = np.array([0, 300, 800, 1500, 2542, 4000, 6000, 9000, 14000, 20000, 40000], dtype=float)

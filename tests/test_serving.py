@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from cispo.engines.drafts import Draft
 from cispo.engines.serving import OnUpdate, ServedEngine
 from cispo.engines.torch_engine import TorchEngine
-from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.errors import UserError
+from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.weights.publish import FileMessage, WeightMessage
 from tests.served import sampled
 

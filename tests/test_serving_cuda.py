@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.engines.serving import OnUpdate, ServedEngine
 from cispo.engines.vllm_engine import VLLMEngine
+from cispo.policies.base import init_policy, load_policy, save_policy
 from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.weights.buckets import WeightSender
 

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cispo.policies import cache as cache_module
-from cispo.policies.base import Policy, init_policy, save_policy
-from cispo.policies.cache import Cache
-from cispo.policies.short_steps import short_step
 from cispo.engines import torch_sampler
 from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.torch_sampler import Sampled, Sampler, draw
 from cispo.errors import Diverged
+from cispo.policies import cache as cache_module
+from cispo.policies.base import Policy, init_policy, save_policy
+from cispo.policies.cache import Cache
+from cispo.policies.short_steps import short_step
 from cispo.types import FinishReason, RepetitionStop, Sampling
 from tests import served
 from tests.patterns import repeats_pattern

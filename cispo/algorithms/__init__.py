@@ -157,16 +157,3 @@ ALGORITHMS: dict[str, Algorithm] = {
         zero_variance="keep",
     ),
 }
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -13,8 +13,8 @@ import torch
 
 from cispo.algorithms.corrections import Correction, correction_factors
 from cispo.algorithms.losses import Kl, LossFn, LossOutput, is_per_token, kl_estimate
-from cispo.types import LossInputs
 from cispo.errors import UserError
+from cispo.types import LossInputs
 
 Anchor = Literal["rollout", "old"]
 

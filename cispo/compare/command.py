@@ -26,24 +26,24 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cispo.algorithms.describe import describe
-from cispo.compare.command.plan import Arm, Plan, make_plan
 from cispo.algorithms.choice import algorithm_of
-from cispo.start import make_runtime, num_processes
-from cispo.output.checkpoint import CheckpointFolder
-from cispo.compare.command.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
-from cispo.compare.command.report import summary_lines, write_report
-from cispo.recipe.schema import Recipe
-from cispo.recipe.load import dump_yaml
+from cispo.algorithms.describe import describe
+from cispo.compare.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
+from cispo.compare.overview import write_overview
+from cispo.compare.plan import Arm, Plan, make_plan
+from cispo.compare.report import summary_lines, write_report
+from cispo.errors import Diverged, RunError, UserError
 from cispo.files import write_json
-from cispo.runtime.interrupts import Interrupts
-from cispo.runtime.placement import gpus_of
-from cispo.run import Run, Task, load_task
+from cispo.output.checkpoint import CheckpointFolder
 from cispo.output.folder import read_metrics
 from cispo.output.screen import Screen, progress_bars
-from cispo.compare.command.overview import write_overview
-from cispo.errors import Diverged, RunError, UserError
+from cispo.recipe.load import dump_yaml
+from cispo.recipe.schema import Recipe
+from cispo.run import Run, Task, load_task
+from cispo.runtime.interrupts import Interrupts
+from cispo.runtime.placement import gpus_of
 from cispo.runtime.watchdog import Activity
+from cispo.start import make_runtime, num_processes
 
 
 def compare(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cispo.compare.command.statistics import (
+from cispo.compare.statistics import (
     Difference,
     Estimate,
     average,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cispo.compare.command.comparison import MEASURES, ArmResult, ArmSummary, Comparison, Summary
-from cispo.compare.command.scaling import Fit, scaling_curve
-from cispo.compare.command.statistics import bootstrap_band
+from cispo.compare.comparison import MEASURES, ArmResult, ArmSummary, Comparison, Summary
+from cispo.compare.scaling import Fit, scaling_curve
+from cispo.compare.statistics import bootstrap_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cispo.compare.command.comparison import ArmResult, ArmSummary, Comparison, Summary, summarise
-from cispo.compare.command.figures import arm_style, legend, picture
-from cispo.compare.command.report import environment, span
-from cispo.compare.command.statistics import number, seeds_text
+from cispo.compare.comparison import ArmResult, ArmSummary, Comparison, Summary, summarise
+from cispo.compare.figures import arm_style, legend, picture
+from cispo.compare.report import environment, span
+from cispo.compare.statistics import number, seeds_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

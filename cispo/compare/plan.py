@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from cispo.algorithms.choice import algorithm_of
-from cispo.recipe.schema import Recipe
-from cispo.recipe.load import load_recipe, need, parse_recipe
 from cispo.errors import UserError
+from cispo.recipe.load import load_recipe, need, parse_recipe
+from cispo.recipe.schema import Recipe
 
 # Keys that say how much and how, not which algorithm: an arm of another algorithm keeps the recipe's.
 _SHARED_KEYS = ("updates_per_batch", "epochs", "overlong_penalty")

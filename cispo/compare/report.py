@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cispo.compare.command.comparison import COLLAPSE, MEASURES, ArmResult, Comparison, Summary, results, summarise
-from cispo.compare.command.figures import COLOURS, comparison_pictures
-from cispo.compare.command.scaling import fit_arm
-from cispo.compare.command.statistics import BOOTSTRAP_COVERAGE, Interval, digits_for, number, seeds_text
+from cispo.compare.comparison import COLLAPSE, MEASURES, ArmResult, Comparison, Summary, results, summarise
+from cispo.compare.figures import COLOURS, comparison_pictures
+from cispo.compare.scaling import fit_arm
+from cispo.compare.statistics import BOOTSTRAP_COVERAGE, Interval, digits_for, number, seeds_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -60,7 +60,11 @@ def environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
-        loader=PackageLoader("cispo.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("cispo.compare"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     made.filters |= {"number": number, "amount": amount, "duration": duration, "token": visible, "span": span}
     return made

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from cispo.compare.command.comparison import ArmResult, collapse, curve
-from cispo.compare.command.statistics import LEVEL, Interval, number
+from cispo.compare.comparison import ArmResult, collapse, curve
+from cispo.compare.statistics import LEVEL, Interval, number
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from cispo.types import Completion, FinishReason, RepetitionStop, Sampling
 from cispo.errors import Diverged, UserError
+from cispo.types import Completion, FinishReason, RepetitionStop, Sampling
 
 
 @dataclass(slots=True)

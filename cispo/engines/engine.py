@@ -10,17 +10,17 @@ When a completion ends: `drafts`. How weights arrive: `weight_sync`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from cispo.policies.base import weight_files
 from cispo.engines.drafts import Draft
 from cispo.errors import UserError
+from cispo.policies.base import weight_files
 from cispo.weights.publish import WeightMessage
 
 if TYPE_CHECKING:
-    from cispo.engines.serving import ServedEngine
+    pass
 
 
 class Engine(Protocol):
@@ -94,5 +94,3 @@ def check_model(model: str, max_context: int) -> None:
     if positions and max_context > positions:
         raise UserError(f"max_context {max_context} is above the {positions} positions that the policy in {model} has")
     weight_files(Path(model))
-
-

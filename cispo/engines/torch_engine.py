@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-from cispo.policies.base import load_policy
 from cispo.engines.drafts import Draft
 from cispo.engines.engine import check_model
 from cispo.engines.torch_sampler import Sampled, Sampler
+from cispo.policies.base import load_policy
 from cispo.types import Sampling
 from cispo.weights.publish import FileMessage, WeightMessage, mapped_weights
 

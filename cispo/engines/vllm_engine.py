@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from cispo.engines.drafts import Draft
 from cispo.engines.engine import check_model
-from cispo.engines.vllm_logprobs import LogprobTable
 from cispo.engines.random_stream import seeded
+from cispo.engines.vllm_logprobs import LogprobTable
 from cispo.engines.vllm_start import start_vllm
 from cispo.types import Sampling
 from cispo.weights.publish import WeightMessage

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -39,8 +38,6 @@ class Ranks:
         dist.all_reduce(flat, op=dist.ReduceOp.SUM)
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-
 
 
 def join(*, rank: int, world: int, device: torch.device, address: str) -> Ranks:

@@ -23,9 +23,9 @@ from typing import Any
 
 from torch import Tensor
 
+from cispo.errors import UserError
 from cispo.files import disk_errors, save_tensors, write_json
 from cispo.workers import Workers
-from cispo.errors import UserError
 
 _DRAFT = ".draft"
 _FACTS = "cispo.json"
@@ -114,14 +114,8 @@ class CheckpointFolder:
         return json.loads(file.read_text()) if file.exists() else {}
 
 
-
-
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
-
-
-
-
 
 
 def check_checkpoint(folder: str) -> Path:

@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cispo.files import disk_errors, write_text
 from cispo.errors import Diverged, UserError
+from cispo.files import disk_errors, write_text
 from cispo.types import TrajectoryGroup
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 # Seconds between plain lines, so that a log file stays readable.
 _LINE_EVERY = 10.0
@@ -75,3 +76,12 @@ class Screen:
         self._printed = now
         left = (now - self._started) / max(step - self._before, 1) * (self._total - step)
         self.print(f"{self._name} {step}/{self._total}  {text}  {left:.0f} s left")
+
+
+def table_of(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from cispo.errors import UserError
 from cispo.files import read_json, write_json
 from cispo.policies.attention import Attention
 from cispo.policies.lightning_config import is_lightning_config, parse_config, read_config
-from cispo.errors import UserError
 
 # What torch and others pickle weights into.
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

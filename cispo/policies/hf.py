@@ -28,10 +28,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
 
+from cispo.errors import UserError
 from cispo.policies.attention import Attention, Documents
 from cispo.policies.base import PolicyOutput
 from cispo.policies.layers import RMSNorm, rotate
-from cispo.errors import UserError
 
 ATTENTION = "cispo_packed"
 

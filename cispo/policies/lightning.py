@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cispo.errors import UserError
 from cispo.policies.attention import Attention, Documents
 from cispo.policies.base import PolicyOutput, RouterOutput
 from cispo.policies.layers import RMSNorm, SwiGLU, apply_rotary, rotary_table
 from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, dump_config
 from cispo.policies.moe import MoE
-from cispo.errors import UserError
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that say nothing about the shape and are carried from load to save."""

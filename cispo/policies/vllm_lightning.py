@@ -46,13 +46,13 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
 
+from cispo.errors import UserError
 from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
 from cispo.policies.layers import SwiGLU
 from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
 from cispo.policies.moe import MoE
 from cispo.policies.vllm_shares import ShardedRMSNorm, check_shares, load_columns, load_expert, load_rows
 from cispo.policies.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
-from cispo.errors import UserError
 
 # Recomputed from the config: Hugging Face's buffers, rounded to the checkpoint's dtype, would be worse.
 _NOT_WEIGHTS = (".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay", ".inv_freq")

@@ -15,8 +15,8 @@ from vllm.distributed import (
 )
 from vllm.model_executor.utils import set_weight_attrs
 
-from cispo.policies.lightning_config import LightningConfig
 from cispo.errors import UserError
+from cispo.policies.lightning_config import LightningConfig
 
 
 class ShardedRMSNorm(nn.Module):

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from cispo.recipe.checks import check_recipe
 from cispo.errors import UserError
+from cispo.recipe.checks import check_recipe
 from cispo.recipe.schema import Data, Recipe, Section
 
 

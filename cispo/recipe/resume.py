@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from cispo.recipe.schema import Recipe
 from cispo.errors import UserError
+from cispo.recipe.schema import Recipe
 
 # Sections and keys that do not change what is computed, or only from now on.
 _FREE = (

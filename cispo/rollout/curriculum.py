@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from cispo.recipe.schema import Recipe
+
 if TYPE_CHECKING:
     from cispo.recipe.schema import Curriculum
 

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cispo.errors import UserError
+from cispo.recipe.schema import Recipe
 from cispo.rollout.curriculum import difficulty_weights, effective_number, enough
 from cispo.seeds import seed_of
 from cispo.types import Prompt
-from cispo.errors import UserError
 
 Weighting = Literal["uniform", "difficulty"]
 

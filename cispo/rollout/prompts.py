@@ -17,9 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cispo.user_code import is_hub_id, load_object
-from cispo.types import Message, Prompt
 from cispo.errors import UserError
+from cispo.recipe.schema import Data, Recipe
+from cispo.rollout.renderer import Renderer
+from cispo.types import Message, Prompt
+from cispo.user_code import is_hub_id, load_object
 
 Row = dict[str, Any]
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cispo.user_code import is_hub_id
-from cispo.types import Message
 from cispo.errors import UserError
+from cispo.recipe.schema import Recipe
+from cispo.types import Message
+from cispo.user_code import is_hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cispo.errors import UserError
 from cispo.rollout.reward_worker import (
     HEADER,
     LAST_CALL,
@@ -26,7 +27,6 @@ from cispo.rollout.reward_worker import (
     receive,
     send,
 )
-from cispo.errors import UserError
 
 # Beyond twice the limit of a call: a worker whose own watchdog works has ended itself by then, also on a busy machine.
 _SLACK_SECONDS = 10.0

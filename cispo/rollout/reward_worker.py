@@ -32,8 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cispo.user_code import load_object
 from cispo.errors import UserError
+from cispo.user_code import load_object
 
 HEADER = struct.Struct("<Q")
 """Length of a frame's pickle."""

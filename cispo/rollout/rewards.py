@@ -15,11 +15,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cispo.errors import UserError
+from cispo.recipe.schema import Recipe
 from cispo.rollout.reward_process import WorkerDied, WorkerProcess
 from cispo.rollout.reward_worker import START_SECONDS, Failure, Job, Reply, Setup, Signature, Value
-from cispo.types import Prompt
-from cispo.errors import UserError
 from cispo.runtime.watchdog import Activity
+from cispo.types import Prompt
 
 KEPT_PROBLEMS = 100
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
 
+from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import Attempts, RewardRunner, Score, Scores
-from cispo.types import Completion, Prompt, Sampling, Trajectory, TrajectoryGroup, Turn
+from cispo.types import Completion, Prompt, RepetitionStop, Sampling, Trajectory, TrajectoryGroup, Turn
 
 Generate = Callable[[list[list[int]], Sampling, int], Awaitable[list[Completion]]]
 """(prompts as token ids, sampling, seed) -> one completion a prompt, in order."""

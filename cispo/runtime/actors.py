@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cispo.errors import ProcessDied, RunError, UserError
 from cispo.runtime import cluster
 from cispo.runtime.cluster import Bundle
 from cispo.runtime.network import free_port, in_url, listen_on
-from cispo.errors import ProcessDied, RunError, UserError
 from cispo.runtime.watchdog import Activity
 
 # One thread each: on a shared machine more wait for each other (docs/design.md, Threads). The allocator keeps what it

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cispo.errors import RunError, UserError
 from cispo.runtime.orphans import watch_over
 from cispo.runtime.ray_address import check_ray_address
 from cispo.runtime.ship_code import shipped_code
-from cispo.errors import RunError, UserError
 
 Bundle = Mapping[str, float]
 """What one seat reserves: CPU and GPU."""

@@ -17,8 +17,8 @@ from typing import Literal
 
 import torch
 
-from cispo.recipe.schema import Recipe
 from cispo.errors import UserError
+from cispo.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ import os
 import socket
 from pathlib import Path
 
-from cispo.runtime.network import host_and_port, in_url
 from cispo.errors import UserError
+from cispo.runtime.network import host_and_port, in_url
 
 _SECONDS = 10.0
 _CLIENT = "ray://"

@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 
-from cispo.sandbox.run.kernel import syscall
+from cispo.sandbox.kernel import syscall
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _VERSION_FLAG, _PATH_BENEATH = 1, 1

@@ -18,8 +18,8 @@ import select
 import stat
 import struct
 
-from cispo.sandbox.run import landlock, namespaces, seccomp
-from cispo.sandbox.run.kernel import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, call, drop_capabilities
+from cispo.sandbox import landlock, namespaces, seccomp
+from cispo.sandbox.kernel import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, call, drop_capabilities
 
 HEADER = struct.Struct("=Q")
 PROGRAM = "main.py"

@@ -14,7 +14,7 @@ import ctypes
 import os
 import struct
 
-from cispo.sandbox.run.kernel import AARCH64, call, syscall
+from cispo.sandbox.kernel import AARCH64, call, syscall
 
 SCRATCH = "/tmp"
 

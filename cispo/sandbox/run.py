@@ -29,8 +29,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Literal
 
-from cispo.sandbox.run.launcher import HEADER
 from cispo.errors import RunError, UserError
+from cispo.sandbox.launcher import HEADER
 
 Mechanism = Literal["namespaces", "landlock"]
 Stop = Literal["time", "memory", "output", "disk", "threads"]
@@ -45,7 +45,7 @@ END_SECONDS = 10
 _REASONS: dict[str, Stop] = {"time": "time", "disk": "disk", "threads": "threads"}
 
 _PROJECT = str(Path(__file__).parents[2])
-_BOOT = "import sys; sys.path.append({project!r}); from cispo.sandbox.run.launcher import main; main({status})"
+_BOOT = "import sys; sys.path.append({project!r}); from cispo.sandbox.launcher import main; main({status})"
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 

@@ -12,7 +12,7 @@ import errno
 import os
 import struct
 
-from cispo.sandbox.run.kernel import AARCH64, PR_SET_PDEATHSIG, PR_SET_SECCOMP, call
+from cispo.sandbox.kernel import AARCH64, PR_SET_PDEATHSIG, PR_SET_SECCOMP, call
 
 _MODE_FILTER = 2
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000

@@ -24,7 +24,6 @@ from torch import Tensor
 from cispo.errors import UserError
 from cispo.weights.buckets import BucketMessage
 
-
 _PREFIX = "cispo-"
 
 
@@ -144,5 +143,3 @@ def mapped_weights(path: str | Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():
             yield name, file.get_tensor(name)
-
-

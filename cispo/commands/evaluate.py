@@ -1,4 +1,4 @@
-"""The commands that run something: train, sft, evaluate, generate, export."""
+"""`cispo evaluate`, `cispo generate` and `cispo export`: a checkpoint measured, sampled from and written out."""
 
 from __future__ import annotations
 
@@ -11,65 +11,22 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from cispo.rollout.prompts import prompts_of
-from cispo.rollout.renderer import renderer_of
-from cispo.rollout.rewards import rewards_of
-from cispo.start import running_workers
-from cispo.rollout.rollout import sampling_of
-from cispo.output.checkpoint import CheckpointFolder, check_checkpoint, step_of
-from cispo.recipe.schema import Recipe
-from cispo.recipe.load import load_recipe, need
-from cispo.evaluate import evaluate
-from cispo.runtime.interrupts import Interrupts
-from cispo.policies.base import load_policy, save_policy
-from cispo.recipe.resume import check_same_run
-from cispo.rollout.renderer import load_tokenizer
-from cispo.rollout.rollout import roll_out
-from cispo.run import Run, load_task
-from cispo.start import chosen_policy
-from cispo.output.folder import create_run_folder, last_run_folder
-from cispo.output.screen import Screen
-from cispo.seeds import seed_of
-from cispo.types import Prompt
 from cispo.errors import UserError
+from cispo.evaluate import evaluate
+from cispo.output.checkpoint import check_checkpoint
+from cispo.output.screen import Screen
+from cispo.policies.base import load_policy, save_policy
+from cispo.recipe.load import load_recipe, need
+from cispo.recipe.schema import Recipe
+from cispo.rollout.prompts import prompts_of
+from cispo.rollout.renderer import load_tokenizer, renderer_of
+from cispo.rollout.rewards import rewards_of
+from cispo.rollout.rollout import roll_out, sampling_of
 from cispo.runtime.watchdog import Activity
+from cispo.seeds import seed_of
+from cispo.start import chosen_policy, running_workers
+from cispo.types import Prompt
 from cispo.workers import Workers
-
-
-def train(path: Path, overrides: Sequence[str], *, resume: bool) -> None:
-    """`cispo train`: everything a recipe names is checked first, then a run folder is made and filled.
-
-    With `resume` the last run of that name goes on from its newest whole checkpoint, or from its start.
-    """
-    recipe = load_recipe(path, overrides)
-    need(recipe, "data", "reward")
-    screen = Screen()
-    interrupts = Interrupts(screen.print)
-    if resume:
-        folder = last_run_folder(recipe.output_dir, recipe.name)
-        check_same_run(recipe, folder)
-        checkpoint = CheckpointFolder(folder, recipe.train.keep).last()
-        if checkpoint is not None and step_of(checkpoint) >= recipe.train.steps:
-            screen.print(f"{folder} has all its {recipe.train.steps} steps: a larger train.steps goes on from there")
-            return
-        task = load_task(recipe)
-    else:
-        task = load_task(recipe)
-        folder, checkpoint = create_run_folder(recipe.output_dir, recipe.name), None
-    run = Run(recipe, task, folder, screen, interrupts, checkpoint=checkpoint)
-    run.announce()
-    interrupts.run(run.train())
-
-
-def sft(path: Path, overrides: Sequence[str]) -> None:
-    """`cispo sft`: the warm-up alone, saved as a checkpoint."""
-    recipe = load_recipe(path, overrides)
-    need(recipe, "sft")
-    screen = Screen()
-    task = load_task(recipe)
-    run = Run(recipe, task, create_run_folder(recipe.output_dir, recipe.name), screen, Interrupts(screen.print))
-    run.announce()
-    print(f"policy: {asyncio.run(run.sft())}")
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | None) -> None:

@@ -16,7 +16,7 @@ from cispo.errors import UserError
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
 from cispo.output.checkpoint import check_checkpoint
-from cispo.policies.base import init_policy, local_folder, save_policy, weight_files
+from cispo.policies.loading import init_policy, local_folder, save_policy, weight_files
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
 from cispo.runtime.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat

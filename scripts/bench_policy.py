@@ -35,7 +35,7 @@ SHAPES = [(256, 24), (32, 256), (4, 2048)]
 
 def ours() -> Callable[[torch.Tensor], None]:
     from cispo.ops.logprobs import token_logprobs
-    from cispo.policies.base import init_policy
+    from cispo.policies.loading import init_policy
 
     policy = init_policy(CONFIG, seed=0)
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from cispo.engines.serving import make_engine
-from cispo.policies.base import Policy, init_policy, save_policy
+from cispo.policies.loading import init_policy, save_policy
+from cispo.policies.policy import Policy
 from cispo.recipe.load import load_recipe
 from cispo.runtime.actors import RayRuntime, Seat
 from cispo.runtime.watchdog import Activity

@@ -366,7 +366,7 @@ def lengths_of(text: str, count: int) -> tuple[int, ...]:
 
 def prepare_model(source: Path | None, config: dict[str, Any], folder: Path) -> Path:
     """The source, or a copy that has what it lacks: random weights, and a tokenizer of one token a character."""
-    from cispo.policies.base import init_policy, save_policy
+    from cispo.policies.loading import init_policy, save_policy
 
     if source is None or not any(source.glob("*.safetensors")):
         if source is not None:

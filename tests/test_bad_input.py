@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cispo import cli
-from cispo.policies.base import init_policy, save_policy
+from cispo.policies.loading import init_policy, save_policy
 
 ROOT = Path(__file__).parents[1]
 CHARS = str(ROOT / "recipes" / "tokenizers" / "chars")

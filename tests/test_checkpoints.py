@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cispo.errors import UserError
-from cispo.policies.base import Policy, init_policy, load_policy, save_policy
-from cispo.policies.lightning import LightningAttention, LightningPolicy, Place, disk_names, place_of
-from cispo.policies.lightning_config import parse_config
+from cispo.policies.loading import init_policy, load_policy, save_policy
+from cispo.policies.minimax.config import parse_config
+from cispo.policies.minimax.model import LightningAttention, LightningPolicy
+from cispo.policies.minimax.names import Place, disk_names, place_of
+from cispo.policies.policy import Policy
 from tests.tiny_policies import (
     DENSE,
     EVERY_KIND,

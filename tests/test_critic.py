@@ -10,7 +10,7 @@ import torch
 
 from cispo.batch import pack, unpack
 from cispo.learner.critic import Critic
-from cispo.policies.base import init_policy, load_policy, save_policy
+from cispo.policies.loading import init_policy, load_policy, save_policy
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import Sample

@@ -26,8 +26,9 @@ from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.vllm_engine import VLLMEngine
 from cispo.errors import Diverged, UserError
-from cispo.policies.base import Policy, init_policy, load_policy, save_policy
-from cispo.policies.lightning_config import LightningConfig, dump_config
+from cispo.policies.loading import init_policy, load_policy, save_policy
+from cispo.policies.minimax.config import LightningConfig, dump_config
+from cispo.policies.policy import Policy
 from cispo.types import FinishReason, RepetitionStop, Sampling
 from cispo.weights.publish import mapped_weights, publish_weights, weights_folder
 from tests.patterns import repeats_pattern

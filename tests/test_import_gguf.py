@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cispo.policies.base import load_policy
+from cispo.policies.loading import load_policy
 from cispo.rollout.renderer import Renderer, load_tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "import_gguf.py"

@@ -19,7 +19,7 @@ from cispo.batch import demonstration, pack, unpack
 from cispo.errors import UserError
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.optim import Optimizer, learning_rate
-from cispo.policies.base import init_policy, load_policy, save_policy
+from cispo.policies.loading import init_policy, load_policy, save_policy
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import Sample
 from cispo.warmup import demonstration_batches

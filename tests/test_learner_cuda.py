@@ -24,8 +24,8 @@ from cispo.learner.loss import micro_batch_loss
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import to_device
 from cispo.policies.attention import Documents, causal_attention
-from cispo.policies.base import init_policy, save_policy
 from cispo.policies.layers import RMSNorm
+from cispo.policies.loading import init_policy, save_policy
 from cispo.policies.moe import MoE
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import LossInputs, MicroBatch, Sample

@@ -25,7 +25,7 @@ from cispo.algorithms.objective import Objective
 from cispo.algorithms.presets import PRESETS
 from cispo.batch import pack
 from cispo.learner.learner import Learner
-from cispo.policies.base import init_policy, save_policy
+from cispo.policies.loading import init_policy, save_policy
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import LossInputs, MicroBatch, Sample
 from tests.test_learner import DENSE, TINY, samples

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cispo.policies.base import init_policy, load_policy, save_policy
-from cispo.policies.lightning import place_of
+from cispo.policies.loading import init_policy, load_policy, save_policy
+from cispo.policies.minimax.names import place_of
 from tests.tiny_policies import (
     DENSE,
     EVERY_KIND,

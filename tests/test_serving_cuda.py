@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cispo.engines.serving import OnUpdate, ServedEngine
 from cispo.engines.vllm_engine import VLLMEngine
-from cispo.policies.base import init_policy, load_policy, save_policy
+from cispo.policies.loading import init_policy, load_policy, save_policy
 from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.weights.buckets import WeightSender
 

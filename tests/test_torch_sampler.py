@@ -20,9 +20,10 @@ from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.torch_sampler import Sampled, Sampler, draw
 from cispo.errors import Diverged
 from cispo.policies import cache as cache_module
-from cispo.policies.base import Policy, init_policy, save_policy
 from cispo.policies.cache import Cache
-from cispo.policies.short_steps import short_step
+from cispo.policies.families import short_step
+from cispo.policies.loading import init_policy, save_policy
+from cispo.policies.policy import Policy
 from cispo.types import FinishReason, RepetitionStop, Sampling
 from tests import served
 from tests.patterns import repeats_pattern

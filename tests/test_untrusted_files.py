@@ -17,7 +17,7 @@ from cispo import cli
 from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.vllm_engine import VLLMEngine
 from cispo.errors import UserError
-from cispo.policies.base import init_policy, load_policy, save_policy
+from cispo.policies.loading import init_policy, load_policy, save_policy
 from cispo.rollout.prompts import load_rows
 from cispo.rollout.renderer import load_tokenizer
 from tests.test_bad_input import CHARS, TINY

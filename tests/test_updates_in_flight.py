@@ -24,7 +24,7 @@ from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.vllm_engine import VLLMEngine
 from cispo.engines.vllm_logprobs import LogprobTable, Records
-from cispo.policies.base import init_policy, save_policy
+from cispo.policies.loading import init_policy, save_policy
 from cispo.types import Completion, FinishReason, OnUpdate, RepetitionStop, Sampling
 from cispo.weights.publish import publish_weights, weights_folder
 from tests.served import sampled

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cispo.engines.serving import ServedEngine
 from cispo.engines.vllm_engine import VLLMEngine
-from cispo.policies.base import Policy, init_policy, load_policy, save_policy
-from cispo.policies.lightning_config import LightningConfig, dump_config, parse_config
+from cispo.policies.loading import init_policy, load_policy, save_policy
+from cispo.policies.minimax.config import LightningConfig, dump_config, parse_config
+from cispo.policies.policy import Policy
 from cispo.types import Completion, RepetitionStop, Sampling
 from cispo.weights.publish import publish_weights, weights_folder
 from tests.served import sampled, update

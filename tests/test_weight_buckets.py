@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cispo.engines.serving import ServedEngine
 from cispo.engines.vllm_engine import VLLMEngine
-from cispo.policies.base import init_policy, save_policy
+from cispo.policies.loading import init_policy, save_policy
 from cispo.weights.buckets import BucketMessage, WeightReceiver, WeightSender, checksum, merged, plan_buckets
 from tests.served import sampled
 from tests.test_vllm_parity import QWEN3, RAGGED, SAMPLING, difference, lightning, model_parameters

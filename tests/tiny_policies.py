@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.policies.base import Policy
+from cispo.policies.policy import Policy
 
 # H = 6 is no power of two, two key-value heads, factors that are not 1, softmax in the middle.
 MINIMAX: dict[str, Any] = {

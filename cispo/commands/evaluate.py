@@ -15,7 +15,7 @@ from cispo.errors import UserError
 from cispo.evaluate import evaluate
 from cispo.output.checkpoint import check_checkpoint
 from cispo.output.screen import Screen
-from cispo.policies.base import load_policy, save_policy
+from cispo.policies.loading import load_policy, save_policy
 from cispo.recipe.load import load_recipe, need
 from cispo.recipe.schema import Recipe
 from cispo.rollout.prompts import prompts_of

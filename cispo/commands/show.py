@@ -11,7 +11,7 @@ from cispo.algorithms import Algorithm
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import describe, warnings
 from cispo.output.screen import table_of
-from cispo.policies.base import count_parameters
+from cispo.policies.loading import count_parameters
 from cispo.recipe.load import dump_yaml, load_recipe
 from cispo.recipe.schema import Recipe
 from cispo.rollout.curriculum import describe_curriculum

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cispo.engines.drafts import Draft
 from cispo.errors import UserError
-from cispo.policies.base import weight_files
+from cispo.policies.loading import weight_files
 from cispo.weights.publish import WeightMessage
 
 if TYPE_CHECKING:

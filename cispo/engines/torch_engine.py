@@ -15,7 +15,7 @@ import torch
 from cispo.engines.drafts import Draft
 from cispo.engines.engine import check_model
 from cispo.engines.torch_sampler import Sampled, Sampler
-from cispo.policies.base import load_policy
+from cispo.policies.loading import load_policy
 from cispo.types import Sampling
 from cispo.weights.publish import FileMessage, WeightMessage, mapped_weights
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cispo.policies.base import Policy
 from cispo.policies.cache import Cache
-from cispo.policies.short_steps import short_step
+from cispo.policies.families import short_step
+from cispo.policies.policy import Policy
 from cispo.types import FinishReason, RepetitionStop, Sampling
 
 # Tokens of different prompts that one forward pass reads: bounds the memory of its activations.

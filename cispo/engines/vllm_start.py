@@ -50,7 +50,7 @@ def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
-    from cispo.policies.vllm_lightning import LightningForCausalLM
+    from cispo.policies.minimax.vllm_model import LightningForCausalLM
     from cispo.policies.vllm_plugin import ARCHITECTURES, register
 
     device = current_platform.device_type
@@ -140,8 +140,8 @@ def _cache_bytes(config: VllmConfig) -> int:
     from vllm.model_executor.models import ModelRegistry
     from vllm.utils.torch_utils import get_dtype_size
 
-    from cispo.policies.vllm_lightning import LightningForCausalLM, resolve_config
-    from cispo.policies.vllm_states import states_per_holder
+    from cispo.policies.minimax.vllm_model import LightningForCausalLM, resolve_config
+    from cispo.policies.minimax.vllm_states import states_per_holder
 
     model, parallel = config.model_config, config.parallel_config
     softmax = model.get_num_layers_by_block_type(parallel, "attention")

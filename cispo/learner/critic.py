@@ -18,7 +18,7 @@ from cispo.algorithms.losses import value_loss
 from cispo.files import BackgroundSave, load_tensors, save_tensors
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import join, leave, release_memory, to_device
-from cispo.policies.base import load_policy
+from cispo.policies.loading import load_policy
 from cispo.policies.value import ValueModel
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig

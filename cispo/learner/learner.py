@@ -22,8 +22,9 @@ from cispo.files import BackgroundSave, disk_errors, load_tensors, save_tensors
 from cispo.learner.loss import Columns, micro_batch_loss, read, spread, trained_logprobs
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Ranks, join, leave, release_memory, to_device
-from cispo.policies.base import Policy, load_policy, save_policy, write_policy
+from cispo.policies.loading import load_policy, save_policy, write_policy
 from cispo.policies.moe import expert_counts, router_aux_loss
+from cispo.policies.policy import Policy
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch
 from cispo.weights.buckets import BucketMessage, Transport, WeightSender

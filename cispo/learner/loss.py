@@ -17,7 +17,7 @@ from cispo.algorithms.losses import LossOutput
 from cispo.algorithms.objective import Objective
 from cispo.ops.logprobs import fused_token_loss, token_logprobs
 from cispo.policies.attention import Documents, SharedPrompts
-from cispo.policies.base import Policy, PolicyOutput, RouterOutput
+from cispo.policies.policy import Policy, PolicyOutput, RouterOutput
 from cispo.types import LossInputs, MicroBatch
 
 Columns = Mapping[str, Tensor]

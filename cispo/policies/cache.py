@@ -19,8 +19,7 @@ from torch import Tensor
 
 from cispo.ops.lightning import lightning_attention, lightning_step
 from cispo.policies.attention import Documents, causal_attention
-from cispo.policies.base import Policy
-from cispo.policies.short_steps import ShortStep
+from cispo.policies.policy import Policy, ShortStep
 
 # Tokens that a row has room for at first; the room doubles when a sequence outgrows it.
 _FIRST_ROOM = 64

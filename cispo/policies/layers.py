@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,3 +103,20 @@ def signed_sine(sin: Tensor) -> Tensor:
 def turned(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
     """x * cos + swap(x) * sin: swap exchanges the halves, and the sine brings the first one's sign."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed)
+
+
+class Norm(NamedTuple):
+    weight: Tensor
+    eps: Tensor
+    """A scalar, so that it is added in the operation that squares and divides."""
+
+
+def norm_of(module: Any) -> Norm:
+    assert isinstance(module, RMSNorm)
+    return Norm(module.weight, torch.tensor(module.eps))
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """`layers.RMSNorm` for a few rows: on a CPU F.rms_norm is a dozen operations."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * torch.addcmul(norm.eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)

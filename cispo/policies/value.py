@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cispo.policies.base import Policy
+from cispo.policies.policy import Policy
 
 
 class ValueModel(nn.Module):

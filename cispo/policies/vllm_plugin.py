@@ -8,7 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 ARCHITECTURES = ("MiniMaxForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM")
-MODEL = "cispo.policies.vllm_lightning:LightningForCausalLM"
+MODEL = "cispo.policies.minimax.vllm_model:LightningForCausalLM"
 
 
 class MiniMaxM1Config(PreTrainedConfig):

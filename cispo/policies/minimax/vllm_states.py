@@ -24,7 +24,7 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from cispo.policies.lightning_config import LightningConfig
+from cispo.policies.minimax.config import LightningConfig
 
 
 class StateSpec(MambaSpec):

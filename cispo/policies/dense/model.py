@@ -30,8 +30,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from cispo.errors import UserError
 from cispo.policies.attention import Attention, Documents
-from cispo.policies.base import PolicyOutput
 from cispo.policies.layers import RMSNorm, rotate
+from cispo.policies.policy import PolicyOutput
 
 ATTENTION = "cispo_packed"
 

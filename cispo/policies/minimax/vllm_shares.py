@@ -16,7 +16,7 @@ from vllm.distributed import (
 from vllm.model_executor.utils import set_weight_attrs
 
 from cispo.errors import UserError
-from cispo.policies.lightning_config import LightningConfig
+from cispo.policies.minimax.config import LightningConfig
 
 
 class ShardedRMSNorm(nn.Module):

@@ -11,9 +11,8 @@ not touch them and a checkpoint does not hold them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cispo.errors import UserError
 from cispo.policies.attention import Attention, Documents
-from cispo.policies.base import PolicyOutput, RouterOutput
 from cispo.policies.layers import RMSNorm, SwiGLU, apply_rotary, rotary_table
-from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, dump_config
+from cispo.policies.minimax.config import LIGHTNING_NORM_EPS, LightningConfig, dump_config
+from cispo.policies.minimax.names import disk_names, place_of
 from cispo.policies.moe import MoE
+from cispo.policies.policy import PolicyOutput, RouterOutput
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that say nothing about the shape and are carried from load to save."""
@@ -202,54 +202,3 @@ class LightningPolicy(nn.Module):
         lacking = [name for left in missing.values() for name in left]
         if lacking:
             raise UserError(f"{len(lacking)} weights are missing, the first is {lacking[0]!r}")
-
-
-class Place(NamedTuple):
-    """Where a tensor of a checkpoint lives: a parameter, or one expert's share of a fused one."""
-
-    parameter: str
-    expert: int | None = None
-    half: Literal["gate", "up"] | None = None
-
-    def of(self, parameter: Tensor) -> Tensor:
-        """The view of `parameter` that this place is."""
-        view = parameter if self.expert is None else parameter[self.expert]
-        if self.half is None:
-            return view
-        gate, up = view.chunk(2)
-        return gate if self.half == "gate" else up
-
-
-_EXPERT = re.compile(r"(layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
-_BUFFER = re.compile(r".*\.(slope_rate|query_decay|key_decay|diagonal_decay|inv_freq)")
-_EXPERT_WEIGHTS: dict[str, tuple[str, Literal["gate", "up"] | None]] = {
-    "w1": ("gate_up_proj", "gate"),
-    "w3": ("gate_up_proj", "up"),
-    "w2": ("down_proj", None),
-}
-
-
-def place_of(name: str) -> Place | None:
-    """Where the checkpoint's tensor `name` goes, in any of the three namings; None for buffers that are recomputed."""
-    if _BUFFER.fullmatch(name):
-        return None
-    name = name.removeprefix("model.")
-    if match := _EXPERT.fullmatch(name):
-        layer, expert, weight = match.groups()
-        fused, half = _EXPERT_WEIGHTS[weight]
-        return Place(f"{layer}.mlp.experts.{fused}", int(expert), half)
-    return Place(name.replace(".block_sparse_moe.", ".mlp."))
-
-
-def disk_names(parameter: str, num_experts: int) -> list[tuple[str, Place]]:
-    """The inverse of `place_of`: the names under which a parameter is written, with the part that each holds."""
-    prefix = "" if parameter.startswith("lm_head.") else "model."
-    layer, _, fused = parameter.partition(".mlp.experts.")
-    if not fused:
-        return [(prefix + parameter.replace(".mlp.", ".block_sparse_moe."), Place(parameter))]
-    return [
-        (f"{prefix}{layer}.block_sparse_moe.experts.{expert}.{weight}.weight", Place(parameter, expert, half))
-        for expert in range(num_experts)
-        for weight, (name, half) in _EXPERT_WEIGHTS.items()
-        if name == fused
-    ]

@@ -15,7 +15,6 @@ Tensor parallel: each rank has its share of the heads, of every expert's width a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -49,17 +48,14 @@ from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
 from cispo.errors import UserError
 from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
 from cispo.policies.layers import SwiGLU
-from cispo.policies.lightning_config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
+from cispo.policies.minimax.config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
+from cispo.policies.minimax.names import checkpoint_target
+from cispo.policies.minimax.vllm_shares import ShardedRMSNorm, check_shares, load_columns, load_expert, load_rows
+from cispo.policies.minimax.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
 from cispo.policies.moe import MoE
-from cispo.policies.vllm_shares import ShardedRMSNorm, check_shares, load_columns, load_expert, load_rows
-from cispo.policies.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
 
 # Recomputed from the config: Hugging Face's buffers, rounded to the checkpoint's dtype, would be worse.
 _NOT_WEIGHTS = (".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay", ".inv_freq")
-
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(w[123])\.weight")
-_FUSED = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
-_SOFTMAX_PROJECTION = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight")
 
 
 def resolve_config(model: ModelConfig) -> LightningConfig:
@@ -67,20 +63,6 @@ def resolve_config(model: ModelConfig) -> LightningConfig:
     folder = Path(model.model)
     shared_size = read_config(folder).shared_size if (folder / "config.json").is_file() else None
     return parse_config(model.hf_config.to_dict(), shared_size=shared_size)
-
-
-def checkpoint_target(name: str) -> tuple[str, tuple[str | int, ...]]:
-    """Where a checkpoint's tensor goes: the parameter's name here, and which part of it (empty: the whole).
-
-    Takes the original names, Hugging Face's on disk (experts one by one) and in memory (experts fused).
-    """
-    name = name.replace(".block_sparse_moe.", ".mlp.")
-    if match := _EXPERT.fullmatch(name):
-        experts, index, matrix = match.groups()
-        return f"{experts}.{_FUSED[matrix]}", (matrix, int(index))
-    if match := _SOFTMAX_PROJECTION.fullmatch(name):
-        return f"{match[1]}.qkv_proj.weight", (match[2],)
-    return name, ()
 
 
 class LightningAttention(nn.Module):

@@ -12,107 +12,18 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cispo.errors import UserError
 from cispo.files import read_json, write_json
-from cispo.policies.attention import Attention
-from cispo.policies.lightning_config import is_lightning_config, parse_config, read_config
+from cispo.policies.minimax.config import is_lightning_config, parse_config, read_config
+from cispo.policies.policy import Policy
 
 # What torch and others pickle weights into.
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-class RouterOutput(NamedTuple):
-    """What the router of one MoE layer decided."""
-
-    probs: Tensor
-    """[T, E]: softmax over all experts, at least float32."""
-    chosen: Tensor
-    """[T, k] int64."""
-
-
-class PolicyOutput(NamedTuple):
-    """One forward pass over packed tokens."""
-
-    hidden: Tensor
-    """[T, d] after the final norm; the logits are hidden @ lm_head_weight.T."""
-    router: tuple[RouterOutput, ...] = ()
-    """One entry per MoE layer; empty for a dense policy."""
-
-
-class Policy(Protocol):
-    """A language model on packed tokens. Implementations are nn.Modules; these are the parts the project relies on."""
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether each layer is recomputed in the backward pass instead of keeping its activations."""
-        ...
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enabled: bool) -> None: ...
-
-    @property
-    def lm_head_weight(self) -> Tensor:
-        """[V, d]; the embedding where they are tied."""
-        ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence the policy is made for."""
-        ...
-
-    @property
-    def router_shape(self) -> tuple[int, int]:
-        """(MoE layers, experts of each); (0, 0) for a dense policy."""
-        ...
-
-    def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
-    ) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32: where each document starts, then T.
-
-        `longest` is the length of the longest document; without it, it is read from the device.
-        """
-        ...
-
-    def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
-        """`forward`, where `attention` says how tokens see one another: a sampler's cache takes this way."""
-        ...
-
-    def to_hf(self) -> dict[str, Tensor]:
-        """The weights under the names that checkpoints use: views, detached, a tied lm_head left out."""
-        ...
-
-    def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copies a whole checkpoint in. Raises UserError for a missing, unexpected or misshapen weight."""
-        ...
-
-    def hf_config(self) -> dict[str, Any]:
-        """The config.json that goes with `to_hf`."""
-        ...
-
-    def __call__(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
-    ) -> PolicyOutput: ...
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def eval(self) -> Any: ...
-
-    def to(self, target: Any, /) -> Any: ...
 
 
 def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
@@ -196,10 +107,10 @@ def _build(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -
 def _undefined(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Policy:
     """A policy with undefined weights on the device of the context."""
     if not is_lightning_config(config):
-        from cispo.policies import hf
+        from cispo.policies.dense import model as hf
 
         return hf.build(config, dtype)
-    from cispo.policies.lightning import LightningPolicy
+    from cispo.policies.minimax.model import LightningPolicy
 
     parsed = parse_config(config) if folder is None else read_config(folder)
     return LightningPolicy(parsed, config).to(dtype)

@@ -224,7 +224,7 @@ def _bins(column: Sequence[int], samples: Sequence[Sample], budget: int) -> list
 
 
 def _flatten(
-    samples: Sequence[Sample], weights: Sequence[float], places: Sequence[int], share_prompts: bool
+    samples: Sequence[Sample], weights: Sequence[float], sample_index: Sequence[int], share_prompts: bool
 ) -> MicroBatch:
     """Shifts once: position t holds the input token and everything about the token it predicts."""
     lengths = torch.tensor([len(s.token_ids) - 1 for s in samples])
@@ -236,51 +236,51 @@ def _flatten(
         return None if any(v is None for v in values) else torch.cat([v[1:] for v in values])
 
     advantages = column("advantages")
-    distinct, reading = _distinct_tokens(samples) if share_prompts else (None, None)
+    unique_index, inverse = _distinct_tokens(samples) if share_prompts else (None, None)
     return MicroBatch(
         tokens=torch.cat([s.token_ids[:-1] for s in samples]),
         targets=torch.cat([s.token_ids[1:] for s in samples]),
         positions=torch.cat([torch.arange(int(n)) for n in lengths]),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
-        longest=int(lengths.max()),
+        max_seqlen=int(lengths.max()),
         loss_mask=mask,
-        trained=mask.nonzero()[:, 0],
+        loss_index=mask.nonzero()[:, 0],
         rollout_logprobs=torch.cat([s.rollout_logprobs[1:] for s in samples]),
         versions=torch.cat([s.versions[1:] for s in samples]),
         # Passes that only read logprobs or values come before there are advantages.
         advantages=torch.zeros(len(mask)) if advantages is None else advantages,
         loss_weights=torch.where(mask, per_sample, 0.0).float(),
-        places=tuple(places),
-        distinct=distinct,
-        reading=reading,
+        sample_index=tuple(sample_index),
+        unique_index=unique_index,
+        inverse=inverse,
         **{name: column(name) for name in _OPTIONAL},
     )
 
 
 def _distinct_tokens(samples: Sequence[Sample]) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`distinct` and `reading` of a micro-batch; None where no two prompts are equal.
+    """`unique_index` and `inverse` of a micro-batch; None where no two prompts are equal.
 
     What stands before the first token to predict is read alike wherever the same tokens do: attention is causal.
     """
-    distinct, reading, known = [], [], dict[tuple[int, ...], Tensor]()
+    unique_index, inverse, known = [], [], dict[tuple[int, ...], Tensor]()
     start = count = 0
     for sample in samples:
         length = len(sample.token_ids) - 1
         # The last token of a prompt predicts the first of each completion: its hidden state is one all the same.
         prompt = tuple(sample.token_ids[:length][: _context(sample)].tolist())
         new = 0 if prompt not in known else len(prompt)
-        distinct.append(torch.arange(start + new, start + length))
+        unique_index.append(torch.arange(start + new, start + length))
         rows = torch.arange(count, count + length - new)
-        reading.append(torch.cat([known[prompt], rows]) if new else rows)
+        inverse.append(torch.cat([known[prompt], rows]) if new else rows)
         known.setdefault(prompt, rows[: len(prompt)])
         start, count = start + length, count + length - new
-    return (torch.cat(distinct), torch.cat(reading)) if count < start else (None, None)
+    return (torch.cat(unique_index), torch.cat(inverse)) if count < start else (None, None)
 
 
 def _context(sample: Sample) -> int:
     """Tokens before the first that is trained on."""
-    trained = int(sample.loss_mask.int().argmax())
-    return trained if sample.loss_mask[trained] else len(sample.loss_mask)
+    first = int(sample.loss_mask.int().argmax())
+    return first if sample.loss_mask[first] else len(sample.loss_mask)
 
 
 def unpack(columns: Sequence[Sequence[MicroBatch]], values: Sequence[Sequence[Tensor]], count: int) -> list[Tensor]:
@@ -292,6 +292,6 @@ def unpack(columns: Sequence[Sequence[MicroBatch]], values: Sequence[Sequence[Te
     for column, results in zip(columns, values, strict=True):
         for mb, result in zip(column, results, strict=True):
             parts = result.split(mb.cu_seqlens.diff().tolist())
-            for place, part in zip(mb.places, parts, strict=True):
-                rows[place] = torch.cat([part.new_zeros(1), part])
+            for index, part in zip(mb.sample_index, parts, strict=True):
+                rows[index] = torch.cat([part.new_zeros(1), part])
     return rows

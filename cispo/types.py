@@ -204,7 +204,7 @@ class MicroBatch:
     mask, logprobs, advantage and weight of that *target*.
 
     Example: the Sample above packs into tokens [4, 5, 9], targets [5, 9, 2], loss_mask [F, T, T],
-    trained [1, 2], cu_seqlens [0, 3].
+    loss_index [1, 2], cu_seqlens [0, 3].
     """
 
     tokens: Tensor
@@ -215,11 +215,11 @@ class MicroBatch:
     """[T] int64, restarting at 0 with each sequence."""
     cu_seqlens: Tensor
     """[S + 1] int32: where each sequence starts; the last is T."""
-    longest: int
+    max_seqlen: int
     """Tokens of the longest sequence. Known here, where it costs nothing: a GPU would have to be waited for."""
     loss_mask: Tensor
     """[T] bool."""
-    trained: Tensor
+    loss_index: Tensor
     """[N] int64: where `loss_mask` is True."""
     rollout_logprobs: Tensor
     """[T] float32."""
@@ -229,12 +229,12 @@ class MicroBatch:
     """[T] float32."""
     loss_weights: Tensor
     """[T] float32: the reduction. The loss is (per_token_loss * loss_weights).sum() over micro-batches and ranks."""
-    places: tuple[int, ...] = ()
+    sample_index: tuple[int, ...] = ()
     """[S]: the position of each sequence's Sample in the list that was packed; `unpack` puts values back there."""
-    distinct: Tensor | None = None
+    unique_index: Tensor | None = None
     """[C] int64: the tokens that the policy reads, where equal prompts are read once; None: all."""
-    reading: Tensor | None = None
-    """[T] int64: which of the distinct tokens gives each token's hidden state."""
+    inverse: Tensor | None = None
+    """[T] int64: which of the unique tokens gives each token's hidden state."""
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None

@@ -144,7 +144,7 @@ def test_a_prompt_read_once_gives_the_same_gradient(tmp_path: Path, config: dict
     for shared in (False, True):
         learner = Learner(str(tmp_path), settings)
         (mbs,) = pack(given, reduction="prompt", max_tokens=16, tokens_per_micro_batch=budget, share_prompts=shared)
-        assert any(mb.distinct is not None for mb in mbs) == shared
+        assert any(mb.unique_index is not None for mb in mbs) == shared
         logprobs = torch.cat(learner.logprobs(mbs))
         batch = learner.forward_backward(mbs, CISPO)
         results.append((torch.cat([g.flatten() for g in learner.optimizer.gradients()]), logprobs, batch))

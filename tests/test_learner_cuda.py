@@ -112,7 +112,7 @@ def micro_batches(budget: int = 300) -> list[MicroBatch]:
     given = samples()
     (columns,) = pack(given, reduction="prompt", max_tokens=150, tokens_per_micro_batch=budget)
     (empty,) = pack([given[5]], reduction="prompt", max_tokens=150, tokens_per_micro_batch=budget)
-    assert len(columns) > 2 and not len(empty[0].trained)
+    assert len(columns) > 2 and not len(empty[0].loss_index)
     return [*columns, *empty]
 
 
@@ -327,7 +327,7 @@ def test_a_micro_batch_is_queued_without_waiting(folder: Path, objective: Object
         torch.cuda.synchronize()
         with no_waiting() if attempt else nullcontext():
             mb = to_device(columns[0], learner.ranks.device)
-            output = learner.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)
+            output = learner.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.max_seqlen)
             loss, reported = micro_batch_loss(
                 output.hidden, learner.policy.lm_head_weight, mb, objective, temperature=1.0
             )

@@ -93,7 +93,7 @@ def test_both_paths_agree(folder: Path, name: str, dtype: str, tolerance: float,
     objective = OBJECTIVES[name]
     assert objective.per_token and not undeclared(objective).per_token
     (columns,) = pack(given(), reduction="prompt", max_tokens=16, tokens_per_micro_batch=60)
-    assert len(columns) > 2 and max(len(mb.trained) for mb in columns) > 3 * 7
+    assert len(columns) > 2 and max(len(mb.loss_index) for mb in columns) > 3 * 7
     fused, whole = (results(folder, o, dtype, columns) for o in (objective, undeclared(objective)))
     assert fused.keys() == whole.keys() and "old_logprobs" in fused
     assert ("kl/reference" in fused) == (objective.kl_coef > 0)

@@ -126,14 +126,14 @@ def test_shared_prompts_are_read_once(shapes: list, budget: int):
     options = {"reduction": "token", "max_tokens": 32, "tokens_per_micro_batch": budget, "ranks": 2}
     plain, shared = pack(samples, **options), pack(samples, **options, share_prompts=True)
     for before, mb in zip(sum(plain, []), sum(shared, []), strict=True):
-        assert torch.equal(mb.tokens, before.tokens) and before.distinct is None
-        prompts = [shapes[place][:2] for place in mb.places]
+        assert torch.equal(mb.tokens, before.tokens) and before.unique_index is None
+        prompts = [shapes[place][:2] for place in mb.sample_index]
         saved = sum(length for _, length in prompts) - sum(length for _, length in set(prompts))
-        assert (mb.distinct is None) == (saved == 0)
-        if mb.distinct is not None and mb.reading is not None:
-            assert len(mb.distinct) == len(mb.tokens) - saved
+        assert (mb.unique_index is None) == (saved == 0)
+        if mb.unique_index is not None and mb.inverse is not None:
+            assert len(mb.unique_index) == len(mb.tokens) - saved
             for column in (mb.tokens, mb.positions):
-                assert torch.equal(column[mb.distinct][mb.reading], column)
+                assert torch.equal(column[mb.unique_index][mb.inverse], column)
 
 
 def test_ranks_are_balanced():

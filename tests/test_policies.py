@@ -124,7 +124,10 @@ def test_router_outputs_follow_the_tokens() -> None:
     ids=["minimax", "minimax tied", "qwen3", "llama"],
 )
 def test_stock_transformers_loads_what_we_save_and_agrees(config: dict[str, Any], tmp_path: Path) -> None:
-    """Single unpadded sequences in float32, 1e-5; one longer than transformers' lightning block of 256."""
+    """Single unpadded sequences in float32; one longer than transformers' lightning block of 256.
+
+    2e-5: sums of other orders reach 1.03e-5 over 300 tokens on some processors; a wrong norm or angle is above 1e-3.
+    """
     from transformers import AutoModelForCausalLM
 
     policy = init_policy(config, seed=3)
@@ -134,7 +137,7 @@ def test_stock_transformers_loads_what_we_save_and_agrees(config: dict[str, Any]
         for length in (1, 7, 64, 300):
             tokens = tokens_of(length)
             expected = stock(tokens[None], use_cache=False).logits[0].log_softmax(-1)
-            assert_close(logprobs(policy, tokens), expected)
+            assert_close(logprobs(policy, tokens), expected, 2e-5)
 
 
 def test_we_load_what_stock_transformers_saves(tmp_path: Path) -> None:

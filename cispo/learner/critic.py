@@ -120,4 +120,4 @@ class Critic:
         leave(self.ranks)
 
     def _forward(self, mb: MicroBatch) -> Tensor:
-        return self.model(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)
+        return self.model(mb.tokens, mb.positions, mb.cu_seqlens, mb.max_seqlen)

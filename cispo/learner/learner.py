@@ -256,7 +256,9 @@ def _given(micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         names.append("old_logprobs")
     if not micro_batches:
         return {}
-    return {name: torch.cat([getattr(mb, name).index_select(0, mb.trained) for mb in micro_batches]) for name in names}
+    return {
+        name: torch.cat([getattr(mb, name).index_select(0, mb.loss_index) for mb in micro_batches]) for name in names
+    }
 
 
 def _total(losses: Sequence[Tensor]) -> float:

@@ -26,13 +26,13 @@ Columns = Mapping[str, Tensor]
 
 def read(policy: Policy, mb: MicroBatch) -> PolicyOutput:
     """The policy's pass over a micro-batch: hidden [T, d], and router outputs over all T tokens."""
-    if mb.distinct is None or mb.reading is None:
-        return policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.longest)
-    documents = Documents(mb.cu_seqlens, len(mb.tokens), mb.longest)
-    tokens, positions = mb.tokens.index_select(0, mb.distinct), mb.positions.index_select(0, mb.distinct)
-    output = policy.attend(tokens, positions, SharedPrompts(documents, mb.distinct, mb.reading))
-    router = tuple(RouterOutput(*(x.index_select(0, mb.reading) for x in layer)) for layer in output.router)
-    return PolicyOutput(output.hidden.index_select(0, mb.reading), router)
+    if mb.unique_index is None or mb.inverse is None:
+        return policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.max_seqlen)
+    documents = Documents(mb.cu_seqlens, len(mb.tokens), mb.max_seqlen)
+    tokens, positions = mb.tokens.index_select(0, mb.unique_index), mb.positions.index_select(0, mb.unique_index)
+    output = policy.attend(tokens, positions, SharedPrompts(documents, mb.unique_index, mb.inverse))
+    router = tuple(RouterOutput(*(x.index_select(0, mb.inverse) for x in layer)) for layer in output.router)
+    return PolicyOutput(output.hidden.index_select(0, mb.inverse), router)
 
 
 def micro_batch_loss(
@@ -43,19 +43,19 @@ def micro_batch_loss(
     hidden [T, d] and head [V, d], which get the loss's gradient.
     """
     # With nothing to train on, only the whole form tells which columns the objective has.
-    take = _fused if objective.per_token and len(mb.trained) else _whole
+    take = _fused if objective.per_token and len(mb.loss_index) else _whole
     return take(hidden, head, mb, objective, temperature)
 
 
 def trained_logprobs(hidden: Tensor, head: Tensor, mb: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the trained tokens, [N] each; the head runs for no other."""
-    rows, targets = hidden.index_select(0, mb.trained), mb.targets.index_select(0, mb.trained)
+    rows, targets = hidden.index_select(0, mb.loss_index), mb.targets.index_select(0, mb.loss_index)
     return token_logprobs(rows, head, targets, temperature=temperature)
 
 
 def spread(values: Tensor, mb: MicroBatch) -> Tensor:
     """[N] over trained tokens to [T], 0 elsewhere."""
-    return values.new_zeros(len(mb.tokens)).index_copy(0, mb.trained, values)
+    return values.new_zeros(len(mb.tokens)).index_copy(0, mb.loss_index, values)
 
 
 def _whole(
@@ -63,7 +63,7 @@ def _whole(
 ) -> tuple[Tensor, Columns]:
     logprobs, entropy = trained_logprobs(hidden, head, mb, temperature=temperature)
     result = objective(_loss_inputs(mb, spread(logprobs, mb), objective, lambda column: column, mb.cu_seqlens))
-    reported = {name: column.index_select(0, mb.trained) for name, column in _reported(result).items()}
+    reported = {name: column.index_select(0, mb.loss_index) for name, column in _reported(result).items()}
     loss = (result.loss * mb.loss_weights).sum()
     return loss, {"logprobs": logprobs.detach(), "entropy": entropy, **reported}
 
@@ -74,14 +74,14 @@ def _fused(
     parts: list[Columns] = []
 
     def part_loss(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
-        index = mb.trained[part]
+        index = mb.loss_index[part]
         # Without sequences: a loss that looks for them though it is declared per_token fails, and is not wrong.
         none = mb.cu_seqlens[:0]
         result = objective(_loss_inputs(mb, logprobs, objective, lambda column: column.index_select(0, index), none))
         parts.append(_reported(result))
         return result.loss * mb.loss_weights.index_select(0, index)
 
-    rows, targets = hidden.index_select(0, mb.trained), mb.targets.index_select(0, mb.trained)
+    rows, targets = hidden.index_select(0, mb.loss_index), mb.targets.index_select(0, mb.loss_index)
     loss, logprobs, entropy = fused_token_loss(rows, head, targets, part_loss, temperature=temperature)
     reported = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return loss, {"logprobs": logprobs, "entropy": entropy, **reported}

@@ -43,17 +43,17 @@ class Attention(Protocol):
 class Documents:
     """Where the documents of a pack start: made once for all layers, so that a GPU is asked for lengths once at most.
 
-    cu_seqlens [S + 1] int32, documents may be empty. `longest` saves asking for the longest one's length.
+    cu_seqlens [S + 1] int32, documents may be empty. `max_seqlen` saves asking for the longest one's length.
     """
 
-    def __init__(self, cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
+    def __init__(self, cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = None) -> None:
         self.cu_seqlens, self.tokens = cu_seqlens, tokens
-        self._longest = longest
+        self._max_seqlen = max_seqlen
 
     @cached_property
-    def longest(self) -> int:
+    def max_seqlen(self) -> int:
         """Tokens of the longest document, or a bound on it."""
-        return int(self.cu_seqlens.diff().max()) if self._longest is None else self._longest
+        return int(self.cu_seqlens.diff().max()) if self._max_seqlen is None else self._max_seqlen
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return causal_attention(q, k, v, self, scale)
@@ -92,31 +92,31 @@ class SharedPrompts:
     The C distinct tokens are what passes through the layers; attention sees all T, laid out as documents.
     """
 
-    def __init__(self, documents: Documents, distinct: Tensor, reading: Tensor) -> None:
+    def __init__(self, documents: Documents, unique_index: Tensor, inverse: Tensor) -> None:
         """distinct [C] int64: one place of each among the T tokens; reading [T] int64: which one each token equals."""
-        self.documents, self.distinct, self.reading = documents, distinct, reading
+        self.documents, self.unique_index, self.inverse = documents, unique_index, inverse
 
     @cached_property
     def padding(self) -> Padding:
         """In terms of the C tokens: what a document has in common with an earlier one is among its keys alone."""
         starts = self.documents.cu_seqlens.long()
-        own = torch.zeros(len(self.reading) + 1, dtype=torch.long, device=starts.device)
-        own[self.distinct + 1] = 1
+        own = torch.zeros(len(self.inverse) + 1, dtype=torch.long, device=starts.device)
+        own[self.unique_index + 1] = 1
         skips = starts.diff() - own.cumsum(0)[starts].diff()
         whole = self.documents.padding_without(skips)
-        batches = [Batch(self.reading[batch.rows], batch.skip) for batch in whole.batches]
-        return Padding(batches, whole.places.index_select(0, self.distinct), shared=True)
+        batches = [Batch(self.inverse[batch.rows], batch.skip) for batch in whole.batches]
+        return Padding(batches, whole.places.index_select(0, self.unique_index), shared=True)
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         if _choose_form(q) == "padded" and _few(q, self.padding):
             return product_attention(q, k, v, self.padding, scale)
-        return self.documents.softmax(*self._all(q, k, v), scale).index_select(0, self.distinct)
+        return self.documents.softmax(*self._all(q, k, v), scale).index_select(0, self.unique_index)
 
     def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        return self.documents.lightning(*self._all(q, k, v), slopes).index_select(0, self.distinct)
+        return self.documents.lightning(*self._all(q, k, v), slopes).index_select(0, self.unique_index)
 
     def _all(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return q.index_select(0, self.reading), k.index_select(0, self.reading), v.index_select(0, self.reading)
+        return q.index_select(0, self.inverse), k.index_select(0, self.inverse), v.index_select(0, self.inverse)
 
 
 def causal_attention(
@@ -136,11 +136,11 @@ def causal_attention(
         return q.new_zeros(*q.shape[:2], v.shape[-1])
     if (form or _choose_form(q)) == "varlen":
         # Kernels swap heads and queries where the bound is 1, and then take no empty documents: 2 is a bound as well.
-        longest = max(documents.longest, 2)
+        max_seqlen = max(documents.max_seqlen, 2)
         starts = documents.cu_seqlens
         # The operation that `torch.nn.attention.varlen` wraps, whose own arguments change from release to release.
         return torch.ops.aten._flash_attention_forward(
-            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+            q, k, v, starts, starts, max_seqlen, max_seqlen, 0.0, True, False, scale=scale
         )[0]
     padding = documents.padding
     if _few(q, padding):

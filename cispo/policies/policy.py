@@ -58,11 +58,11 @@ class Policy(Protocol):
         ...
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
     ) -> PolicyOutput:
         """tokens and positions [T] int64; cu_seqlens [S + 1] int32: where each document starts, then T.
 
-        `longest` is the length of the longest document; without it, it is read from the device.
+        `max_seqlen` is the length of the longest document; without it, it is read from the device.
         """
         ...
 
@@ -83,7 +83,7 @@ class Policy(Protocol):
         ...
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
     ) -> PolicyOutput: ...
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...

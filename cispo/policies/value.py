@@ -21,10 +21,10 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None) -> Tensor:
-        """tokens and positions [T] int64, cu_seqlens [S + 1] int32, `longest` as in `Policy.forward`; [T] float32.
+    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+        """tokens and positions [T] int64, cu_seqlens [S + 1] int32, `max_seqlen` as in `Policy.forward`; [T] float32.
 
         Entry t is the value of the state after reading tokens up to t, from which the next token is sampled.
         """
-        hidden = self.backbone(tokens, positions, cu_seqlens, longest).hidden
+        hidden = self.backbone(tokens, positions, cu_seqlens, max_seqlen).hidden
         return self.head(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))[:, 0]

@@ -141,10 +141,10 @@ class HFPolicy(nn.Module):
         return 0, 0
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int | None = None
+        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
     ) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `longest` as in `Policy.forward`."""
-        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), longest))
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `max_seqlen` as in `Policy.forward`."""
+        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), max_seqlen))
 
     def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
         """tokens and positions [T] int64, as in `Policy.attend`."""

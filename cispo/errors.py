@@ -1,4 +1,7 @@
-"""Two kinds of failure, two exit codes: bad input (2) and a run that cannot go on (1)."""
+"""Two kinds of failure, two exit codes: bad input (2) and a run that cannot go on (1).
+
+Both cross Ray unchanged and end as one sentence. Any other exception is a bug of ours and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ class RunError(RuntimeError):
 
 
 class Diverged(RunError):
-    """A run whose numbers are no longer finite: the same run would end the same way."""
+    """Numbers of a run are not finite. The same run would end the same way, so no part of it is restarted."""
 
 
 class ProcessDied(RunError):

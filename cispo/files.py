@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a disk says as a sentence."""
+"""Reading and writing of files: whole or not at all, in a background thread, and with disk errors as one sentence."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cispo.errors import RunError, UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def write_text(file: Path, text: str) -> None:
-    """Replaces the file in one go: nobody sees a part of it, and an end of the process leaves the old one."""
+    """Replaces the file by one rename: a reader never sees a part of it, and a killed process leaves the old one."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text)
     os.replace(partial, file)
 
 
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
+def write_json(file: Path, values: Mapping[str, object]) -> None:
     write_text(file, json.dumps(values, indent=1) + "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises UserError where the file holds no JSON object."""
+    """The JSON object in the file. Raises UserError where it holds none."""
     try:
         values = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -37,7 +40,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what a disk says inside the block into a RunError."""
+    """Raises OSError and SafetensorError of the block as RunError, which names `path`."""
     from safetensors import SafetensorError
 
     try:
@@ -49,7 +52,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 class BackgroundSave:
-    """A file that a thread writes while its process goes on."""
+    """A write that runs in a thread of its own."""
 
     def __init__(self, write: Callable[[], None]) -> None:
         self._write = write
@@ -60,12 +63,12 @@ class BackgroundSave:
     def _run(self) -> None:
         try:
             self._write()
-        # Whatever it is, it is raised where somebody asks.
+        # `done` raises it in the caller's thread.
         except BaseException as error:
             self._error = error
 
     def done(self, *, wait: bool) -> bool:
-        """Whether it is written; raises what went wrong."""
+        """Whether the write has ended; raises its error. `wait` blocks until it has."""
         if wait:
             self._thread.join()
         if self._thread.is_alive():
@@ -75,7 +78,7 @@ class BackgroundSave:
         return True
 
 
-def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Writes a safetensors file. Raises RunError where the disk refuses."""
     from safetensors.torch import save_file
 
@@ -84,8 +87,8 @@ def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
         save_file(dict(tensors), file, metadata={"format": "pt"})
 
 
-def load_tensors(file: Path) -> dict[str, Any]:
-    """Reads a safetensors file into the CPU's memory. Raises UserError where it is none."""
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises UserError where it is no such file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -6,6 +6,6 @@ import hashlib
 
 
 def seed_of(*identity: int | str) -> int:
-    """A seed that depends on what it is for (run seed, purpose, step ...) and never on the order of calls."""
+    """A 56-bit seed from an identity: run seed, purpose, step, ..."""
     text = "/".join(str(part) for part in identity)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())

@@ -1,13 +1,13 @@
-"""Injects faults into real runs at random moments and says what became of them.
+"""Fault injection: real runs are killed, hung or starved at random moments, resumed, and compared with a clean run.
 
     scripts/inject_faults.py --times 10                              every fault, a table at the end
     scripts/inject_faults.py kill-driver kill-engine --times 3 rollout.engine=torch
 
-Each trial runs a small recipe of its own on Ray, does something to it, resumes it where it ended, and compares it all
-with a run that nobody disturbed: metrics (but times), sampled tokens, weights and optimizer must be equal bit for bit.
-A trial counts as a hang where it does not end within --limit seconds, as orphans where a process of it is alive 60 s
-after its end, and as lost where a whole checkpoint from before the fault is gone. Where the run was over before the
-fault changed anything, another moment is tried and only what went wrong is counted.
+Each trial runs a small recipe on Ray, injects the fault, resumes the run where it ended, and compares it with an
+undisturbed run: metrics (but times), sampled tokens, weights and optimizer must be equal bit for bit. A trial counts as
+a hang where it does not end within --limit seconds, as orphans where a process of it is alive 60 s after its end, and
+as lost where a whole checkpoint from before the fault is gone. Where the run was over before the fault had an effect,
+the trial is repeated at another moment, and counts only if it found a problem.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -49,27 +48,27 @@ SMALL = [
     "learner.lr=1e-3",
     "reward={functions: [{fn: 'tests.varied_reward:varied'}]}",
 ]
-"""So short a run answers nothing right: varied rewards make it learn all the same."""
+"""A run this short answers nothing right. Varied rewards make it learn all the same."""
 
 
 @dataclass
 class Trial:
-    """One run in a folder and processes of its own."""
+    """One run with a folder and processes of its own."""
 
     folder: Path
     overrides: Sequence[str]
     limit: float
     compares: bool = False
-    """A comparison of two algorithms instead of one run; its command goes on by itself."""
+    """Whether it is a comparison of two algorithms, which the same command resumes, instead of one run."""
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     process: subprocess.Popen[str] | None = None
 
     def runs(self) -> list[Path]:
-        """The run folders that it has made."""
+        """Its run folders."""
         return sorted(f.parent for f in self.folder.glob("**/recipe.yaml") if f.parent.parent.name != "warm")
 
     def start(self) -> None:
-        """Starts it, or goes on where it ended."""
+        """Starts the run, or resumes it."""
         command = [sys.executable, "-m", "cispo.cli", "compare" if self.compares else "train"]
         command += [str(ROOT / "recipes" / "quickstart.yaml"), f"output_dir={self.folder}", *SMALL, *self.overrides]
         if self.compares:
@@ -83,12 +82,12 @@ class Trial:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # As a shell would start it, also where this script was started in the background.
+            # As from a shell, also where this script runs in the background.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def end(self) -> tuple[int | None, str]:
-        """(exit code, output); None is a hang, which is then ended."""
+        """(exit code, output) at its end; code None is a hang, which is then killed."""
         assert self.process is not None
         try:
             output, _ = self.process.communicate(timeout=self.limit)
@@ -99,7 +98,7 @@ class Trial:
             return None, self.process.communicate()[0]
 
     def processes(self, title: str = "") -> list[psutil.Process]:
-        """Every living process that the trial started, whoever is its parent now, whose title holds `title`."""
+        """Every living process of the trial, with any parent, that has `title` in its command line."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -111,7 +110,7 @@ class Trial:
         return found
 
     def wait_for(self, title: str) -> psutil.Process | None:
-        """A process of a title, once there is one; None where the run ended before."""
+        """A process with the title, once there is one; None where the run ended before."""
         assert self.process is not None
         while self.process.poll() is None:
             found = self.processes(title)
@@ -121,29 +120,29 @@ class Trial:
         return None
 
     def orphans(self) -> list[str]:
-        """What is left of it 60 s after its end; it is ended then."""
+        """Command lines of the processes that are alive 60 s after its end; kills them."""
         deadline = time.monotonic() + 60
-        while (left := self.processes()) and time.monotonic() < deadline:
+        while (alive := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        names = [" ".join(p.cmdline())[:60] for p in left]
-        for process in left:
+        names = [" ".join(p.cmdline())[:60] for p in alive]
+        for process in alive:
             process.kill()
         return names
 
     def checkpoints(self) -> set[str]:
-        """Of all runs: run and step."""
+        """Paths of the checkpoints of all its runs."""
         return {str(f.parent) for run in self.runs() for f in run.glob("checkpoints/step_*/cispo.json")}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         return {f"{run.relative_to(self.folder)}/{k}": v for run in self.runs() for k, v in state_of(run).items()}
 
 
 Act = Callable[[Trial], bool]
-"""What is done to a trial; False where nothing was left to do it to."""
+"""Injects a fault into a trial; False where the run was over."""
 
 
 def strike(title: str, do: Callable[[psutil.Process], None]) -> Act:
-    """Does something to a process, once there is one."""
+    """A fault that does something to a process with the title, once there is one."""
 
     def act(trial: Trial) -> bool:
         process = trial.wait_for(title)
@@ -162,9 +161,9 @@ def kill(title: str, number: int = signal.SIGKILL) -> Act:
 
 
 def starve(process: psutil.Process) -> None:
-    """It gets no memory any more."""
-    room = process.memory_info().vms + 1024
-    resource.prlimit(process.pid, resource.RLIMIT_AS, (room, room))
+    """Limits the address space of the process to its present size and 1 KiB."""
+    limit = process.memory_info().vms + 1024
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
 
 
 def interrupt(times: int) -> Act:
@@ -187,12 +186,12 @@ def fill_disk(trial: Trial) -> bool:
         return True
 
 
-def make_room(trial: Trial) -> None:
+def free_disk(trial: Trial) -> None:
     (trial.folder / "ballast").unlink(missing_ok=True)
 
 
 def forbid_writing(trial: Trial) -> bool:
-    """The folder of the checkpoints becomes read-only, once nothing is just being written there."""
+    """Remounts the checkpoint folder read-only, as soon as no file there is open for writing."""
     assert trial.process is not None
     folder = str(trial.folder / "quickstart" / "checkpoints")
     while trial.process.poll() is None and not Path(folder).exists():
@@ -217,14 +216,14 @@ def nothing(trial: Trial) -> None:
 class Fault:
     act: Act
     ends_with: tuple[int, ...]
-    """Exit codes that are right after it. 0 is always right: where it is not among these, the fault came too late."""
+    """Correct exit codes. 0 is always correct; where it is not among these, it means that the fault came too late."""
     undo: Callable[[Trial], None] = nothing
     overrides: tuple[str, ...] = ()
     says: str = ""
-    """What a run prints that noticed it, a pattern; without it the fault came too late."""
+    """Pattern in the output of a run that noticed the fault; without a match the fault came too late."""
     own_disk: bool = False
     quiet: bool = True
-    """No traceback may be seen. TensorBoard's thread has one when a disk is full, Ray for a worker without memory."""
+    """No traceback may be printed. TensorBoard's thread prints one on a full disk, Ray for a worker without memory."""
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -245,13 +244,13 @@ FAULTS: Mapping[str, Fault] = {
     # -2: the interpreter itself was interrupted, when the run was over.
     "ctrl-c": Fault(interrupt(1), (130, -signal.SIGINT)),
     "ctrl-c-twice": Fault(interrupt(2), (130, -signal.SIGINT)),
-    "full-disk": Fault(fill_disk, (1, 2), undo=make_room, own_disk=True, quiet=False),
+    "full-disk": Fault(fill_disk, (1, 2), undo=free_disk, own_disk=True, quiet=False),
     "read-only": Fault(forbid_writing, (1, 2), undo=allow_writing, own_disk=True),
 }
 
 
-def state_of(run: Path) -> dict[str, Any]:
-    """Everything that two equal runs must share."""
+def state_of(run: Path) -> dict[str, object]:
+    """The metrics, samples and tensors in which a disturbed run must equal the undisturbed one."""
     import pyarrow.parquet as pq
     import torch
     from safetensors.torch import load_file
@@ -267,12 +266,9 @@ def state_of(run: Path) -> dict[str, Any]:
     }
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What differs, "" where nothing does."""
-    for what in one:
-        if one[what] != other.get(what):
-            return what
-    return ""
+def difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """The first key with different values, "" where there is none."""
+    return next((key for key, value in one.items() if value != other.get(key)), "")
 
 
 @dataclass
@@ -283,7 +279,7 @@ class Result:
     problems: list[str]
     seconds: float
     struck: bool
-    """The run noticed it."""
+    """Whether the run noticed the fault."""
 
 
 def try_once(name: str, folder: Path, reference: Reference, moment: float, args: argparse.Namespace) -> Result | None:
@@ -306,13 +302,13 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
     if "Traceback" in output and fault.quiet:
         problems.append(f"traceback: {output[-1500:]}")
     problems += [f"orphans: {names}" for names in [trial.orphans()] if names]
-    # Older ones than the two newest may have gone in order, but for newer ones.
+    # A run removes older checkpoints in favour of newer ones, so only the newest must have a successor.
     for run in {str(Path(c).parent) for c in before}:
         newest = max(c for c in before if c.startswith(run))
         if max((c for c in trial.checkpoints() if c.startswith(run)), default="") < newest:
             problems.append(f"lost: {newest}")
     fault.undo(trial)
-    # A comparison goes on with its other arms and says so, with exit code 0.
+    # A comparison goes on with its other runs after a failure, and may end with exit code 0.
     struck = acted and (code in fault.ends_with or args.compare) and re.search(fault.says, output) is not None
     if (code != 0 and code is not None) or args.compare:
         trial.start()
@@ -320,8 +316,8 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
         if again != 0:
             problems.append(f"the resumed run ended with {again}: {output[-600:]}")
         problems += [f"orphans after the resumed run: {names}" for names in [trial.orphans()] if names]
-    if not problems and (what := difference(reference.state, trial.state())):
-        problems.append(f"not the same run: {what}")
+    if not problems and (key := difference(reference.state, trial.state())):
+        problems.append(f"not the same run: {key}")
     if fault.own_disk:
         subprocess.run(["umount", "-l", str(folder)], check=True)
     if not problems and not args.keep:
@@ -331,9 +327,9 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
 
 @dataclass
 class Reference:
-    """The run that nobody disturbs."""
+    """The undisturbed run."""
 
-    state: Mapping[str, Any]
+    state: Mapping[str, object]
     seconds: float
 
 
@@ -375,7 +371,7 @@ def main() -> None:
     if unknown:
         parser.error(f"{unknown[0]!r} is no fault: there are {', '.join(FAULTS)}")
     if any(FAULTS[name].own_disk for name in names) and MARK not in os.environ:
-        # Mounting a disk of one's own needs a name space of one's own.
+        # A user without privileges may mount a disk in namespaces of its own.
         own = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, *sys.argv]
         os.execvpe(own[0], own, {**os.environ, MARK: "none"})
     moments = random.Random(args.seed)

@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster of two nodes on this machine, and what a run listens on when it starts Ray itself."""
+"""Runs on a Ray cluster of two nodes on this machine, and the sockets of a run that starts Ray itself."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ import psutil
 import pytest
 
 from cispo.errors import RunError, UserError
-from cispo.runtime import ray_address
-from cispo.runtime import ship_code as shipping
-from cispo.runtime.actors import RayRuntime, Seat
+from cispo.runtime import ray_address, ship_code
+from cispo.runtime.actors import RayRuntime, Resources
 from cispo.runtime.network import free_port, host_and_port, open_store
 from cispo.runtime.watchdog import Activity
 from tests.test_end_to_end import QUICKSTART, ROOT, VARIED, metrics
@@ -37,7 +36,7 @@ class TwoNodes:
     address: str
     client_address: str
     nodes: tuple[str, ...]
-    """Their ids: one with a CPU, one with two."""
+    """Node ids: one with a CPU, one with two."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def two_nodes() -> Iterator[TwoNodes]:
         from ray.cluster_utils import Cluster
 
         port = free_port("127.0.0.1")
-        head: dict[str, Any] = {"num_cpus": 1, "include_dashboard": False, "ray_client_server_port": port}
+        head: dict[str, object] = {"num_cpus": 1, "include_dashboard": False, "ray_client_server_port": port}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.add_node(num_cpus=2)
         nodes = tuple(node.node_id for node in cluster.list_all_nodes())
@@ -71,7 +70,7 @@ def finish(run: subprocess.Popen[str]) -> None:
 
 
 def listening(run: subprocess.Popen[str]) -> dict[tuple[str, int], set[str]]:
-    """(address, port) of every socket that a process of the run listens on, with the process's names, until its end."""
+    """(address, port) of every socket that the run listens on until its end -> names of the processes."""
     found: dict[tuple[str, int], set[str]] = {}
     root = psutil.Process(run.pid)
     while run.poll() is None:
@@ -89,7 +88,7 @@ def listening(run: subprocess.Popen[str]) -> dict[tuple[str, int], set[str]]:
 
 @pytest.fixture(scope="module")
 def one_node(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple[str, int], set[str]]]:
-    """A run by broadcast in a cluster of its own, and what it listened on."""
+    """A run by broadcast in a cluster of its own, and the sockets that it listened on."""
     folder = tmp_path_factory.mktemp("one")
     run = train(folder, "rollout.weight_sync=broadcast")
     sockets = listening(run)
@@ -100,7 +99,7 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[tuple
 def test_a_run_listens_on_loopback_alone(one_node: tuple[Path, dict[tuple[str, int], set[str]]]) -> None:
     _, sockets = one_node
     owners = {name.partition(".")[0] for names in sockets.values() for name in names}
-    # Ray's own, the ranks' group and the one that takes the weights to the engine.
+    # Ray's own sockets, the ranks' group, and the group that takes the weights to the engine.
     assert {"gcs_server", "raylet", "ray::learner-0", "ray::learner-1", "ray::engine-0"} <= owners
     outside = {place: names for place, names in sockets.items() if not is_loopback(place[0])}
     assert not outside
@@ -111,8 +110,8 @@ def is_loopback(address: str) -> bool:
     return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
 
-def comparable(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without its times."""
+def comparable(run: Path) -> list[dict[str, float]]:
+    """Metrics of a run without times and speeds."""
     return [
         {k: v for k, v in row.items() if not k.startswith("time/") and not k.endswith(("per_s", "seconds"))}
         for row in metrics(run)
@@ -136,11 +135,11 @@ def test_two_nodes_and_one_and_either_way_of_the_weights_give_the_same_run(
     assert weights(first) != (first / "checkpoints" / "initial" / "model.safetensors").read_bytes()
     places = actor_nodes(two_nodes)
     assert places["learner-0"] == places["learner-1"] != places["engine-0"]
-    assert not list((tmp_path / "two").glob(".weights-*")), "what the nodes shared is gone"
+    assert not list((tmp_path / "two").glob(".weights-*")), "the folder that the nodes shared is removed"
 
 
 def actor_nodes(two_nodes: TwoNodes) -> dict[str, str]:
-    """The node of each actor that the cluster has seen, by class."""
+    """Class -> node of each actor that the cluster has seen."""
     import ray
     from ray._private import state
 
@@ -151,11 +150,11 @@ def actor_nodes(two_nodes: TwoNodes) -> dict[str, str]:
         ray.shutdown()
 
 
-# Runs where this process is a driver of the cluster: RayRuntime's own verbs, without vLLM's start.
+# A driver of the cluster that tries the verbs of RayRuntime, without the time that vLLM takes to start.
 DRIVER = """
 import asyncio, os, sys
-from cispo.runtime.actors import RayRuntime, Seat
-from cispo.types import RunError, UserError
+from cispo.runtime.actors import RayRuntime, Resources
+from cispo.errors import RunError, UserError
 from cispo.runtime.watchdog import Activity
 from my_parts import Part
 
@@ -164,9 +163,9 @@ async def main():
     try:
         await runtime.reserve([[{"CPU": 1}, {"CPU": 1}], [{"CPU": 1}]])
         print("home", runtime.is_home())
-        seats = [Seat(bundle=0), Seat(bundle=1)]
-        ranks = await runtime.start_ranks(Part, name="learner", seats=seats)
-        engine = await runtime.start(Part, name="engine-0", seat=Seat(bundle=2))
+        resources = [Resources(bundle=0), Resources(bundle=1)]
+        ranks = await runtime.start_ranks(Part, name="learner", resources=resources)
+        engine = await runtime.start(Part, name="engine-0", resources=Resources(bundle=2))
         print("nodes", *[await part.call("node") for part in (*ranks, engine)])
         print("met", *await asyncio.gather(*(rank.call("meet") for rank in ranks)))
         for method, error in (("refuse", UserError), ("fail", RunError)):
@@ -191,7 +190,7 @@ asyncio.run(main())
 PARTS = """
 import os
 import torch
-from cispo.types import RunError, UserError
+from cispo.errors import RunError, UserError
 from my_words import WORD
 
 class Part:
@@ -223,7 +222,7 @@ class Part:
 
 @pytest.mark.parametrize("way", ["address", "client_address"])
 def test_parts_on_two_nodes_with_a_users_modules(way: str, two_nodes: TwoNodes, tmp_path: Path) -> None:
-    """Directly and through Ray Client; the modules beside the script, and what they import, reach the nodes."""
+    """Directly and through Ray Client. The modules beside the script, and their imports, reach the nodes."""
     for name, text in (("driver", DRIVER), ("my_parts", PARTS), ("my_words", "WORD = 'no such word'\n")):
         (tmp_path / f"{name}.py").write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
@@ -263,12 +262,12 @@ def test_what_a_cluster_has_no_room_for_is_refused(two_nodes: TwoNodes, monkeypa
                 await runtime.reserve([[{"CPU": 3}]])
             await other.reserve([[{"CPU": 2}]])
             with monkeypatch.context() as patch:
-                patch.setattr("cispo.runtime.cluster._ROOM_SECONDS", 1.0)
+                patch.setattr("cispo.runtime.cluster._RESERVE_SECONDS", 1.0)
                 with pytest.raises(RunError, match="no room for 2 CPUs within 1 s: other runs hold it"):
                     await runtime.reserve([[{"CPU": 2}]])
             other.close()
             await runtime.reserve([[{"CPU": 2}]])  # the refused request is not still in the queue
-            part = await runtime.start(dict, name="part", seat=Seat(bundle=0))
+            part = await runtime.start(dict, name="part", resources=Resources(bundle=0))
             assert await part.call("get", "x", 5) == 5
         finally:
             other.close()
@@ -312,7 +311,7 @@ def test_an_address_without_a_ray_cluster_is_refused_at_once(
 
 
 def test_a_cluster_that_wants_a_token_gets_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A gRPC server that checks tokens as Ray does; whether this process then shows it is an environment variable."""
+    """Against a gRPC server that checks tokens as Ray does. RAY_AUTH_MODE makes this process show its token."""
     import grpc
 
     def check(request: bytes, context: Any) -> bytes:
@@ -321,7 +320,7 @@ def test_a_cluster_that_wants_a_token_gets_ours(monkeypatch: pytest.MonkeyPatch,
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
         return b""
 
-    methods: dict[str, Any] = {"CheckAlive": grpc.unary_unary_rpc_method_handler(check)}
+    methods = {"CheckAlive": grpc.unary_unary_rpc_method_handler(check)}
     from concurrent.futures import ThreadPoolExecutor
 
     server = grpc.server(ThreadPoolExecutor(2))
@@ -356,20 +355,20 @@ def test_loaded_modules_that_are_not_installed_are_shipped(tmp_path: Path, monke
     for name in ("shipped_package.inner.deep", "shipped_file"):
         __import__(name)
     try:
-        found = shipping.loaded_sources()
+        found = ship_code.loaded_sources()
         assert {package, tmp_path / "shipped_file.py", ROOT / "cispo"} <= set(found)
         assert tmp_path / "not_loaded.py" not in found
         assert not {path.name for path in found} & {"torch", "json", "psutil", "pytest"}
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"working_dir": "gcs://x.zip"}}))
-        assert str(package) in shipping.shipped_code()["py_modules"]
+        assert str(package) in ship_code.shipped_code()["py_modules"]
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"py_modules": ["gcs://x.zip"]}}))
-        assert shipping.shipped_code() == {}
-        shipping.check_output_dir("runs")
+        assert ship_code.shipped_code() == {}
+        ship_code.check_output_dir("runs")
         (tmp_path / "_ray_pkg_0123").mkdir()
         monkeypatch.chdir(tmp_path / "_ray_pkg_0123")
-        shipping.check_output_dir(str(tmp_path / "runs"))
+        ship_code.check_output_dir(str(tmp_path / "runs"))
         with pytest.raises(UserError, match="output_dir 'runs' lies in the folder that Ray unpacked"):
-            shipping.check_output_dir("runs")
+            ship_code.check_output_dir("runs")
     finally:
         for name in ("shipped_package.inner.deep", "shipped_package.inner", "shipped_package", "shipped_file"):
             del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Objects that take several calls at once, in this process and in a Ray actor: overlap, cancellation, errors, order."""
+"""Overlapping calls of one object, in this process and in a Ray actor: results, cancellation, errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Clerk:
-    """Answers late, and at once."""
+    """An object with a slow coroutine and a fast method."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -75,7 +75,7 @@ def test_calls_overlap_and_are_cancelled_here() -> None:
 
 
 def test_calls_overlap_and_are_cancelled_in_a_ray_actor() -> None:
-    """In a process of its own: Ray reads its settings once, and other tests have had others."""
+    """In a process of its own: Ray reads its settings once, and other tests have other settings."""
     code = """
 from cispo.runtime.actors import RayRuntime
 from cispo.runtime.watchdog import Activity

@@ -1,4 +1,4 @@
-"""What a driver started ends with it, also where it was killed; what others started does not."""
+"""Children of a driver end with it, also where it is killed; processes of other drivers do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cispo.runtime.orphans import MARK
 
 ROOT = Path(__file__).parents[1]
 
-# A child in a session of its own whose parent is gone, as Ray's agents are.
+# A child in a session of its own, orphaned by its parent's end, as Ray's agents are.
 DRIVER = """
 import subprocess, sys, time
 import cispo.runtime.orphans as orphans
@@ -51,7 +51,7 @@ def test_orphans_end_with_a_driver_that_is_killed() -> None:
         assert until(lambda: len(watchers(driver.pid)) == 1, 10) and child.is_running()
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        # 10 s in which it may end by itself, and a busy machine.
+        # The watcher gives it 10 s to end by itself, and the machine may be busy.
         assert until(lambda: not child.is_running(), 60)
         assert until(lambda: not watchers(driver.pid), 30)
         assert stranger.poll() is None

@@ -1,10 +1,9 @@
-"""Which GPUs the parts of a run get, and what is refused."""
+"""GPUs and bundles of a run's processes, and placements that are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -88,9 +87,8 @@ def test_what_cannot_be_placed_is_refused(overrides: Sequence[str], available: i
 
 
 def test_transports_that_do_not_fit_are_refused() -> None:
-    separate: dict[str, Any] = {"device": "cuda", "rank_gpus": 1, "engine_gpus": 1}
     with pytest.raises(UserError, match="share GPUs"):
-        transport_of(recipe("rollout.weight_sync=cuda_ipc"), Placement(**separate))
+        transport_of(recipe("rollout.weight_sync=cuda_ipc"), Placement(device="cuda", rank_gpus=1, engine_gpus=1))
     for overrides, sentence in (
         (["rollout.weight_sync=broadcast", "rollout.engine=torch"], "needs rollout.engine: vllm"),
         (["rollout.weight_sync=broadcast", "runtime=local"], "needs runtime: ray"),

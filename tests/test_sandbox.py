@@ -1,4 +1,4 @@
-"""The sandbox against programs that attack it, under both mechanisms: bounded in time, and nothing is left behind."""
+"""The sandbox against programs that attack it, under both mechanisms: bounded in time, and without remains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Run = Callable[..., SandboxResult]
 
 
 def ours() -> set[int]:
-    """Launchers and sandboxed programs that run on this machine."""
+    """Process ids of the launchers and sandboxed programs on this machine."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -59,7 +59,7 @@ def mechanism(request: pytest.FixtureRequest) -> Mechanism:
 
 @pytest.fixture
 def run(mechanism: Mechanism) -> Iterator[Run]:
-    """Runs a program in at most its time and what it takes to start and end, and leaves nothing."""
+    """Runs a program, within its time and that of starting and ending it; checks that nothing remains."""
     processes, scratch = ours(), folders()
 
     def run(code: str, timeout: float = 20.0, **options) -> SandboxResult:
@@ -206,7 +206,7 @@ for top in sys.stdin.read().split():
     assert [path for path in result.stdout.split("\n")[:-1] if not any(path.startswith(p) for p in python)] == []
     for path in (
         tmp_path / "secret",
-        ROOT / "cispo" / "sandbox.py",
+        ROOT / "cispo" / "sandbox" / "run.py",
         "/etc/passwd",
         "/proc/1/environ",
         "/proc/self/mem",
@@ -365,7 +365,7 @@ def test_a_caller_that_is_killed_leaves_nothing(mechanism: Mechanism) -> None:
     call = f"run_python('import time; time.sleep(1000)', timeout=999, mechanism={mechanism!r})"
     code = f"from cispo.sandbox.run import run_python; {call}"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
-    # The caller's command line names none of the two.
+    # The launcher and its program; the caller's own command line matches neither.
     wait_for_programs(processes, 2)
     time.sleep(0.2)
     os.killpg(caller.pid, signal.SIGKILL)
@@ -391,7 +391,7 @@ def test_a_launcher_that_is_killed_takes_its_program_along(mechanism: Mechanism)
     assert len(errors) == 1 and not thread.is_alive()
     assert_nothing_left(processes, folders())
     for folder in folders():
-        # The one thing that nobody is left to do.
+        # With its launcher dead, the folder has no process that would remove it.
         (folder / "main.py").unlink()
         folder.rmdir()
 
@@ -410,7 +410,7 @@ call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
 call("prctl", PR_SET_SECCOMP, 2, ctypes.create_string_buffer(program), 0, 0)
 from cispo.sandbox.run import available_mechanisms, run_python
-from cispo.types import UserError
+from cispo.errors import UserError
 try:
     print(available_mechanisms(), run_python("print(6 * 7)").stdout)
 except UserError as error:
@@ -431,13 +431,13 @@ def test_a_machine_that_denies_namespaces_or_everything(calls: str, expected: st
 
 
 @pytest.mark.parametrize(
-    ("column", "header"),
+    ("machine", "header"),
     [(0, "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), (1, "/usr/include/asm-generic/unistd.h")],
 )
-def test_numbers_of_system_calls(column: int, header: str) -> None:
+def test_numbers_of_system_calls(machine: int, header: str) -> None:
     if not Path(header).exists():
         pytest.skip("this machine has no kernel headers")
     found = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text())
     numbers = {name: int(number) for name, number in found}
     for name, pair in (seccomp._DENIED | seccomp._CONDITIONAL).items():
-        assert numbers.get(name) == pair[column], name
+        assert numbers.get(name) == pair[machine], name

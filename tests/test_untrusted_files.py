@@ -1,4 +1,4 @@
-"""Nothing is unpickled, and no code is run, from a folder that a user names: a trap in each would leave a mark."""
+"""Nothing is unpickled and no code is run from a folder that a user names: a trap in each folder would make a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,7 +31,7 @@ class Trap:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
         return open, (str(self.mark), "w")
 
 
@@ -70,7 +69,9 @@ def torch_engine(folder: Path) -> TorchEngine:
 
 @pytest.mark.parametrize("load", [load_policy, torch_engine, vllm])
 @pytest.mark.parametrize("name", PICKLES)
-def test_a_model_folder_of_pickles_is_refused(load: Callable[[Path], Any], name: str, model: Path, trap: bytes) -> None:
+def test_a_model_folder_of_pickles_is_refused(
+    load: Callable[[Path], object], name: str, model: Path, trap: bytes
+) -> None:
     (model / "model.safetensors").unlink()
     (model / name).write_bytes(trap)
     with pytest.raises(UserError, match=f"holds weights as {name}.*convert them to safetensors"):
@@ -78,7 +79,7 @@ def test_a_model_folder_of_pickles_is_refused(load: Callable[[Path], Any], name:
 
 
 @pytest.mark.parametrize("load", [load_policy, torch_engine])
-def test_pickles_under_other_names_are_refused(load: Callable[[Path], Any], model: Path, trap: bytes) -> None:
+def test_pickles_under_other_names_are_refused(load: Callable[[Path], object], model: Path, trap: bytes) -> None:
     (model / "model.safetensors").write_bytes(trap)
     with pytest.raises(UserError, match="broken or cut short"):
         load(model)
@@ -129,7 +130,7 @@ def test_commands_refuse_pickles_before_anything_starts(
 
 
 def test_code_in_a_model_folder_is_not_run(model: Path, mark: Path) -> None:
-    """As a model on the hub brings it: config.json names a class of a file beside it."""
+    """In the way of models on the hub: config.json names a class in a file beside it."""
     save_policy(init_policy(QWEN3, seed=0), model)
     config = json.loads((model / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
@@ -139,7 +140,7 @@ def test_code_in_a_model_folder_is_not_run(model: Path, mark: Path) -> None:
     try:
         vllm(model).close()
     except UserError:
-        pass  # that vLLM refuses it is as good
+        pass  # vLLM may refuse the folder as well
 
 
 @pytest.mark.parametrize("class_name", ["EvilTokenizer", "PreTrainedTokenizerFast"])

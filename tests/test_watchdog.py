@@ -1,4 +1,4 @@
-"""A hang becomes a sentence: who waits for whom; what moves is left alone; a driver that is stuck is ended too."""
+"""A stalled run is reported and ended, a slow one is left alone, a blocked driver is ended from outside its loop."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def test_a_cancelled_run_is_cancelled_inside():
 
 
 def test_a_driver_that_is_stuck_itself_is_ended_with_its_traceback():
-    """Where the event loop does not get to run, nothing in it could say anything."""
+    """Nothing in a blocked event loop could report it."""
     code = """
 import asyncio, time
-from cispo import watchdog
+from cispo.runtime import watchdog
 watchdog._GRACE = 0.5
 async def stuck():
     await asyncio.sleep(0.2)

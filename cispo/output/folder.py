@@ -1,4 +1,4 @@
-"""The run folder: what a run leaves behind, and how it is written.
+"""The run folder: its name, its lock, and the files of metrics and sampled completions.
 
 runs/<name>/recipe.yaml  metrics.jsonl  events.out.tfevents.*  samples/train_000010.parquet
             checkpoints/step_000120/  learning_curve.png  dropped_tokens.json
@@ -20,7 +20,10 @@ from cispo.types import TrajectoryGroup
 
 
 def create_run_folder(output_dir: str, name: str) -> Path:
-    """Makes `output_dir/name`; where that holds a run already, `name-2`, `name-3` ... so that nothing is lost."""
+    """Makes `output_dir/name`, or where that holds a run already `name-2`, `name-3` ... Nothing is overwritten.
+
+    Raises UserError where output_dir cannot be written.
+    """
     try:
         for number in range(1, 10_000):
             folder = Path(output_dir) / (name if number == 1 else f"{name}-{number}")
@@ -36,7 +39,7 @@ def create_run_folder(output_dir: str, name: str) -> Path:
 
 
 def last_run_folder(output_dir: str, name: str) -> Path:
-    """The folder that the last run of a name made. Raises UserError where there is none."""
+    """The newest run folder of a name. Raises UserError where there is none."""
     found = [f for f in Path(output_dir).glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", f.name)]
     found = [f for f in found if (f / "recipe.yaml").exists()]
     if not found:
@@ -46,7 +49,7 @@ def last_run_folder(output_dir: str, name: str) -> Path:
 
 @contextlib.contextmanager
 def only_user_of(folder: Path) -> Iterator[None]:
-    """Keeps other processes from running in a run folder. Raises UserError where one does."""
+    """Locks a run folder for this process. Raises UserError where another process holds the lock."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,16 +59,16 @@ def only_user_of(folder: Path) -> Iterator[None]:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, [] where there is none; a last line that a killed run left unfinished is not one."""
+    """Rows of a metrics.jsonl, [] where there is no file. An unfinished last line, left by a killed run, is dropped."""
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
 class RunLog:
-    """Writes one run's metrics (`name`.jsonl and TensorBoard) and sampled completions (parquet)."""
+    """Writer of one run's metrics (`name`.jsonl and TensorBoard) and sampled completions (parquet)."""
 
     def __init__(self, folder: Path, name: str = "metrics", *, after: int = -1) -> None:
-        """Goes on after step `after`: what a run wrote of later ones, before it was ended, goes."""
+        """Continues a log after step `after`: rows and samples that the run wrote of later steps are removed."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self.folder = folder
@@ -80,7 +83,7 @@ class RunLog:
                 parquet.unlink()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one step; every value must be a finite number."""
+        """Appends one step. Raises Diverged where a value is not finite."""
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             raise Diverged(
@@ -92,13 +95,13 @@ class RunLog:
         self.history.append(row)
         with disk_errors(self.folder):
             self._lines.write(json.dumps(row) + "\n")
-            # One event for all: the board's queue holds ten, and whoever adds more waits for its thread.
+            # One event for all values: TensorBoard's queue holds ten events, and adding to a full queue blocks.
             scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
             assert self._board.file_writer is not None, "the log is closed"
             self._board.file_writer.add_summary(Summary(value=scalars), step)
 
     def samples(self, step: int, groups: Sequence[TrajectoryGroup], *, kind: str = "train") -> None:
-        """Writes a step's completions, one row each."""
+        """Writes samples/`kind`_`step`.parquet, one row a completion."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -127,7 +130,7 @@ class RunLog:
                 pq.write_table(pa.Table.from_pylist(rows), self.folder / "samples" / f"{kind}_{step:06d}.parquet")
 
     def dropped_tokens(self, rows: Sequence[Mapping[str, int | str]]) -> None:
-        """Writes dropped_tokens.json: which tokens PPO's clip would have dropped, most often first."""
+        """Writes dropped_tokens.json: the tokens that PPO's clip would have dropped, most frequent first."""
         (self.folder / "dropped_tokens.json").write_text(json.dumps(list(rows), indent=1) + "\n")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees while a command runs: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a command on the console: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def progress_bars(console: Console) -> Progress:
 
 
 class Screen:
-    """Phases (warm-up, training) with live numbers; `print` for what should stay."""
+    """Phases (warm-up, training) with live numbers; lines of `print` stay on the console."""
 
     def __init__(self, console: Console | None = None, *, bars: Progress | None = None, label: str = "") -> None:
-        """Runs side by side share `bars`, which somebody else starts and stops, and have a `label` each."""
+        """Runs side by side share `bars`, which their caller starts and stops, and have a `label` each."""
         self.console = console or Console(highlight=False)
         self._label = f"{label}: " if label else ""
         self._owner = bars is None
@@ -56,7 +56,7 @@ class Screen:
         self.console.print(escape(self._label) + text, soft_wrap=True)
 
     def phase(self, name: str, total: int, *, done: int = 0) -> None:
-        """Starts a phase of `total` steps, of which some may be done already."""
+        """Starts a phase of `total` steps; a resumed one has `done` of them behind it."""
         self._name, self._total, self._started, self._printed = name, total, time.monotonic(), 0.0
         self._before = done
         description = escape(self._label) + name
@@ -67,7 +67,7 @@ class Screen:
         self._progress.update(self._task, visible=False)
 
     def step(self, step: int, numbers: Mapping[str, str]) -> None:
-        """Shows that `step` steps are done, with the numbers of the moment."""
+        """Shows that `step` steps are done, with their latest numbers."""
         text = "  ".join(f"{name} {value}" for name, value in numbers.items())
         self._progress.update(self._task, completed=step, numbers=text)
         now = time.monotonic()

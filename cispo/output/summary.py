@@ -1,4 +1,4 @@
-"""The picture and the summary that a run ends with."""
+"""The learning curve (PNG) and the table of first and last values at the end of a run."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def learning_curve(history: Sequence[Mapping[str, float]], file: Path, *, title:
         ("length/mean", "completion length (tokens)"),
         ("mismatch/logprob_max", "largest |learner - engine| logprob"),
     )
-    for column, (name, label) in enumerate(small):
-        axis = figure.add_subplot(grid[1, column])
+    for position, (name, label) in enumerate(small):
+        axis = figure.add_subplot(grid[1, position])
         axis.plot(*_series(history, name), color=_INK, linewidth=1.2)
         axis.set_title(label, fontsize=9, loc="left")
         axis.set_xlabel("step", fontsize=8)
@@ -64,7 +64,7 @@ def _smooth(values: Sequence[float], width: int = 9) -> list[float]:
 
 
 def summary(history: Sequence[Mapping[str, float]], *, seconds: float) -> Table:
-    """First and last values of what matters, and where the time went."""
+    """First and last values of the main metrics, and the seconds of each part of a step."""
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     for heading in ("", "first", "last"):
         table.add_column(heading, justify="left" if not heading else "right")

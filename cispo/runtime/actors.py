@@ -1,11 +1,11 @@
-"""Where the heavy classes live: in this process or in Ray actors, behind one handle.
+"""Learners, critics and engines in Ray actors or in this process, behind one handle.
 
     handle = await runtime.start(Learner, ..., name="learner-0")
     result = await handle.call("update", micro_batches, ...)
 
-Both runtimes run the same classes. `local` is for tests and debuggers: calls run in this process. An object that is
-started `concurrent` takes any number of calls at once, in its event loop; any other one call after another.
-Which Ray cluster it is, and what of it is reserved: `cluster`. No other file imports Ray.
+`RayRuntime` and `LocalRuntime` run the same classes; the local one is for tests and debuggers. An object started as
+`concurrent` takes any number of calls at once, in the event loop of its process; any other takes one after another.
+`cluster` joins or starts the Ray cluster and reserves its bundles. Only these two files import Ray.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import asyncio
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from cispo.errors import ProcessDied, RunError, UserError
 from cispo.runtime import cluster
@@ -24,8 +24,9 @@ from cispo.runtime.cluster import Bundle
 from cispo.runtime.network import free_port, in_url, listen_on
 from cispo.runtime.watchdog import Activity
 
-# One thread each: on a shared machine more wait for each other (docs/design.md, Threads). The allocator keeps what it
-# has, which spares an engine most of its page faults. The last hides torch's warning about NUMA.
+# One thread a process: an engine and a learner of two threads each on two cores wait at one another's barriers, and one
+# thread each was 10 times faster on a busy machine. The malloc thresholds keep freed memory in the process, which
+# spares an engine most of its page faults. The last entry hides torch's warning about NUMA.
 _CPU_ENV = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -34,101 +35,112 @@ _CPU_ENV = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
-
-# Calls of a concurrent object at a time; Ray lets later ones wait, a question about progress among them.
+# Simultaneous calls of a concurrent object. Ray queues any further call, `ask("progress")` included.
 _MAX_CONCURRENT = 100_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """What an object takes of a machine.
+RayActor: TypeAlias = Any
+"""Ray's ActorHandle, or Ray Client's. Any, because Ray declares the methods of its handles as Never."""
 
-    Example: Seat(gpus=0.5, bundle=0)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """Resources of one process on its machine.
+
+    Example: Resources(gpus=0.5, bundle=0)
     """
 
     gpus: float = 0
-    """A part of one GPU, or whole ones."""
+    """A fraction of one GPU, or a whole number of GPUs."""
     bundle: int | None = None
-    """Which of the reserved bundles it sits in."""
+    """Index of the reserved bundle that holds the process; None outside of any reservation."""
+
+
+_NO_GPU = Resources()
 
 
 class Handle(Protocol):
-    """Something that lives elsewhere and answers to method names."""
+    """An object in this or another process, called by method name."""
 
-    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the object; UserErrors and RunErrors come back as they were raised.
+    async def call(self, method: str, *args: object, **kwargs: object) -> Any:
+        """Runs a method of the object; UserError and RunError are raised here as they were raised there.
 
-        Raises ProcessDied where its process is gone. Cancelling a call of a concurrent object cancels the method there.
+        Raises ProcessDied where its process is gone. Cancelling a call of a concurrent object cancels the method.
         """
         ...
 
-    async def ask(self, method: str) -> Any:
-        """As `call`, but a watchdog does not count it as something that moves."""
+    async def ask(self, method: str) -> object:
+        """As `call`, but the watchdog does not count it as progress of the run."""
         ...
 
     def kill(self) -> None:
-        """Ends it without a word; nothing happens where it is gone already."""
+        """Ends the object's process at once; does nothing where it has ended already."""
         ...
 
 
-_NO_GPU = Seat()
+class Closable(Protocol):
+    """Any class with a `close`, which frees its memory and ends its threads and processes."""
+
+    def close(self) -> None: ...
 
 
 class Runtime(Protocol):
     """Starts objects and ends them."""
 
     def gpus(self) -> int:
-        """How many there are."""
+        """Number of GPUs of the machine or cluster."""
         ...
 
     async def reserve(self, groups: Sequence[Sequence[Bundle]]) -> None:
-        """Reserves resources for the seats that name a bundle, counted through all groups.
+        """Reserves bundles; `Resources.bundle` counts them through all groups.
 
-        A bundle is on one machine, a group's bundles are near each other.
+        A bundle is on one machine. A group's bundles are on as few machines as possible.
         """
         ...
 
     def is_home(self) -> bool:
-        """Whether all that is reserved is on this machine."""
+        """Whether all reserved bundles are on this machine."""
         ...
 
     async def check_paths(self, paths: Mapping[str, str]) -> None:
-        """Raises UserError where a machine with a reserved bundle does not see one of the paths, given by key."""
+        """`paths` is key -> path. Raises UserError where a machine with a reserved bundle does not see a path."""
         ...
 
     async def start(
         self,
-        build: Callable[..., Any],
-        *args: Any,
+        build: Callable[..., Closable],
+        *args: object,
         name: str,
-        seat: Seat = _NO_GPU,
+        resources: Resources = _NO_GPU,
         concurrent: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Handle:
-        """Builds one object; `concurrent` if its methods may be coroutines, several of which are under way at once."""
+        """Builds one object. The methods of a `concurrent` one may be coroutines, which then overlap."""
         ...
 
     async def start_ranks(
-        self, build: Callable[..., Any], *args: Any, name: str, seats: Sequence[Seat], **kwargs: Any
+        self, build: Callable[..., Closable], *args: object, name: str, resources: Sequence[Resources], **kwargs: object
     ) -> list[Handle]:
-        """Builds one object a seat; each also gets rank=, world= and address= (where the ranks meet)."""
+        """Builds one object for each of `resources`; each is also given rank=, world= and address= (rank 0's)."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends every object and gives back the reservation."""
+        ...
 
 
-async def _result(value: Any) -> Any:
+async def _result(value: object) -> object:
     return await value if inspect.isawaitable(value) else value
 
 
 class _LocalHandle:
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Closable) -> None:
         self.target = target
 
-    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def call(self, method: str, *args: object, **kwargs: object) -> object:
         return await _result(getattr(self.target, method)(*args, **kwargs))
 
-    async def ask(self, method: str) -> Any:
+    async def ask(self, method: str) -> object:
         return await self.call(method)
 
     def kill(self) -> None:
@@ -136,7 +148,7 @@ class _LocalHandle:
 
 
 class LocalRuntime:
-    """Everything in this process."""
+    """All objects in this process."""
 
     def __init__(self) -> None:
         import torch
@@ -160,21 +172,24 @@ class LocalRuntime:
 
     async def start(
         self,
-        build: Callable[..., Any],
-        *args: Any,
+        build: Callable[..., Closable],
+        *args: object,
         name: str,
-        seat: Seat = _NO_GPU,
+        resources: Resources = _NO_GPU,
         concurrent: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Handle:
-        self._handles.append(_LocalHandle(build(*args, **kwargs)))
-        return self._handles[-1]
+        return self._hold(build(*args, **kwargs))
 
     async def start_ranks(
-        self, build: Callable[..., Any], *args: Any, name: str, seats: Sequence[Seat], **kwargs: Any
+        self, build: Callable[..., Closable], *args: object, name: str, resources: Sequence[Resources], **kwargs: object
     ) -> list[Handle]:
-        assert len(seats) == 1, "one process holds one rank"
-        return [await self.start(build, *args, name=name, seat=seats[0], **kwargs)]
+        assert len(resources) == 1, "one process holds one rank"
+        return [self._hold(build(*args, **kwargs))]
+
+    def _hold(self, target: Closable) -> Handle:
+        self._handles.append(_LocalHandle(target))
+        return self._handles[-1]
 
     def close(self) -> None:
         for handle in reversed(self._handles):
@@ -183,60 +198,65 @@ class LocalRuntime:
 
 
 class _Host:
-    """The Ray actor: an empty process until it is told what to build, so that errors of a constructor arrive whole."""
+    """The Ray actor. It builds its object in a call, so that an error of the constructor arrives whole."""
 
     def __init__(self) -> None:
         import ray
 
         self._address: str = ray.util.get_node_ip_address()
         listen_on(self._address)
-        self._target: Any = None
+        self._target: object = None
 
-    def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def build(self, build: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._target = build(*args, **kwargs)
 
-    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         return getattr(self._target, method)(*args, **kwargs)
 
     def free_address(self) -> str:
-        """tcp://host:port of this actor's machine, free at the moment."""
+        """tcp://host:port of this actor's machine; the port is free at the moment."""
         return f"tcp://{in_url(self._address)}:{free_port(self._address)}"
 
 
 class _ConcurrentHost(_Host):
-    """The same with an event loop, in which Ray runs every call of an actor that has a coroutine among its methods."""
+    """A host with an event loop: Ray runs all calls of an actor in one as soon as one of its methods is a coroutine."""
 
-    async def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         return await _result(super().call(method, args, kwargs))
 
 
 class _RayHandle:
-    def __init__(self, actor: Any, name: str, ray: Any, activity: Activity, *, concurrent: bool) -> None:
-        """Calls that are under way in a `concurrent` actor can be cancelled; of others only a kill is an end."""
-        self.actor, self.name, self._ray, self.activity = actor, name, ray, activity
+    def __init__(self, actor: RayActor, name: str, activity: Activity, *, concurrent: bool) -> None:
+        """Ray can cancel a call that a `concurrent` actor has begun; in any other actor only a kill ends it."""
+        self.actor, self.name, self.activity = actor, name, activity
         self._concurrent = concurrent
 
-    async def build(self, build: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    async def build(self, build: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         with self.activity.doing(f"{self.name} to start"):
             await self.wait(self.actor.build.remote(build, args, kwargs))
 
-    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def call(self, method: str, *args: object, **kwargs: object) -> object:
+        import ray
+
         reference = self.actor.call.remote(method, args, kwargs)
         try:
             with self.activity.doing(f"{self.name} to {method}"):
                 return await self.wait(reference)
         except asyncio.CancelledError:
             if self._concurrent:
-                self._ray.cancel(reference)
+                ray.cancel(reference)
             raise
 
-    async def ask(self, method: str) -> Any:
+    async def ask(self, method: str) -> object:
         return await self.wait(self.actor.call.remote(method, (), {}))
 
     def kill(self) -> None:
-        self._ray.kill(self.actor)
+        import ray
 
-    async def wait(self, reference: Any) -> Any:
+        ray.kill(self.actor)
+
+    async def wait(self, reference: Awaitable[object]) -> object:
+        """The result of a call; raises the errors that `Handle.call` names."""
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
@@ -252,82 +272,85 @@ class _RayHandle:
 
 
 class RayRuntime:
-    """A Ray cluster: this process's, else the one that RAY_ADDRESS names, else one of this machine for its lifetime."""
+    """A Ray cluster: the one this process is in, else the one RAY_ADDRESS names, else a new one on this machine."""
 
     def __init__(self, *, processes: int, activity: Activity) -> None:
-        """`processes` is how many actors will be started; a laptop's cluster is sized for them.
+        """`processes` is the number of actors to be started, for which a cluster on this machine is sized.
 
-        A runtime inside another's lifetime shares its cluster, so that several runs can stand side by side.
+        A runtime built while another one is open shares its cluster, so that several runs can be side by side.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_DISABLE_MEMORY_MONITOR", "1")
-        # Ray would hide the GPUs from actors that ask for none, in a way that it will itself abandon.
+        # By default Ray hides the GPUs from actors that ask for none, in a way that it announces to abandon.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        self._actors: list[Any] = []
-        self._room = cluster.Room()
+        self._actors: list[RayActor] = []
+        self._reservation = cluster.Reservation()
         self._owner = cluster.connect(processes)
-        import ray
-
-        self._ray = ray
         self._activity = activity
-        cpus = int(ray.cluster_resources().get("CPU", 0))
+        cpus = cluster.total("CPU")
         if cpus < processes:
             raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
 
     def gpus(self) -> int:
-        return int(self._ray.cluster_resources().get("GPU", 0))
+        return cluster.total("GPU")
 
     async def reserve(self, groups: Sequence[Sequence[Bundle]]) -> None:
-        self._room = await cluster.reserve(groups)
+        self._reservation = await cluster.reserve(groups)
 
     def is_home(self) -> bool:
-        return cluster.is_home(self._room)
+        return cluster.is_home(self._reservation)
 
     async def check_paths(self, paths: Mapping[str, str]) -> None:
-        await cluster.check_paths(self._room, paths)
+        await cluster.check_paths(self._reservation, paths)
 
     async def start(
         self,
-        build: Callable[..., Any],
-        *args: Any,
+        build: Callable[..., object],
+        *args: object,
         name: str,
-        seat: Seat = _NO_GPU,
+        resources: Resources = _NO_GPU,
         concurrent: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Handle:
-        handle = self._actor(name, seat, concurrent)
+        handle = self._actor(name, resources, concurrent)
         await handle.build(build, args, kwargs)
         return handle
 
     async def start_ranks(
-        self, build: Callable[..., Any], *args: Any, name: str, seats: Sequence[Seat], **kwargs: Any
+        self, build: Callable[..., object], *args: object, name: str, resources: Sequence[Resources], **kwargs: object
     ) -> list[Handle]:
-        handles = [self._actor(f"{name}-{rank}", seat) for rank, seat in enumerate(seats)]
+        handles = [self._actor(f"{name}-{rank}", own) for rank, own in enumerate(resources)]
         address = await handles[0].wait(handles[0].actor.free_address.remote())
-        places = [{"rank": rank, "world": len(seats), "address": address} for rank in range(len(seats))]
         await asyncio.gather(
-            *(h.build(build, args, {**kwargs, **place}) for h, place in zip(handles, places, strict=True))
+            *(
+                handle.build(build, args, {**kwargs, "rank": rank, "world": len(handles), "address": address})
+                for rank, handle in enumerate(handles)
+            )
         )
         return list(handles)
 
-    def _actor(self, name: str, seat: Seat, concurrent: bool = False) -> _RayHandle:
-        environment = {"env_vars": {} if seat.gpus else _CPU_ENV}
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": seat.gpus, "runtime_env": environment}
-        if seat.bundle is not None:
-            options["scheduling_strategy"] = self._room.strategy(seat.bundle)
+    def _actor(self, name: str, resources: Resources, concurrent: bool = False) -> _RayHandle:
+        import ray
+
+        environment = {"env_vars": {} if resources.gpus else _CPU_ENV}
+        options: dict[str, object] = {"num_cpus": 1, "num_gpus": resources.gpus, "runtime_env": environment}
+        if resources.bundle is not None:
+            options["scheduling_strategy"] = self._reservation.strategy(resources.bundle)
         if concurrent:
             options["max_concurrency"] = _MAX_CONCURRENT
-        # A class of that name, so that `ps` and Ray's tools say which process is which.
+        # `ps` and Ray's tools show the name of an actor's class.
         kind = type(name, (_ConcurrentHost if concurrent else _Host,), {})
-        actor = self._ray.remote(kind).options(**options).remote()
+        actor = ray.remote(kind).options(**options).remote()
         self._actors.append(actor)
-        return _RayHandle(actor, name, self._ray, self._activity, concurrent=concurrent)
+        return _RayHandle(actor, name, self._activity, concurrent=concurrent)
 
     def close(self) -> None:
+        import ray
+
         for actor in self._actors:
-            self._ray.kill(actor)
+            ray.kill(actor)
         self._actors.clear()
-        cluster.release(self._room)
-        self._room = cluster.Room()
+        cluster.release(self._reservation)
+        self._reservation = cluster.Reservation()
         if self._owner:
-            self._ray.shutdown()
+            ray.shutdown()

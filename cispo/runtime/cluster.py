@@ -1,12 +1,16 @@
-"""The Ray cluster that a run's actors live in: one of this machine for a run's lifetime, or one that exists already.
+"""The Ray cluster of a run's actors: one of this machine for the run's lifetime, or an existing one.
 
     RAY_ADDRESS unset        a cluster of this machine, on 127.0.0.1, gone with the run
     RAY_ADDRESS host:port    an existing one; this process is on one of its nodes (`ray job submit` sets it so)
     RAY_ADDRESS ray://...    an existing one, through Ray Client: this process may be elsewhere
 
-Reserved are two groups of bundles, that of the learner ranks and that of the engines, each on as few nodes as it fits
-on. Every optimizer step ends in a sum over the ranks, and every engine takes every version of the weights: near is
-faster, and what a cluster has beyond a run stays whole for the next one.
+    connect -> reserve bundles -> Reservation: the node of each bundle -> check_paths there -> actors (`actors`)
+
+A run reserves two groups of bundles, one for the learner ranks and one for the engines, each on as few nodes as
+possible: every optimizer step ends in a sum over the ranks, every engine takes every version of the weights, and nodes
+that a run leaves free stay whole for the next run. All bundles are reserved before an actor starts, on one machine too.
+A recipe that is too large is then refused before vLLM is imported, the nodes are known when the transport of the
+weights is chosen, and a restarted engine comes back to its bundle.
 """
 
 from __future__ import annotations
@@ -15,49 +19,53 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from cispo.errors import RunError, UserError
 from cispo.runtime.orphans import watch_over
 from cispo.runtime.ray_address import check_ray_address
 from cispo.runtime.ship_code import shipped_code
 
-Bundle = Mapping[str, float]
-"""What one seat reserves: CPU and GPU."""
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-_ROOM_SECONDS = 120.0
+Bundle = Mapping[str, float]
+"""CPUs and GPUs that are reserved together on one node: {"CPU": 1, "GPU": 0.5}."""
+
+_RESERVE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Reservation:
     """The bundles that a run has reserved.
 
-    Example: Room(groups=(learners, engines), places=((0, 0), (0, 1), (1, 0)), nodes=("a7dd", "a7dd", "90fe"))
+    Example: Reservation((learners, engines), positions=((0, 0), (0, 1), (1, 0)), nodes=("a7dd", "a7dd", "90fe"))
     """
 
-    groups: tuple[Any, ...] = ()
-    """Ray's placement groups."""
-    places: tuple[tuple[int, int], ...] = ()
-    """Of each bundle, in the order of reservation: its group and its place there."""
+    groups: tuple[PlacementGroup, ...] = ()
+    positions: tuple[tuple[int, int], ...] = ()
+    """(group, index within the group) of each bundle."""
     nodes: tuple[str, ...] = ()
-    """Of each bundle, the id of its node."""
+    """Node id of each bundle."""
 
-    def strategy(self, bundle: int) -> Any:
+    def strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
         """Ray's scheduling strategy that puts an actor or a task into a bundle."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group, place = self.places[bundle]
-        return PlacementGroupSchedulingStrategy(self.groups[group], placement_group_bundle_index=place)
+        group, index = self.positions[bundle]
+        return PlacementGroupSchedulingStrategy(self.groups[group], placement_group_bundle_index=index)
 
 
 def connect(processes: int) -> bool:
     """Joins the cluster that RAY_ADDRESS names, or starts one of this machine with a CPU for each of `processes`.
 
-    False where this process is in a cluster already. Raises UserError where RAY_ADDRESS is wrong, nothing answers
-    there, or the cluster refuses us.
+    False where this process is in a cluster already. Raises UserError where RAY_ADDRESS is malformed, or no cluster
+    there lets this process join.
     """
     # Ray must not be imported before `_start_local` has set its environment.
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
@@ -71,79 +79,86 @@ def connect(processes: int) -> bool:
 
 
 def _start_local(processes: int) -> None:
-    # Read when Ray is imported. Ray knows one node on loopback, which is what it starts on Windows and macOS.
+    # Ray has no option for loopback on Linux, but with this variable, which it reads when it is imported, it knows its
+    # node as 127.0.0.1, as it does on Windows and macOS.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     watch_over()
-    import ray
-
-    # Without "local", Ray would join whatever cluster somebody left running on this machine.
+    # Without address="local" Ray would join any other cluster that runs on this machine.
     cpus = max(os.cpu_count() or 1, processes)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_quiet())
-
-
-def _quiet() -> dict[str, Any]:
-    # Ray would say at every start that its own token authentication is on.
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    _quiet_init()(address="local", num_cpus=cpus, include_dashboard=False)
 
 
 def _join(address: str) -> None:
     check_ray_address(address)
-    import ray
     from ray.exceptions import RaySystemError
 
-    arguments = {"address": address, "runtime_env": shipped_code(), **_quiet()}
+    join = partial(_quiet_init(), address=address, runtime_env=shipped_code())
     try:
         try:
-            ray.init(**arguments)
+            join()
         except ConnectionAbortedError:
-            # The server that Ray Client starts for us on the head node sometimes dies while it forks.
-            ray.init(**arguments)
+            # The server that Ray Client starts for each client on the head node sometimes dies while it forks.
+            join()
     except (ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"RAY_ADDRESS {address}: the Ray cluster there does not let us join: {reason:.300}") from None
 
 
-async def reserve(groups: Sequence[Sequence[Bundle]]) -> Room:
-    """Reserves each group's bundles on as few nodes as it fits on; waits for room that other runs hold.
+def _quiet_init() -> Callable[..., object]:
+    """ray.init with its messages off, and off too the one at every start that its token authentication is on."""
+    import ray
 
-    Raises UserError where the cluster is too small for them, whoever holds it.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return partial(ray.init, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+
+
+def total(kind: Literal["CPU", "GPU"]) -> int:
+    """CPUs or GPUs of the whole cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get(kind, 0))
+
+
+async def reserve(groups: Sequence[Sequence[Bundle]]) -> Reservation:
+    """Reserves each group's bundles on as few nodes as possible; waits a while for those that other runs hold.
+
+    Raises UserError where the whole cluster is too small, and RunError where the wait was in vain.
     """
     import ray
 
     wanted = [[dict(bundle) for bundle in group] for group in groups if group]
     _check_size([bundle for group in wanted for bundle in group])
     made = [ray.util.placement_group(group, strategy="PACK") for group in wanted]
-    places = [(number, place) for number, group in enumerate(wanted) for place in range(len(group))]
+    positions = [(number, index) for number, group in enumerate(wanted) for index in range(len(group))]
     try:
-        await asyncio.wait_for(_all_ready(made), _ROOM_SECONDS)
+        await asyncio.wait_for(_all_ready(made), _RESERVE_SECONDS)
     except TimeoutError:
         _remove(made)
         raise RunError(
-            f"the Ray cluster is large enough, but had no room for {_amount(wanted)} within {_ROOM_SECONDS:.0f} s: "
+            f"the Ray cluster is large enough, but had no room for {_amount(wanted)} within {_RESERVE_SECONDS:.0f} s: "
             "other runs hold it, or its nodes are too small one by one"
         ) from None
     except BaseException:
         _remove(made)
         raise
     tables = [ray.util.placement_group_table(group)["bundles_to_node_id"] for group in made]
-    return Room(tuple(made), tuple(places), tuple(tables[group][place] for group, place in places))
+    return Reservation(tuple(made), tuple(positions), tuple(tables[group][index] for group, index in positions))
 
 
-async def _all_ready(groups: Sequence[Any]) -> None:
+async def _all_ready(groups: Sequence[PlacementGroup]) -> None:
     for group in groups:
         await group.ready()
 
 
-def _remove(groups: Sequence[Any]) -> None:
+def _remove(groups: Sequence[PlacementGroup]) -> None:
     import ray
 
     for group in groups:
         ray.util.remove_placement_group(group)
 
 
-def release(room: Room) -> None:
-    _remove(room.groups)
+def release(reservation: Reservation) -> None:
+    _remove(reservation.groups)
 
 
 def _check_size(bundles: Sequence[Bundle]) -> None:
@@ -165,26 +180,26 @@ def _check_size(bundles: Sequence[Bundle]) -> None:
 
 def _amount(groups: Sequence[Sequence[Bundle]]) -> str:
     totals = {kind: sum(bundle.get(kind, 0) for group in groups for bundle in group) for kind in ("CPU", "GPU")}
-    return " and ".join(f"{total:g} {kind}s" for kind, total in totals.items() if total)
+    return " and ".join(f"{amount:g} {kind}s" for kind, amount in totals.items() if amount)
 
 
-def is_home(room: Room) -> bool:
+def is_home(reservation: Reservation) -> bool:
     """Whether every bundle is on this process's own node, so that files and shared memory need no network."""
     import ray
 
     if ray.util.client.ray.is_connected():  # pyright: ignore[reportAttributeAccessIssue]
         return False
-    return set(room.nodes) <= {ray.get_runtime_context().get_node_id()}
+    return set(reservation.nodes) <= {ray.get_runtime_context().get_node_id()}
 
 
-async def check_paths(room: Room, paths: Mapping[str, str]) -> None:
-    """Raises UserError where a node of the room does not see one of the paths; `paths` is by the recipe's key."""
+async def check_paths(reservation: Reservation, paths: Mapping[str, str]) -> None:
+    """`paths` is recipe key -> path. Raises UserError where a node of the reservation does not see one of them."""
     import ray
 
-    look: Any = ray.remote(_missing)
-    bundles = {node: number for number, node in enumerate(room.nodes)}
+    look = ray.remote(_missing)
+    bundles = {node: number for number, node in enumerate(reservation.nodes)}
     answers = [
-        look.options(num_cpus=0, scheduling_strategy=room.strategy(bundle)).remote(dict(paths))
+        look.options(num_cpus=0, scheduling_strategy=reservation.strategy(bundle)).remote(dict(paths))
         for bundle in bundles.values()
     ]
     for answer in answers:
@@ -197,7 +212,7 @@ async def check_paths(room: Room, paths: Mapping[str, str]) -> None:
 
 
 def _missing(paths: Mapping[str, str]) -> tuple[str | None, str]:
-    """The first key whose path does not exist on this node, and the node's address."""
+    """The first key with a path that does not exist on this node, and the node's address."""
     import ray
 
     missing = next((key for key, path in paths.items() if not Path(path).exists()), None)

@@ -1,6 +1,9 @@
-"""Ctrl-C in two steps: the first asks a run to stop where nothing is lost, the second ends it at once.
+"""Ctrl-C in two steps: the first ends a run after its current step, with a checkpoint; the second ends it at once.
 
-SIGTERM, which schedulers send before they take a machine away, counts as the first.
+    SIGINT, SIGTERM --> requested --> the loop looks after each step, saves, returns
+            again   --> the run's task is cancelled
+
+SIGTERM is the warning of schedulers before they take a machine away.
 """
 
 from __future__ import annotations
@@ -10,17 +13,16 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
 
-# Seconds that leaving at once may take before the process is simply ended; Ray's own follow it.
+# Seconds for an orderly end after the second signal. Then the process exits; Ray's processes follow it.
 _LEAVE_SECONDS = 10.0
 
 
 class Interrupts:
-    """Whether somebody wants the run to stop.
+    """Whether the user or a scheduler has asked the run to stop.
 
-    While nothing is under way that is worth finishing (a start, a warm-up), the first request ends the run at once too.
+    Outside of `in_steps`, as in a start or a warm-up, there is nothing to save: the first request ends the run at once.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -37,8 +39,8 @@ class Interrupts:
         finally:
             self._in_steps -= 1
 
-    def run(self, main: Coroutine[Any, Any, None]) -> None:
-        """asyncio.run under these rules. Raises KeyboardInterrupt where the run was asked to stop, also if it saved."""
+    def run(self, main: Awaitable[None]) -> None:
+        """asyncio.run with these signal handlers. Raises KeyboardInterrupt after any request, also if the run saved."""
 
         async def handled() -> None:
             task = asyncio.current_task()
@@ -55,7 +57,7 @@ class Interrupts:
         if self.requested:
             raise KeyboardInterrupt
 
-    def _handle(self, task: asyncio.Task[Any]) -> None:
+    def _handle(self, task: asyncio.Task[None]) -> None:
         if self._in_steps and not self.requested:
             self.requested = True
             self._say("interrupted: finishing the step and saving (once more Ctrl-C to leave at once)")

@@ -1,9 +1,10 @@
-"""Which addresses a run's processes listen on.
+"""Addresses that a run's processes listen on.
 
     actor of a node --listen_on(its address)--> gloo, NCCL and vLLM bind to that interface and no other
-    rank 0 --open_store(host, port)--> the meeting place of a process group, on that address and no other
+    rank 0 --open_store(host, port)--> the rendezvous of a process group, on that address and no other
 
-A cluster that CISPO starts itself has one node, whose address is 127.0.0.1: nothing is heard outside the machine.
+The node of a cluster that CISPO starts itself has the address 127.0.0.1, so no socket of a run is reachable from
+outside the machine (test_cluster.py watches a whole run for one).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def host_and_port(address: str, default_port: int) -> tuple[str, int]:
-    """Of "host:port", "scheme://host:port" or "[::1]:port". Raises ValueError where it is neither."""
+    """Splits "host:port", "scheme://host:port" or "[::1]:port". Raises ValueError where there is no host."""
     parts = urlsplit(address if "//" in address else f"//{address}")
     if not parts.hostname:
         raise ValueError(f"{address!r} names no host")
@@ -29,12 +30,12 @@ def host_and_port(address: str, default_port: int) -> tuple[str, int]:
 
 
 def in_url(host: str) -> str:
-    """The host as it stands before a port: an IPv6 address in brackets."""
+    """The host in the form that precedes a port: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def interface_of(address: str) -> str | None:
-    """The name of this machine's network interface that has the address; None where none has."""
+    """Name of this machine's network interface with the address; None where none has it."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
@@ -46,7 +47,7 @@ def interface_of(address: str) -> str | None:
 def listen_on(address: str) -> None:
     """Makes gloo, NCCL and vLLM in this process listen on the interface of `address` alone.
 
-    What the environment already says wins: a cluster may have a faster network than the one that Ray uses.
+    Variables that are set already win: a cluster may have a faster network than the one that Ray uses.
     """
     os.environ.setdefault("VLLM_HOST_IP", address)
     interface = interface_of(address)
@@ -56,16 +57,16 @@ def listen_on(address: str) -> None:
 
 
 def free_port(host: str) -> int:
-    """A port of this machine that nobody listens on at the moment."""
+    """A port on which no process of this machine listens at the moment."""
     with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
 
 
 def open_store(host: str, port: int, world: int, *, timeout: timedelta) -> TCPStore:
-    """The store over which `world` ranks meet, served by this process; port 0 takes a free one.
+    """The store through which `world` ranks find each other, served by this process; port 0 takes a free one.
 
-    torch by itself would listen on every interface of the machine.
+    The listening socket is bound here, because torch's own would be on every interface of the machine.
     """
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -74,7 +75,7 @@ def open_store(host: str, port: int, world: int, *, timeout: timedelta) -> TCPSt
     listener.bind((host, port))
     listener.listen(world)
     port = listener.getsockname()[1]
-    # The store closes the socket in the end.
+    # The store owns the socket from here on and closes it.
     return TCPStore(
         host, port, world, True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach()
     )

@@ -1,11 +1,11 @@
-"""What a driver leaves behind when it is killed: a process of its own waits for the driver's end and ends the rest.
+"""Orphans of a killed driver: a watcher process waits for the driver's end and then ends the processes it started.
 
     driver, marked --> Ray's processes, actors, reward workers: all inherit the mark in their environment
            ^
-        watcher, in a session of its own, out of the reach of what kills the driver
+        watcher, in a session of its own, so that a signal to the driver's process group does not end it
 
-Ray's processes end by themselves when their driver dies, nearly always: two of its agents that are just starting can
-each hold the pipe by whose end the other would notice.
+Ray's processes nearly always end by themselves when their driver dies. An exception was seen: two of Ray's agents that
+are just starting can each hold open the pipe that would tell the other of the end.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import psutil
 MARK = "CISPO_DRIVER"
 
 _LOOK_SECONDS = 1.0
-# For what ends by itself, or is still writing.
+# For processes that end by themselves, or are still writing.
 _GRACE_SECONDS = 10.0
 
 
 def watch_over() -> None:
-    """Starts a watcher for this process; what this process starts from now on ends with it, at most some 10 s later."""
+    """Starts a watcher for this process; later children of this process end with it, at most some 10 s later."""
     mark = f"{os.getpid()}-{uuid.uuid4().hex}"
     subprocess.Popen(
         [sys.executable, "-m", "cispo.runtime.orphans", str(os.getpid()), mark],
@@ -41,7 +41,7 @@ def watch_over() -> None:
 
 
 def end_orphans(driver: int, mark: str) -> None:
-    """Waits for the end of the driver, then for what it started; kills that after a while."""
+    """Waits for the end of the driver, then of the processes with its mark; kills them after a grace period."""
     try:
         process = psutil.Process(driver)
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -49,9 +49,9 @@ def end_orphans(driver: int, mark: str) -> None:
     except psutil.NoSuchProcess:
         pass
     deadline = time.monotonic() + _GRACE_SECONDS
-    while left := [process for process in psutil.process_iter() if _is_marked(process, mark)]:
+    while orphans := [process for process in psutil.process_iter() if _is_marked(process, mark)]:
         if time.monotonic() > deadline:
-            for process in left:
+            for process in orphans:
                 try:
                     process.kill()
                 except psutil.Error:

@@ -1,11 +1,11 @@
-"""Which GPUs learners and engines run on: of their own, or shared; and what that reserves of a cluster.
+"""Placement of learners and engines on GPUs, their own or shared, and the bundles that it reserves of a cluster.
 
-separate    learner 0 | learner 1 | engine 0 | engine 1          one or more GPUs each
-split       learner 0 + engine 0  | learner 1 + engine 1         both keep their memory
-sleep       the same, but engines give theirs back while the learners work
+    separate    learner 0 | learner 1 | engine 0 | engine 1          one or more GPUs each
+    split       learner 0 + engine 0  | learner 1 + engine 1         both keep their memory
+    sleep       as split, but engines free their memory while the learners work
 
-A bundle is what must be on one node: a learner rank with its critic's rank and the engines that share its GPU, or one
-engine with all its GPUs.
+A bundle holds the processes that must be on one node: a learner rank with its critic's rank and the engines that share
+its GPU, or one engine with all its GPUs.
 """
 
 from __future__ import annotations
@@ -23,35 +23,36 @@ from cispo.recipe.schema import Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where the parts of a run live.
+    """Devices, GPU fractions and bundles of a run's processes.
 
     Example: Placement(device="cuda", rank_bundles=({"GPU": 1, "CPU": 3},), rank_gpus=0.3333, engine_gpus=0.3333)
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     rank_bundles: tuple[Mapping[str, float], ...] = ()
-    """One for each learner rank; empty in one process, or where there are engines alone."""
+    """One for each learner rank; empty with runtime: local, and for a command with engines alone."""
     engine_bundles: tuple[Mapping[str, float], ...] = ()
-    """One for each engine; empty where engines sit in the ranks' bundles, or there are none."""
+    """One for each engine; empty where engines share the ranks' bundles, and for a command without engines."""
     rank_gpus: float = 0
-    """GPUs of a learner's or a critic's rank."""
+    """GPUs of each rank of the learner, and of the critic."""
     engine_gpus: float = 0
+    """GPUs of each engine."""
     sleeps: bool = False
-    """Engines give their memory back while learners work."""
+    """Engines free their memory while learners work."""
     cache_share: float = 0.0
-    """Of a GPU's memory, what one engine's cache may take."""
+    """The largest fraction of a GPU's memory that one engine's cache may take."""
 
     @property
     def shares_gpus(self) -> bool:
-        """Whether engines sit on the learners' GPUs."""
+        """Whether engines run on the learners' GPUs."""
         return self.device == "cuda" and bool(self.rank_bundles) and not self.engine_bundles
 
     def bundle_of_rank(self, rank: int) -> int | None:
-        """Of a learner's or a critic's rank, counted through ranks and engines."""
+        """Bundle of a learner rank and its critic's rank; ranks are counted first, then engines."""
         return rank if self.rank_bundles else None
 
     def bundle_of_engine(self, number: int) -> int | None:
-        """Engines without bundles of their own take the ranks' in turn."""
+        """Bundle of an engine. Engines without bundles of their own share the ranks' in turn."""
         if self.engine_bundles:
             return len(self.rank_bundles) + number
         return number % len(self.rank_bundles) if self.rank_bundles else None
@@ -60,17 +61,17 @@ class Placement:
 def placement_of(
     recipe: Recipe, *, available: int, critic: bool = False, learners: bool = True, engines: bool = True
 ) -> Placement:
-    """The recipe's placement where `available` GPUs are to be had; reserves for the parts that a command starts.
+    """The recipe's placement on `available` GPUs; bundles are for the processes that a command starts.
 
-    Raises UserError where the parts cannot share, or there are too few GPUs.
+    Raises UserError where the processes cannot share GPUs, or there are too few.
     """
     rollout, ranks = recipe.rollout, recipe.learner.ranks
-    in_process, parts = recipe.runtime == "local", 1 + int(critic)
+    in_process, per_rank = recipe.runtime == "local", 1 + int(critic)
     if device_of(recipe, available) == "cpu":
         if in_process:
             return Placement()
         return Placement(
-            rank_bundles=tuple({"CPU": parts} for _ in range(ranks if learners else 0)),
+            rank_bundles=tuple({"CPU": per_rank} for _ in range(ranks if learners else 0)),
             engine_bundles=tuple({"CPU": 1} for _ in range(rollout.engines if engines else 0)),
         )
     if available == 0:
@@ -84,30 +85,30 @@ def placement_of(
     if placement == "separate":
         if available < separate:
             raise UserError(
-                f"rollout.placement separate needs {separate} GPUs and there are {available}: others share them"
+                f"rollout.placement separate needs {separate} GPUs and there are {available}: use split or sleep"
             )
         engine = {"GPU": rollout.tensor_parallel, "CPU": 1}
         return Placement(
             device="cuda",
-            rank_bundles=tuple({"GPU": parts, "CPU": parts} for _ in range(ranks if learners else 0)),
+            rank_bundles=tuple({"GPU": per_rank, "CPU": per_rank} for _ in range(ranks if learners else 0)),
             engine_bundles=tuple(engine for _ in range(rollout.engines if engines else 0)),
             rank_gpus=1,
             engine_gpus=rollout.tensor_parallel,
             cache_share=rollout.gpu_memory,
         )
-    return _shared(recipe, available, parts, sleeps=placement == "sleep")
+    return _shared(recipe, available, per_rank, sleeps=placement == "sleep")
 
 
-def _shared(recipe: Recipe, available: int, parts: int, *, sleeps: bool) -> Placement:
-    """Each learner rank (of `parts` processes) and its engines on one GPU."""
+def _shared(recipe: Recipe, available: int, per_rank: int, *, sleeps: bool) -> Placement:
+    """Each learner rank, of `per_rank` processes, and its engines on one GPU."""
     rollout, ranks = recipe.rollout, recipe.learner.ranks
     if rollout.tensor_parallel > 1:
         raise UserError(f"rollout.tensor_parallel {rollout.tensor_parallel} needs rollout.placement separate")
     if available < ranks:
         raise UserError(f"learner.ranks {ranks} is more than the {available} GPUs that there are")
     engines = math.ceil(rollout.engines / ranks)
-    occupants = parts + engines
-    share = math.floor(10_000 / occupants) / 10_000  # Ray counts in ten thousandths
+    occupants = per_rank + engines
+    share = math.floor(10_000 / occupants) / 10_000  # Ray counts GPUs in ten-thousandths
     return Placement(
         device="cuda",
         rank_bundles=tuple({"GPU": 1, "CPU": occupants} for _ in range(ranks)),
@@ -119,14 +120,21 @@ def _shared(recipe: Recipe, available: int, parts: int, *, sleeps: bool) -> Plac
 
 
 def device_of(recipe: Recipe, available: int) -> Literal["cpu", "cuda"]:
-    """Where policies run; a driver without a GPU of its own counts on those of the cluster."""
+    """Device of the policies. `auto` on a driver without a GPU takes the cluster's, of which `available` are there."""
     if recipe.device == "auto" and available > 0 and torch.version.cuda is not None:
         return "cuda"
     return "cuda" if pick_device(recipe.device).type == "cuda" else "cpu"
 
 
+def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device of a recipe's `device` key; `auto` takes a GPU where this machine has one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
 def gpus_of(recipe: Recipe, *, critic: bool = False, shared: bool | None = None) -> int:
-    """GPUs that a run takes, 0 on a CPU; `shared` decides where the recipe leaves it open."""
+    """Number of GPUs of a run, 0 on a CPU. `shared` overrides whether the recipe's engines share the learners' GPUs."""
     if pick_device(recipe.device).type == "cpu":
         return 0
     if shared is None:
@@ -137,10 +145,3 @@ def gpus_of(recipe: Recipe, *, critic: bool = False, shared: bool | None = None)
 def _gpus(recipe: Recipe, *, critic: bool, shared: bool) -> int:
     ranks, rollout = recipe.learner.ranks, recipe.rollout
     return ranks if shared else ranks * (1 + int(critic)) + rollout.engines * rollout.tensor_parallel
-
-
-def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device that a recipe's `device` key names; auto takes a GPU where there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)

@@ -1,7 +1,9 @@
-"""Whether a Ray cluster answers where RAY_ADDRESS points, and whether it wants a token: one call that costs no Ray.
+"""Check of RAY_ADDRESS before Ray uses it: a Ray cluster answers there, and takes our token if it asks for one.
+
+    check_ray_address -> connect -> one gRPC call -> UserError, or RAY_AUTH_MODE is set as the cluster wants it
 
 Ray itself tries for minutes, and ends the process where it meets another kind of server. A process must show a token to
-a cluster that wants one and none to a cluster that does not: that could not call it back.
+a cluster that asks for one, and none to a cluster that does not, which could not call the process back.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ _WANTS_TOKEN = "it wants another token"
 
 
 def check_ray_address(address: str) -> None:
-    """Raises UserError within about 20 s where no Ray cluster answers, or it does not take the token we have.
+    """Raises UserError within about 20 s where no Ray cluster answers, or it does not take our token.
 
-    Sets RAY_AUTH_MODE where the cluster wants a token. What only Ray can find out passes: "auto" and clusters with TLS.
+    Sets RAY_AUTH_MODE where the cluster asks for a token. "auto" and clusters with TLS pass: only Ray can check them.
     """
     if address == "auto" or os.environ.get("RAY_USE_TLS", "0") != "0":
         return
@@ -47,7 +49,7 @@ def check_ray_address(address: str) -> None:
 
 
 def _ask(host: str, port: int, is_client: bool, *, token: str | None) -> str | None:
-    """What is wrong with the server at host:port, or None."""
+    """The problem with the server at host:port, None where it is a Ray cluster."""
     import grpc
 
     try:
@@ -61,7 +63,7 @@ def _ask(host: str, port: int, is_client: bool, *, token: str | None) -> str | N
             channel.unary_unary(method)(b"", timeout=_SECONDS, metadata=metadata)
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)
-            # An empty question to Ray Client is answered by NOT_FOUND.
+            # Any other code is a Ray cluster's: Ray Client answers an empty request with NOT_FOUND.
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
                 return _WANTS_TOKEN
             if error.code() == grpc.StatusCode.UNIMPLEMENTED:

@@ -1,7 +1,9 @@
-"""The code that goes from this process to the nodes of a Ray cluster, through Ray's runtime environment.
+"""Shipping of this process's code to the nodes of a Ray cluster.
 
-Shipped are the loaded modules that are not installed: CISPO from a checkout, and the modules that a recipe names as
-module:name with what they import. What is installed here must be installed there.
+    loaded modules - installed packages -> folders and files -> Ray's runtime environment: py_modules
+
+Shipped are CISPO from a checkout, and the modules that a recipe names as module:name, with their imports. Packages that
+are installed here must be installed on the nodes.
 """
 
 from __future__ import annotations
@@ -11,19 +13,18 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 from cispo.errors import UserError
 
-# Code alone, neither data nor compiled files, however large a package's folder is. As in a .gitignore; but the folder
-# itself is called ".", which nothing here may match.
+# Patterns of a .gitignore that leave .py files alone, without the data and compiled files of a large package folder. No
+# pattern may match ".", the name of the folder itself.
 _CODE_ONLY = ["?*.*", ".?*", "!*.py"]
 
-# In the path of every folder that Ray has unpacked on a node.
+# Part of the path of every folder that Ray has unpacked on a node.
 _UNPACKED = "_ray_pkg_"
 
 
-def shipped_code() -> dict[str, Any]:
+def shipped_code() -> dict[str, list[str]]:
     """Ray's runtime_env with this process's code; empty where a submitted job brings py_modules of its own."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     sources = [str(path) for path in loaded_sources()]
@@ -35,7 +36,7 @@ def shipped_code() -> dict[str, Any]:
 def loaded_sources() -> list[Path]:
     """The package folder or file of every loaded top-level module that is Python and not installed, sorted.
 
-    A folder that Ray has unpacked, as of a job's working_dir, is on every node already.
+    Without the folders that Ray has unpacked, such as a job's working_dir: they are on every node already.
     """
     installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
     found = set()
@@ -44,9 +45,12 @@ def loaded_sources() -> list[Path]:
         if not file or name == "__main__" or not file.endswith(".py"):
             continue
         path, parts = Path(file).resolve(), name.split(".")
+        # A module of a package with a file of its own may lie elsewhere, as cispo.rewards does in a checkout.
+        if len(parts) > 1 and getattr(sys.modules.get(parts[0]), "__file__", None):
+            continue
         if path.name == "__init__.py":
             path = path.parent
-        # A module a.b.c lies two folders below what is shipped for it.
+        # A module a.b.c lies two folders below the package folder that is shipped for it.
         for _ in parts[1:]:
             path = path.parent
         if path.stem == parts[0] and not any(path.is_relative_to(place) for place in installed):
@@ -55,7 +59,7 @@ def loaded_sources() -> list[Path]:
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Raises UserError where a job's run folders would go into the folder that Ray unpacked for it and will delete."""
+    """Raises UserError where output_dir lies in a job's folder that Ray unpacked, and deletes after the job."""
     if _UNPACKED in str(Path(output_dir).absolute()):
         raise UserError(
             f"output_dir '{output_dir}' lies in the folder that Ray unpacked for this job and deletes after it: give "

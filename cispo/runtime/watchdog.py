@@ -1,7 +1,7 @@
-"""Turns a hang into a sentence: who waits for what, since when, and the end of a run in which nothing moves any more.
+"""The watchdog: reports the open calls of a run that has stalled, and ends the run if it stays so.
 
 activity = Activity()
-with activity.doing("engine-0: generate"): ...        every call to another process, every wait of the loop
+with activity.doing("engine-0 to generate"): ...      every call to another process, every wait of the loop
 await guarded(run(), activity, silence=1800)          reports after `silence` seconds, ends the run after twice that
 """
 
@@ -13,17 +13,16 @@ import faulthandler
 import itertools
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
 
 from cispo.errors import RunError
 
-# Seconds beyond the end of a run that is given up, after which a driver that does not answer either is ended.
+# Seconds that the run's task, and then a driver with a blocked event loop, get beyond the watchdog's limit.
 _GRACE = 60.0
 
 
 class Activity:
-    """What a run is waiting for at the moment, and when something last began or ended."""
+    """The open calls and waits of a run, and the time at which one last began or ended."""
 
     def __init__(self) -> None:
         self.moved_at = time.monotonic()
@@ -31,11 +30,11 @@ class Activity:
         self._numbers = itertools.count()
 
     @contextlib.contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Something that may take long; it is reported while the block runs."""
+    def doing(self, task: str) -> Iterator[None]:
+        """A block that may take long; a report names it by `task` while it is open."""
         number = next(self._numbers)
         self.moved()
-        self._open[number] = (what, self.moved_at)
+        self._open[number] = (task, self.moved_at)
         try:
             yield
         finally:
@@ -43,28 +42,27 @@ class Activity:
             self.moved()
 
     def moved(self) -> None:
-        """Says that the run gets on."""
+        """Notes progress of the run."""
         self.moved_at = time.monotonic()
 
     @property
     def silence(self) -> float:
-        """Seconds since something moved."""
+        """Seconds since the last progress."""
         return time.monotonic() - self.moved_at
 
     def waiting_for(self) -> str:
-        """Everything that is open, the oldest first, as the end of a sentence."""
+        """The open blocks, oldest first, as the end of a sentence."""
         now = time.monotonic()
-        open_ = [f"{what} (for {now - since:.0f} s)" for what, since in sorted(self._open.values(), key=lambda o: o[1])]
-        return ", ".join(open_) or "nothing that is known: the driver itself is busy or stuck"
+        oldest_first = sorted(self._open.values(), key=lambda block: block[1])
+        tasks = [f"{task} (for {now - since:.0f} s)" for task, since in oldest_first]
+        return ", ".join(tasks) or "nothing that is known: the driver itself is busy or stuck"
 
 
-async def guarded(
-    run: Coroutine[Any, Any, None], activity: Activity, *, silence: float, say: Callable[[str], None]
-) -> None:
-    """Awaits `run`; says who waits for whom after `silence` seconds without a move, and ends it after twice as many.
+async def guarded(run: Awaitable[None], activity: Activity, *, silence: float, say: Callable[[str], None]) -> None:
+    """Awaits `run`; says its open blocks after `silence` seconds without progress, and ends it after twice as many.
 
-    0 switches it off. Raises RunError where it ended the run. A driver that is stuck itself, so that nothing can be
-    said from inside, is ended with the tracebacks of its threads.
+    0 switches the watchdog off. Raises RunError where it ended the run. Where the event loop itself is blocked,
+    faulthandler's thread prints the tracebacks of all threads and ends the process.
     """
     task = asyncio.ensure_future(run)
     watch = asyncio.ensure_future(_watch(activity, silence, say)) if silence > 0 else None
@@ -87,10 +85,10 @@ async def guarded(
 
 
 async def _watch(activity: Activity, silence: float, say: Callable[[str], None]) -> None:
-    """Returns never; raises RunError once nothing has moved for twice `silence`."""
+    """Never returns; raises RunError once nothing has moved for twice `silence` seconds."""
     said_at = 0.0
     while True:
-        # Re-armed at every look: it goes off where this loop does not get to run.
+        # Re-armed at every look, so it fires only where the event loop is blocked.
         faulthandler.dump_traceback_later(2 * silence + _GRACE, exit=True, file=sys.stderr)
         await asyncio.sleep(min(silence / 10, 5.0))
         if activity.silence > 2 * silence:

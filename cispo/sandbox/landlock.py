@@ -1,7 +1,7 @@
-"""Which files a process sees where it may not make namespaces: Landlock, which any process may put on itself.
+"""File access rules without namespaces: Landlock, a Linux security module that any process may apply to itself.
 
-It governs opening, making and removing files. It does not hide that a path exists, how large it is, and which processes
-run; `seccomp` denies what would change such files.
+It governs opening, making and removing files. It does not hide the existence and size of a path, nor the processes that
+run; `seccomp` denies system calls that would change such files.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _MAKE_CHAR, _MAKE_SOCK, _MAKE_BLOCK = 1 << 6, 1 << 9, 1 << 11
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
-"""How many rights on files there are, by version; 16 from version 5 on."""
+"""Version -> number of rights on files; 16 from version 5 on."""
 _TCP, _SCOPES = 0b11, 0b11
 """Binding and connecting (version 4); abstract Unix sockets and signals (version 6)."""
 
 
 def version() -> int:
-    """OSError where the kernel has no Landlock, or starts without it."""
+    """Version of the kernel's Landlock. Raises OSError where it has none, or was started without it."""
     return syscall("landlock", _CREATE_RULESET, None, 0, _VERSION_FLAG)
 
 
 def restrict(readable: list[str], devices: list[str], scratch: str) -> None:
-    """From now on this process reads `readable`, uses `devices` and owns the folder `scratch`. Needs no_new_privs."""
+    """Limits this process to reading `readable`, using `devices` and owning folder `scratch`. Needs no_new_privs."""
     supported = version()
     handled = (1 << _FILE_RIGHTS.get(supported, 16)) - 1
     attributes = struct.pack("=QQQ", handled, _TCP, _SCOPES)[: 8 if supported < 4 else 16 if supported < 6 else 24]

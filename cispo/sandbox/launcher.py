@@ -1,12 +1,11 @@
-"""The process between a caller and a sandboxed program: it builds the sandbox, starts the program in it, watches it,
-and leaves nothing behind.
+"""The process between a caller and a sandboxed program: builds the sandbox, starts and watches the program, cleans up.
 
     caller  -- request on stdin -->  launcher  -- fork, confine, exec -->  the program, a fresh Python
             <-- "started", "exit 0", or "error ..." on a pipe of its own --
             <-- the program's stdout and stderr, which only the caller reads --
 
-stdin stays open while the caller lives: its end is the order to kill the program. The program gets a kill from the
-kernel when the launcher dies.
+stdin stays open while the caller lives: its end is the order to kill the program. When the launcher dies, the kernel
+kills the program. One launcher serves one program, so nothing of one program can reach another.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ _MAX_OPEN_FILES = 64
 _MAX_SCRATCH_ENTRIES = 2048
 _MAX_SCRATCH_DEPTH = 64
 
-# `exit` and `quit` come from `site`, which takes 35 ms and reads what is installed. Names that this leaves behind, or
-# imports, would be there for a program that forgot to import them.
+# `exit` and `quit` come from `site`, which takes 35 ms and reads the installed packages. A name that this code left
+# behind would hide a missing import of the program, so it leaves none.
 _BOOT = (
     'for __file__ in ("exit", "quit"):\n'
     '    setattr(__import__("builtins"), __file__, __import__("_sitebuiltins").Quitter(__file__, "Ctrl-D"))\n'
@@ -44,7 +43,7 @@ _BOOT = (
 
 
 def main(status: int) -> None:
-    """Runs the request that comes on stdin; `status` is the file descriptor for what is to be reported."""
+    """Runs the request that comes on stdin; `status` is the file descriptor of the reports."""
     os.set_inheritable(status, False)
     try:
         with open(0, "rb", closefd=False) as stdin:
@@ -79,7 +78,7 @@ def _run(request: dict, status: int) -> str:
         os.write(status, b"started\n")
         stopped = _watch(child, proc, folder, request["threads"], request["disk_bytes"] + len(code))
         _, ending, usage = os.wait4(child, 0)
-        # The kernel kills by a clock of its own, which may be ahead of what it reports.
+        # The clock by which the kernel kills may be ahead of the CPU time that it reports.
         if ending == _SIGKILL and usage.ru_utime + usage.ru_stime >= request["cpu_seconds"] - _CLOCK_SKEW:
             stopped = "time"
         return f"exit {os.waitstatus_to_exitcode(ending)} {stopped}\n"
@@ -89,7 +88,7 @@ def _run(request: dict, status: int) -> str:
 
 
 def _become_the_program(request: dict, stdin: int, user: int | None, folder: str | None, status: int) -> None:
-    """In the child: gives up everything, then executes Python. Never returns."""
+    """In the child: gives up every right, then executes Python. Never returns."""
     try:
         os.dup2(stdin, 0)
         if user is not None:
@@ -97,13 +96,13 @@ def _become_the_program(request: dict, stdin: int, user: int | None, folder: str
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        # After the change of user, which would clear it.
+        # After the change of user, which would clear this setting.
         call("prctl", PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
         drop_capabilities()
         if folder is not None:
             landlock.restrict(request["readable"], request["devices"], folder)
         else:
-            # Counted for this user alone. With Landlock it would count all that the caller runs.
+            # Linux counts processes by user. The program has a user of its own here; with Landlock it has the caller's.
             _limit(resource.RLIMIT_NPROC, request["threads"])
         os.umask(0o077)
         _limit(resource.RLIMIT_CORE, 0)
@@ -112,7 +111,7 @@ def _become_the_program(request: dict, stdin: int, user: int | None, folder: str
         _limit(resource.RLIMIT_CPU, request["cpu_seconds"])
         _limit(resource.RLIMIT_AS, request["memory_bytes"])
         seccomp.install()
-        # The order of sets of strings is part of what a program does: the same in each run.
+        # A fixed hash seed: the order of sets of strings, and so a program's output, is the same in each run.
         os.execve(request["python"], [request["python"], "-sPSBc", _BOOT], {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
     except OSError as error:
         os.write(status, f"error {error}\n".encode())
@@ -121,14 +120,14 @@ def _become_the_program(request: dict, stdin: int, user: int | None, folder: str
 
 
 def _limit(kind: int, value: int) -> None:
-    """Soft and hard; never above what the caller itself is limited to."""
+    """Sets the soft and the hard limit, never above the caller's own hard limit."""
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
 
 
 def _watch(child: int, proc: int, folder: str | None, threads: int, disk_bytes: int) -> str:
-    """Waits for the end of the program, and kills it where the caller or a limit says so: the reason, or "none"."""
+    """Waits for the program's end, or kills it by order of the caller or at a limit; returns that reason, or "none"."""
     ended = os.pidfd_open(child)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
@@ -156,7 +155,7 @@ def _thread_count(child: int, proc: int) -> int:
 
 
 def _is_over(folder: str, limit: int) -> bool:
-    """Whether a folder holds more bytes, entries or levels than it may; also where it hides them."""
+    """Whether a folder exceeds the limit on bytes, entries or levels. An unreadable part counts as over the limit."""
     size, entries, todo = 0, 0, [folder]
     while todo:
         try:
@@ -171,16 +170,16 @@ def _is_over(folder: str, limit: int) -> bool:
                     if stat.S_ISDIR(status.st_mode):
                         todo.append(entry.path)
         except FileNotFoundError:
-            # The program is at work meanwhile.
+            # The program has removed it meanwhile.
             continue
         except OSError:
-            # A mode, or a path too long to open, that hides what is below.
+            # A mode, or a path too long to open, hides the contents.
             return True
     return False
 
 
 def _remove(folder: str) -> None:
-    """Removes a folder however deeply its program nested it: what lies in a folder is first moved up."""
+    """Removes a folder of any depth: the entries of a subfolder are first moved up."""
     while names := os.listdir(folder):
         for name in names:
             path = f"{folder}/{name}"
@@ -188,7 +187,7 @@ def _remove(folder: str) -> None:
                 os.unlink(path)
                 continue
             for inner in os.listdir(path):
-                # Moving a folder takes the right to write into it.
+                # Moving a folder needs the right to write into it.
                 _opened(f"{path}/{inner}")
                 os.rename(f"{path}/{inner}", f"{folder}/moved-{os.urandom(16).hex()}")
             os.rmdir(path)
@@ -196,7 +195,7 @@ def _remove(folder: str) -> None:
 
 
 def _opened(path: str) -> bool:
-    """Whether this is a folder, which is now accessible whatever its mode was."""
+    """Whether the path is a folder; if so, makes it accessible."""
     if os.path.islink(path) or not os.path.isdir(path):
         return False
     os.chmod(path, 0o700)

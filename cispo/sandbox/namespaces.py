@@ -1,5 +1,5 @@
-"""A machine of its own: no network devices but a closed loopback, no processes but its own, and a file system of what
-Python needs, read-only, with one folder to write in.
+"""Linux namespaces, a machine of the program's own: no network but a closed loopback, no other processes, and a
+read-only file system with the files that Python needs and one folder to write in.
 
     /  tmpfs, read-only     the interpreter and the shared libraries, bound where they lie on the host, read-only
     /tmp  tmpfs, limited    the throw-away folder: it ends with the last process
@@ -27,17 +27,17 @@ _PIVOT_ROOT, _MOUNT_SETATTR = 41 if AARCH64 else 155, 442
 _CURRENT_FOLDER, _WITH_MOUNTS_BELOW = -100, 0x8000
 
 _NEW_ROOT = "/proc"
-"""A folder that every Linux has and that nothing is bound from, to build the new root on."""
+"""Mount point for the new root: a folder that every Linux has, and from which nothing is bound."""
 NOBODY = 65534
 _MAX_FILES = 2048
 """Files and folders in the throw-away folder."""
 
 
 def enter(readable: list[str], devices: list[str], scratch_bytes: int) -> int | None:
-    """Moves this process into a file system of its own, current folder SCRATCH; its children get new process ids too.
+    """Moves this process into a file system of its own, to the folder SCRATCH; its children get new process ids too.
 
-    Returns the user that a child has to become, as user and group id; None where it must not change: a plain user gets
-    a user namespace, in which it is nobody.
+    Returns the user and group id to which a child must change. None: it must not change, because a user without
+    privileges gets a user namespace, in which it is NOBODY.
     """
     uid, gid = os.geteuid(), os.getegid()
     privileged = uid == 0
@@ -53,17 +53,17 @@ def enter(readable: list[str], devices: list[str], scratch_bytes: int) -> int | 
 
 
 def _unused_user() -> int:
-    """A user id that belongs to this launcher alone: of the last 2**20 that this (possibly nested) machine has.
+    """A user id for this launcher alone, from the last 2**20 of this (possibly nested) machine.
 
-    Alone, because the kernel counts processes by user, and because users may signal themselves.
+    No two programs share one, because the kernel counts processes by user and lets a user signal its own processes.
     """
     with open("/proc/self/uid_map") as file:
         first, _, count = map(int, max(file, key=lambda line: int(line.split()[2])).split())
-    room = min(count // 2, 1 << 20)
-    if room < 1:
+    ids = min(count // 2, 1 << 20)
+    if ids < 1:
         raise OSError(f"no user id but {first} to give to the program")
-    # The last two of 2**32 have meanings of their own.
-    return first + count - 3 - os.getpid() % room if count > 4 else first + count - 1
+    # The last two ids of 2**32 are reserved.
+    return first + count - 3 - os.getpid() % ids if count > 4 else first + count - 1
 
 
 def _build_root(readable: list[str], devices: list[str], scratch_bytes: int, owner: int) -> None:
@@ -78,7 +78,7 @@ def _build_root(readable: list[str], devices: list[str], scratch_bytes: int, own
         _bind(path, _NO_SUID | _NO_EXEC)
     os.chdir(_NEW_ROOT)
     syscall("pivot_root", _PIVOT_ROOT, b".", b".")
-    # The old root now lies on top of the new one.
+    # The old root is mounted on top of the new one until this call.
     call("umount2", b".", _DETACH)
     os.chdir("/")
     _restrict_mount("/", _READ_ONLY, below=False)
@@ -91,7 +91,7 @@ def _bind(path: str, flags: int) -> None:
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-    # A user namespace may not leave out what is mounted below.
+    # Recursive, because a user namespace may not leave out the mounts below a path.
     _mount(path, target, None, _BIND | _RECURSIVE)
     _restrict_mount(target, flags, below=True)
 

@@ -1,15 +1,17 @@
-"""Running Python code that nobody has read, such as a model's: in a fresh interpreter that can do nothing but compute.
+"""Sandbox for untrusted Python code, such as a model's: a fresh interpreter that can do nothing but compute.
 
     run_python(code) --> launcher (`launcher`) --> the program: no network, no processes, no files but its own
-                     <-- stdout, stderr, exit code, and what stopped it
+                     <-- stdout, stderr, exit code, and the limit that stopped it
 
-Two mechanisms, of which the first that works on this machine is taken; each is complete by itself:
+The first of two mechanisms that works on this machine is used; each is complete by itself:
 
-    namespaces   the program is alone on a machine of its own, in which nothing is but Python. Needs root, or a kernel
+    namespaces   the program is alone on a machine of its own, which holds nothing but Python. Needs root, or a kernel
                  that lets users make user namespaces.
-    landlock     the program sees this machine and may open nothing of it. Needs Linux 5.13 or newer, no rights at all.
+    landlock     the program sees this machine but may not open its files. Needs Linux 5.13 or newer, and no privileges.
 
-Both add the same filter on system calls and the same limits. A machine with neither runs no such code: UserError.
+Both add the same filter on system calls and the same limits, so a program does the same on a laptop and in a
+container. The filter denies fork, so a program is one process: a limit on a process is a limit on the program, and a
+fork bomb is one failed call. On a machine without either mechanism no such code is run: UserError.
 """
 
 from __future__ import annotations
@@ -36,15 +38,16 @@ Mechanism = Literal["namespaces", "landlock"]
 Stop = Literal["time", "memory", "output", "disk", "threads"]
 
 MAX_THREADS = 64
-"""Threads of one program; there is no second process."""
+"""Largest number of threads of a program."""
 START_SECONDS = 30
-"""Limit for building a sandbox, which takes some 20 ms, on a busy machine."""
+"""Limit for building a sandbox. It takes some 20 ms, but the machine may be busy."""
 END_SECONDS = 10
-"""Limit for ending it, likewise."""
+"""Limit for ending a sandbox."""
 
 _REASONS: dict[str, Stop] = {"time": "time", "disk": "disk", "threads": "threads"}
 
 _PROJECT = str(Path(__file__).parents[2])
+"""The folder that contains the package `cispo`."""
 _BOOT = "import sys; sys.path.append({project!r}); from cispo.sandbox.launcher import main; main({status})"
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -65,19 +68,19 @@ print("contained")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxResult:
-    """What a program did.
+    """Output and end of a program.
 
     Example: SandboxResult(stdout="42\\n", stderr="", exit_code=0, stopped=None)
     """
 
     stdout: str
-    """UTF-8; what is not becomes U+FFFD. Cut at the limit, after which the program is killed."""
+    """Decoded as UTF-8, invalid bytes as U+FFFD. Cut at `output_kb`, where the program is killed."""
     stderr: str
-    """Likewise; the traceback is here."""
+    """As stdout; holds the traceback."""
     exit_code: int
-    """Negative: the number of the signal that ended it."""
+    """Negative: minus the number of the signal that ended it."""
     stopped: Stop | None
-    """The limit that ended it. A file that grows too large is an error in the program (OSError), as is a socket."""
+    """The limit that ended it. A file that grows too large raises OSError in the program, as does a socket."""
 
     @property
     def ok(self) -> bool:
@@ -97,11 +100,11 @@ def run_python(
     """Runs a program in a sandbox and waits for its end.
 
     It has the standard library and nothing else, an empty environment, `stdin`, and an empty folder to work in, which
-    is removed afterwards. `timeout` is in seconds of wall clock, and of CPU time of all threads (rounded up);
-    `memory_mb` limits the address space, `disk_mb` its files, `output_kb` each of stdout and stderr. `mechanism` is the
-    first that works here, or the one that is named.
+    is removed afterwards. `timeout` limits the wall clock, and the CPU time of all threads (rounded up), in seconds;
+    `memory_mb` the address space, `disk_mb` the files, `output_kb` stdout and stderr each. `mechanism` is by default
+    the first that works on this machine.
 
-    UserError where this machine cannot contain it, RunError where the sandbox itself failed.
+    Raises UserError where this machine cannot contain a program, RunError where the sandbox itself failed.
     """
     limits = _Limits(timeout, memory_mb << 20, disk_mb << 20, output_kb << 10)
     return _run(code, stdin, limits, mechanism or available_mechanisms()[0])
@@ -109,9 +112,9 @@ def run_python(
 
 @cache
 def available_mechanisms() -> tuple[Mechanism, ...]:
-    """What can contain a program on this machine, tried out by one that attempts to escape, the better one first.
+    """The mechanisms that contain a program on this machine, the better one first. Each is tried by an escape attempt.
 
-    UserError when there is none.
+    Raises UserError where there is none.
     """
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise UserError(
@@ -142,7 +145,7 @@ def available_mechanisms() -> tuple[Mechanism, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """`timeout` in seconds, the rest in bytes."""
+    """`timeout` in seconds, all others in bytes."""
 
     timeout: float
     memory: int
@@ -174,7 +177,7 @@ def _run(code: str, stdin: str, limits: _Limits, mechanism: Mechanism) -> Sandbo
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(status,),
-                # A caller that is killed with its whole group leaves it alive for as long as it takes to clean up.
+                # A signal that kills the caller's process group leaves the launcher alive to clean up.
                 start_new_session=True,
                 env={},
                 cwd="/",
@@ -191,7 +194,7 @@ def _run(code: str, stdin: str, limits: _Limits, mechanism: Mechanism) -> Sandbo
 
 
 class _Conversation:
-    """What a launcher and its program say, and when they are told to stop."""
+    """Reads the output of a launcher and its program, and orders their end at a limit."""
 
     def __init__(self, launcher: subprocess.Popen[bytes], reports: IO[bytes], limits: _Limits) -> None:
         assert launcher.stdin and launcher.stdout and launcher.stderr
@@ -204,14 +207,14 @@ class _Conversation:
         self._deadline = 0.0
 
     def hold(self, request: bytes) -> None:
-        """Sends the request, and listens until both are silent for good or do not obey."""
+        """Sends the request, and reads until both have closed their outputs or fail to end in time."""
         try:
-            # Raw pipes write what they have room for.
+            # A raw pipe may take only a part of a write.
             rest = memoryview(HEADER.pack(len(request)) + request)
             while rest:
                 rest = rest[self._orders.write(rest) :]
         except BrokenPipeError:
-            # It ended early; what it said tells why.
+            # The launcher ended early; its report or stderr tells why.
             pass
         self._deadline = time.monotonic() + START_SECONDS
         with selectors.DefaultSelector() as selector:
@@ -231,11 +234,11 @@ class _Conversation:
                     self._stop("time")
 
     def _take(self, name: str, chunk: bytes) -> bool:
-        """Keeps what fits; False at the end."""
+        """Keeps the chunk up to the output limit; False at the end of the stream."""
         text = self._texts[name]
-        room = self._limits.output - len(text)
-        text += chunk[:room]
-        if len(chunk) > room:
+        free = self._limits.output - len(text)
+        text += chunk[:free]
+        if len(chunk) > free:
             self._stop("output")
         return bool(chunk)
 
@@ -254,17 +257,18 @@ class _Conversation:
                 f"the sandbox failed: {report.partition('error ')[2].strip() or report + stderr or 'no reason'}"
             )
         exit_code = int(words[0])
-        # What ended by itself before it was killed for its time was in time; output that was cut stays cut.
+        # The launcher's reason wins: a program that ended by itself just before the caller's order was in time. Cut
+        # output counts in any case.
         told = words[1] == "caller" or self._stopped == "output"
         stopped = self._stopped if told else _REASONS.get(words[1])
-        # At its limit Python gets no more memory, which ends a program unless it catches that.
+        # At the memory limit Python raises MemoryError, which ends a program that does not catch it.
         if stopped is None and exit_code != 0 and stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"):
             stopped = "memory"
         return SandboxResult(stdout=stdout, stderr=stderr, exit_code=exit_code, stopped=stopped)
 
 
 def _end(launcher: subprocess.Popen[bytes]) -> None:
-    """Gives the launcher time to clean up, and kills it with its program after that."""
+    """Gives the launcher time to clean up, then kills it together with its program."""
     pipes = [pipe for pipe in (launcher.stdin, launcher.stdout, launcher.stderr) if pipe]
     for pipe in pipes:
         pipe.close()
@@ -277,7 +281,7 @@ def _end(launcher: subprocess.Popen[bytes]) -> None:
 
 @cache
 def _interpreter() -> tuple[str, list[str], list[str]]:
-    """The real Python behind this one, the files and folders that it needs to read, and the devices."""
+    """(path of the real Python behind a virtual environment, files and folders that it reads, devices)."""
     python = os.path.realpath(sys.executable)
     prefix = Path(python).parents[1]
     library = [os.path.dirname(os.__file__), prefix / "lib", prefix / "lib64"]

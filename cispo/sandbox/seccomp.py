@@ -1,8 +1,7 @@
-"""The filter on system calls: one process of threads, no sockets, no reach into other processes, no exotic calls.
+"""The filter on system calls: one process of threads, no sockets, no access to other processes, no exotic calls.
 
-It is the same under both mechanisms, so that a program does the same on any machine. What Landlock does not cover (the
-mode, owner, times and attributes of a file that the program may not even read; truncation before Landlock 3) is denied
-here.
+It is the same under both mechanisms, so that a program does the same on any machine. It also covers the gaps of
+Landlock: mode, owner, times and attributes of files that the program may not even read; truncation before version 3.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ _F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15
 _TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
 
 _FIRST_OF_ALL_MACHINES = 424
-"""From here on (Linux 5.1) a system call has the same number on every machine."""
+"""From this number on (Linux 5.1) a system call has the same number on every machine."""
 _ALLOWED_FROM_THERE = (436, 439, 441, 449)
-"""close_range, faccessat2, epoll_pwait2, futex_waitv. The rest, and what future kernels add, does not exist."""
+"""close_range, faccessat2, epoll_pwait2, futex_waitv. Any other, also of a future kernel, fails with ENOSYS."""
 
 _DENIED = {
-    # Processes. (clone is below, clone3 does not exist: its flags are out of a filter's sight.)
+    # Processes. (clone is conditional; clone3 fails with ENOSYS, because a filter cannot see its flags.)
     "fork": (57, None),
     "vfork": (58, None),
-    # The launcher's process group is how everything is killed in the last resort.
+    # In the last resort the caller kills the launcher's process group, which no program may leave.
     "setsid": (112, 157),
     "setpgid": (109, 154),
     # Other processes of the same user, and their data.
@@ -72,7 +71,7 @@ _DENIED = {
     "mq_open": (240, 180),
     "mq_unlink": (241, 181),
     "memfd_create": (319, 279),
-    # Files by their path, where neither Landlock nor a file descriptor's mode decides.
+    # Files by their path, for which neither Landlock nor the mode of a file descriptor decides.
     "chmod": (90, None),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -118,7 +117,7 @@ _DENIED = {
     "iopl": (172, None),
     "ioperm": (173, None),
     "modify_ldt": (154, None),
-    # Parts of the kernel that a Python program does without and that exploits go through.
+    # Parts of the kernel that exploits use and Python programs do not.
     "init_module": (175, 105),
     "finit_module": (313, 273),
     "delete_module": (176, 106),
@@ -131,7 +130,7 @@ _DENIED = {
     "request_key": (249, 218),
     "keyctl": (250, 219),
 }
-"""Fail with "operation not permitted". Numbers on x86_64 and on aarch64, None where it has no such call."""
+"""Calls that fail with EPERM: numbers on (x86_64, aarch64), None where the machine has no such call."""
 
 _CONDITIONAL = {
     "clone": (56, 220),
@@ -148,7 +147,7 @@ _CONDITIONAL = {
 
 
 def install() -> None:
-    """Binds this process, and whatever it executes, to the filter. It cannot be taken off. Needs no_new_privs."""
+    """Binds this process and every program that it executes to the filter, for good. Needs no_new_privs."""
     code = program(os.getpid())
     instructions = ctypes.create_string_buffer(code)
     header = struct.pack("@HP", len(code) // 8, ctypes.addressof(instructions))
@@ -160,7 +159,7 @@ def program(own_pid: int) -> bytes:
     code = _step(_LOAD, _ARCH) + _step(_EQUAL, _AUDIT_ARCH, 1, 0) + _step(_RETURN, _KILL) + _step(_LOAD, _NUMBER)
     for number in _ALLOWED_FROM_THERE:
         code += _on(number, _step(_RETURN, _ALLOW))
-    # This includes the x32 calls of an x86_64 kernel, which are numbered from 2**30.
+    # These include the x32 calls of an x86_64 kernel, which are numbered from 2**30.
     code += _step(_AT_LEAST, _FIRST_OF_ALL_MACHINES, 0, 1) + _step(_RETURN, _UNKNOWN)
     for numbers in _DENIED.values():
         code += _on(numbers[AARCH64], _step(_RETURN, _DENY))
@@ -175,13 +174,13 @@ def _conditions(own_pid: int) -> dict[str, bytes]:
         "kill": _allow_only(0, [own_pid]),
         "tgkill": _allow_only(0, [own_pid]),
         "prlimit64": _allow_only(0, [0, own_pid]),
-        # asyncio wakes its loop through a pair.
+        # asyncio wakes its loop through a socket pair.
         "socketpair": _allow_only(0, [AF_UNIX]),
         "prctl": _allow_all_but(0, [PR_SET_PDEATHSIG]),
-        # A file's owner gets a signal from it, whoever that is.
+        # A file sends signals to its owner, which could be any process.
         "fcntl": _allow_all_but(1, [_F_SETOWN, _F_SETSIG, _F_SETOWN_EX]),
         "ioctl": _allow_all_but(1, [_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP]),
-        # Opening a file to read it can truncate it, and Landlock 1 and 2 ask for the right to read only.
+        # Opening a file to read can truncate it, for which Landlock 1 and 2 ask for the right to read only.
         "open": _allow_all_but(1, [_O_TRUNC], mask=_O_ACCMODE | _O_TRUNC),
         "openat": _allow_all_but(2, [_O_TRUNC], mask=_O_ACCMODE | _O_TRUNC),
     }
@@ -192,7 +191,7 @@ def _step(operation: int, value: int, if_true: int = 0, if_false: int = 0) -> by
 
 
 def _on(number: int | None, body: bytes) -> bytes:
-    """A body that returns, for one system call."""
+    """Runs `body`, which returns, for one system call."""
     return b"" if number is None else _step(_EQUAL, number, 0, len(body) // 8) + body
 
 
@@ -205,7 +204,10 @@ def _allow_all_but(argument: int, values: list[int], mask: int = 0xFFFFFFFF) -> 
 
 
 def _by_argument(argument: int, values: list[int], mask: int, listed: int, others: int) -> bytes:
-    """All these arguments are ints to the kernel, so the lower half of the register is the whole of them."""
+    """Returns `listed` where the argument & mask is one of `values`, else `others`.
+
+    The kernel takes all these arguments as 32-bit ints, so the lower half of the register holds the whole value.
+    """
     code = _step(_LOAD, 16 + 8 * argument) + _step(_AND, mask)
     for value in values:
         code += _step(_EQUAL, value, 0, 1) + _step(_RETURN, listed)

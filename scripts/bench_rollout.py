@@ -26,7 +26,7 @@ from cispo.engines.serving import make_engine
 from cispo.policies.loading import init_policy, save_policy
 from cispo.policies.policy import Policy
 from cispo.recipe.load import load_recipe
-from cispo.runtime.actors import RayRuntime, Seat
+from cispo.runtime.actors import RayRuntime, Resources
 from cispo.runtime.watchdog import Activity
 from cispo.types import RepetitionStop, Sampling
 
@@ -85,7 +85,10 @@ async def tokens_per_second(
         share = prompts // engines
         kwargs |= {"max_sequences": share, "concurrent": build is make_engine}
         handles = await asyncio.gather(
-            *(runtime.start(build, *args, name=f"engine-{i}", seat=Seat(gpus=gpus), **kwargs) for i in range(engines))
+            *(
+                runtime.start(build, *args, name=f"engine-{i}", resources=Resources(gpus=gpus), **kwargs)
+                for i in range(engines)
+            )
         )
         generator = torch.Generator().manual_seed(0)
         asked = torch.randint(3, 4000, (prompts, length), generator=generator).tolist()
@@ -159,7 +162,7 @@ def hybrid_config() -> dict[str, Any]:
 
 
 def dense_config(hybrid: dict[str, Any]) -> dict[str, Any]:
-    """A Qwen3 of the same depth and width whose layers have as many parameters as a token passes in the hybrid.
+    """A Qwen3 of the same depth and width, with as many parameters per layer as a token passes in the hybrid.
 
     A lightning layer has a gate beside q, k, v and o; a token passes its top-k experts: the dense layer is that wide.
     """

@@ -1,4 +1,4 @@
-"""Engines for tests that want one thing at a time."""
+"""Single calls and updates of an engine, for tests without overlap."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Both engines behind one protocol: when completions end, what their log-probabilities mean, seeds, bad input; and the
-file that carries weights to them."""
+"""Both engines behind one protocol: ends of completions, meaning of log-probabilities, seeds, bad input; and the file
+that carries weights to them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def certain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy whose tokens mostly have a probability above 0.99."""
+    """A policy that gives most of its tokens a probability above 0.99."""
     path = tmp_path_factory.mktemp("certain")
     make_policy(path, certainty=12.0)
     return path
@@ -193,7 +193,7 @@ def test_a_repeated_pattern_ends_a_completion(certain_engine: ServedEngine) -> N
     assert {c.finish_reason for c in completions} == {FinishReason.REPETITION, FinishReason.LENGTH}
 
 
-# ---- what is drawn, and what its log-probability says
+# ---- the distribution drawn from, and its log-probabilities
 
 
 def reference_logprobs(policy: Policy, prompt: Sequence[int], tokens: Sequence[int], sampling: Sampling) -> Tensor:
@@ -212,7 +212,7 @@ def reference_logprobs(policy: Policy, prompt: Sequence[int], tokens: Sequence[i
             kept = kept * (kept >= kept.sort().values[-sampling.top_k])
             kept = kept / kept.sum()
         ordered = kept.sort(descending=True)
-        # The smallest set whose probability reaches top_p.
+        # The smallest set with a probability of at least top_p.
         size = int((ordered.values.cumsum(0) < sampling.top_p).sum()) + 1
         chosen = ordered.indices[:size]
         results.append((kept[token] / kept[chosen].sum()).log() if token in chosen else torch.tensor(-math.inf))
@@ -334,7 +334,7 @@ def test_the_run_rule_needs_the_policys_own_probabilities(engine: ServedEngine) 
     assert len(sampled(engine, [[1]], out_of_reach, seed=0)) == 1
 
 
-def test_what_vllm_cannot_run_is_refused_in_a_sentence(folder: Path, tmp_path: Path) -> None:
+def test_models_and_arguments_vllm_cannot_run_are_refused_in_a_sentence(folder: Path, tmp_path: Path) -> None:
     def start(path: Path, max_context: int = CONTEXT, **arguments: Any) -> None:
         sizes = {"max_context": max_context, "max_sequences": 4}
         VLLMEngine(str(path), dtype="float32", seed=0, **sizes, **arguments).close()

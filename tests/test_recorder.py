@@ -1,4 +1,4 @@
-"""Log-probabilities that wait on the device: every token gets its own, whatever was dropped, repeated or too much."""
+"""Log-probabilities that wait on the device: every token gets its own, through drops, repeats and surplus samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cispo.engines.vllm_logprobs import LogprobTable, RecordingSampler, Records
 
 @dataclass
 class Output:
-    """What vLLM's sampler returns, as far as the recorder looks."""
+    """Output of vLLM's sampler, as far as the recorder reads it."""
 
     sampled_token_ids: Tensor
     logprobs_tensors: Any
@@ -85,7 +85,7 @@ def test_every_token_gets_its_own(data: st.DataObject) -> None:
     for i, n in enumerate(lengths):
         for t in range(n):
             place = prompts[i] + t
-            if data.draw(st.booleans()):  # a part of the prompt, or what a preempted request computes again
+            if data.draw(st.booleans()):  # a part of the prompt, or tokens recomputed after a preemption
                 entries.append((f"r{i}", place, 1.0, False))
             if data.draw(st.booleans()):  # sampled, lost to a preemption, and sampled again
                 entries.append((f"r{i}", place, 2.0, True))

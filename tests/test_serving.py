@@ -1,9 +1,10 @@
-"""Overlapping calls and updates in flight, on an engine that samples the version of its weights: whatever happens,
-every token is its own version. What real policies add is in `test_updates_in_flight.py`."""
+"""Overlapping calls and updates in flight, on an engine that samples the version of its weights: through all events
+every token is its own version. `test_updates_in_flight.py` adds real policies."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cispo.engines.drafts import Draft
-from cispo.engines.serving import OnUpdate, ServedEngine
+from cispo.engines.handle import EngineHandle
+from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.errors import UserError
-from cispo.types import Completion, RepetitionStop, Sampling
+from cispo.types import Completion, OnUpdate, RepetitionStop, Sampling
 from cispo.weights.publish import FileMessage, WeightMessage
 from tests.served import sampled
 
@@ -27,7 +29,7 @@ NEVER = 10**9
 
 
 class Versions:
-    """An engine whose token is the version of its weights. Some drafts run at once; `delay` steps are on a device."""
+    """Samples the version of its weights as a token. `at_once` drafts run at a time; `delay` steps are in flight."""
 
     max_context = 1000
 
@@ -149,15 +151,15 @@ def test_random_interleavings(seed: int, at_once: int, delay: int, max_sequences
         waiting: list[tuple[asyncio.Task[list[Completion]], list[int]]] = []
         version, lost, cancelled = 0, 0, False
         for _ in range(rng.randrange(1, 30)):
-            what = rng.random()
-            if what < 0.4:
+            event = rng.random()
+            if event < 0.4:
                 limits = [rng.randrange(1, 9) for _ in range(rng.randrange(1, 5))]
                 task = asyncio.ensure_future(engine.generate([[1]] * len(limits), PLAIN, 0, limits))
                 waiting.append((task, limits))
-            elif what < 0.5 and waiting:
+            elif event < 0.5 and waiting:
                 waiting.pop(rng.randrange(len(waiting)))[0].cancel()
                 cancelled = True
-            elif what < 0.75:
+            elif event < 0.75:
                 version += 1
                 lost += await update(engine, version, mode or rng.choice(get_args(OnUpdate)))
             await turns(rng.randrange(24))
@@ -236,7 +238,7 @@ def test_no_step_happens_during_an_update() -> None:
         await turns(20)
         engine.load_weights("7")
         await turns(20)
-        assert core.steps == before and engine.progress() == sampled, "and what was on the device had come back before"
+        assert core.steps == before and engine.progress() == sampled, "steps in flight had come back before"
         assert await engine.begin_update("keep") == 0, "another try of the same update changes nothing"
         engine.finish_update(7)
         check(await first + await second)
@@ -247,7 +249,7 @@ def test_no_step_happens_during_an_update() -> None:
 
 
 @pytest.mark.parametrize("mode", get_args(OnUpdate))
-def test_what_becomes_of_what_has_begun(mode: OnUpdate) -> None:
+def test_an_update_treats_begun_drafts_by_its_mode(mode: OnUpdate) -> None:
     """Two drafts have begun, two wait for a place, and two more come while the update is beginning."""
     core = Versions(at_once=2)
     engine = ServedEngine(core)
@@ -314,7 +316,7 @@ def test_a_failing_step_reaches_every_caller(delay: int) -> None:
     assert core.steps == 4
 
 
-def test_after_half_an_update_nobody_samples_until_a_whole_one() -> None:
+def test_a_torn_engine_samples_nothing_until_a_whole_update() -> None:
     core = Versions()
     engine = ServedEngine(core)
 
@@ -356,6 +358,17 @@ def test_bad_input_fails_its_own_call_only() -> None:
     asyncio.run(run())
 
 
+def test_the_handle_offers_methods_of_the_engine() -> None:
+    """Same names, and parameters a prefix of the engine's; `kill` is the runtime's."""
+    methods = [name for name in vars(EngineHandle) if not name.startswith("_") and name not in ("remote", "kill")]
+    assert "generate" in methods
+    for name in methods:
+        ours, theirs = (inspect.signature(getattr(owner, name)) for owner in (EngineHandle, ServedEngine))
+        pairs = zip(ours.parameters.values(), theirs.parameters.values(), strict=False)
+        assert all((a.name, a.annotation) == (b.name, b.annotation) for a, b in pairs)
+        assert len(ours.parameters) <= len(theirs.parameters) and ours.return_annotation == theirs.return_annotation
+
+
 def test_an_engine_outlives_the_event_loop_of_a_call() -> None:
     core = Versions()
     engine = ServedEngine(core)
@@ -364,12 +377,12 @@ def test_an_engine_outlives_the_event_loop_of_a_call() -> None:
         call(engine, 1, 50)
         await steps(core, 2)
 
-    asyncio.run(leave())  # which cancels what is left
+    asyncio.run(leave())  # which cancels the call
     check(sampled(engine, [[1]], PLAIN, 0))
 
 
 def test_a_stream_for_each_engine(tmp_path) -> None:
-    """Two engines whose steps alternate draw what each draws alone, and the process's stream is as it was."""
+    """Two engines with alternating steps draw as each does alone, and the process's stream is as it was."""
     from tests.test_engine import PROMPTS, make_policy
 
     make_policy(tmp_path)

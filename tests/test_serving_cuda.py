@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cispo.engines.serving import OnUpdate, ServedEngine
+from cispo.engines.serving import ServedEngine
 from cispo.engines.vllm_engine import VLLMEngine
 from cispo.policies.loading import init_policy, load_policy, save_policy
-from cispo.types import Completion, RepetitionStop, Sampling
+from cispo.types import Completion, OnUpdate, RepetitionStop, Sampling
 from cispo.weights.buckets import WeightSender
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,7 +68,7 @@ class Side:
             self.policies.append(load_policy(folder / str(version), dtype=getattr(torch, dtype)).to("cuda").eval())
         self.senders = [WeightSender(policy.to_hf(), bucket_bytes=1 << 20) for policy in self.policies]
         core = VLLMEngine(str(folder / "0"), dtype=dtype, max_context=512, max_sequences=48, seed=0, memory=0.2)
-        assert core._table is not None, "log-probabilities are recorded on a GPU"
+        assert core._pending is not None, "log-probabilities are recorded on a GPU"
         self.engine = ServedEngine(core)
 
     async def update(self, version: int, mode: OnUpdate) -> int:
@@ -168,5 +168,5 @@ def test_cancelled_calls_leave_nothing(side: Side) -> None:
     completions = asyncio.run(run())
     side.assert_close(side.gaps(PROMPTS[::8], completions))
     core = side.engine.engine
-    assert isinstance(core, VLLMEngine) and core._table is not None
-    assert not core._requests and not core._table._rows and not core._core.engine_core.batch_queue
+    assert isinstance(core, VLLMEngine) and core._pending is not None
+    assert not core._requests and not core._pending._table._rows and not core._core.engine_core.batch_queue

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from torch import Tensor
 from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.vllm_engine import VLLMEngine
-from cispo.engines.vllm_logprobs import LogprobTable, Records
+from cispo.engines.vllm_logprobs import PendingLogprobs, Records
 from cispo.policies.loading import init_policy, save_policy
 from cispo.types import Completion, FinishReason, OnUpdate, RepetitionStop, Sampling
 from cispo.weights.publish import publish_weights, weights_folder
@@ -133,7 +132,7 @@ MODES: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
     "cached, preempted": ({"enable_prefix_caching": True}, CROSSING[:12] + SHARED[:4]),
 }
 EXACT: list[OnUpdate] = ["recompute", "wait", "abort"]
-"""All but keep, whose tokens after an update are of no one version's weights."""
+"""All but keep: its tokens after an update are of no one version's weights."""
 BLOCKS = {"hybrid": 16, "dense": 10}
 
 
@@ -210,7 +209,7 @@ def test_no_completion_mixes_versions(mode: OnUpdate, name: EngineName, kinds: d
 
 @EITHER_ENGINE
 def test_overlapping_calls_get_what_they_asked_for(name: EngineName, kinds: dict[str, Kind]) -> None:
-    """Greedy calls give what they give alone; limits, ends and temperatures are each call's own."""
+    """Greedy calls sample as they do alone; limits, ends and temperatures are each call's own."""
     kind = kinds["hybrid"]
     greedy = replace(PLAIN, temperature=0, max_tokens=30)
     ending = replace(PLAIN, eos_ids=tuple(range(8)))
@@ -236,7 +235,7 @@ RULED = replace(PLAIN, repetition=RepetitionStop(run_length=3, probability=0.02)
 
 
 def check_ends(completion: Completion, limit: int) -> None:
-    """Three tokens in a row above `RULED`'s probability end a completion, whatever came in between."""
+    """Three tokens in a row above `RULED`'s probability end a completion, through any updates in between."""
     sure = [x > math.log(RULED.repetition.probability) for x in completion.logprobs]
     fired = [end for end in range(3, len(sure) + 1) if all(sure[end - 3 : end])]
     by_rule = completion.finish_reason is FinishReason.REPETITION
@@ -246,16 +245,16 @@ def check_ends(completion: Completion, limit: int) -> None:
 async def interleaved(
     engine: ServedEngine, kind: Kind, seed: int, modes: Sequence[OnUpdate], sampling: Sampling = PLAIN
 ) -> float:
-    """Calls, cancellations and updates at random moments; the largest gap of what was sampled."""
+    """Calls, cancellations and updates at random moments; the largest gap of the sampled tokens."""
     rng, calls, version = random.Random(seed), [], 0
     for _ in range(14):
-        what = rng.random()
-        if what < 0.55:
+        event = rng.random()
+        if event < 0.55:
             prompts = rng.sample(RAGGED + SHARED, rng.randrange(1, 5))
             limits = [rng.randrange(1, 40) for _ in prompts]
             call = asyncio.ensure_future(engine.generate(prompts, sampling, rng.randrange(99), limits))
             calls.append((call, prompts, limits))
-        elif what < 0.65 and calls:
+        elif event < 0.65 and calls:
             calls.pop(rng.randrange(len(calls)))[0].cancel()
         else:
             version = (version + 1) % VERSIONS
@@ -289,7 +288,7 @@ def test_random_interleavings(kind_name: str, name: EngineName, kinds: dict[str,
 def as_on_a_gpu(engine: VLLMEngine) -> None:
     """Outputs come back a step late and without log-probabilities, which are recorded, as with asynchronous
     scheduling and `RecordingSampler`; each request has its own seed."""
-    core, places = engine._core.engine_core, {}
+    core, positions = cast(Any, engine._core.engine_core), {}
     records: list[tuple[str, int, float]] = []
     sent: list[tuple[str, int, float]] = []
     queue: deque[Any] = deque(maxlen=2)
@@ -298,30 +297,26 @@ def as_on_a_gpu(engine: VLLMEngine) -> None:
         if core.scheduler.has_requests():
             outputs, executed = type(core).step(core)
             for output in outputs[0].outputs if outputs else []:
-                start = len(engine._requests[output.request_id].draft.prompt)
-                place = places[output.request_id] = places.get(output.request_id, start - 1) + 1
-                records.append((output.request_id, place, float(output.new_logprobs.logprobs[0, 0])))
+                start = len(engine._requests[output.request_id].prompt)
+                position = positions[output.request_id] = positions.get(output.request_id, start - 1) + 1
+                records.append((output.request_id, position, float(output.new_logprobs.logprobs[0, 0])))
                 output.new_logprobs = None
             queue.appendleft((outputs, executed))
             if len(queue) < 2 and core.scheduler.has_requests():
                 return None, executed
         return queue.pop() if queue else (None, False)
 
-    def rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        if method == "send_logprobs":
-            sent[:], records[:] = records, []
-            return [None]
-        if method != "take_logprobs":
-            return original(method, *args, **kwargs)
+    def send() -> None:
+        sent[:], records[:] = records, []
+
+    def take() -> list[Records]:
         ids, positions, logprobs = zip(*sent, strict=True) if sent else ((), (), ())
         sent.clear()
         ones = np.ones(len(ids), bool)
         return [Records(list(ids), np.array(positions, np.int64), np.array(logprobs, np.float32), ones)]
 
     core.batch_queue, core.step_fn = queue, step
-    original = engine._engine.collective_rpc
-    engine._engine.collective_rpc = MethodType(rpc, engine._engine)
-    engine._table = LogprobTable(engine.max_context)
+    engine._pending = PendingLogprobs(send, take, engine.max_context)
 
 
 def test_steps_in_flight_and_recorded_logprobs(kinds: dict[str, Kind]) -> None:
@@ -350,4 +345,5 @@ def test_steps_in_flight_and_recorded_logprobs(kinds: dict[str, Kind]) -> None:
         ruled = sampled(engine, RAGGED[:12], replace(PLAIN, max_tokens=200, repetition=sure), 5)
         assert any(c.finish_reason is FinishReason.REPETITION for c in ruled)
         assert kind.gaps(RAGGED[:12], ruled).max() <= TOLERANCE
-        assert not core._table._rows and not core._requests and not core._ended  # type: ignore[union-attr]
+        assert core._pending is not None and not core._pending._requests and not core._pending._table._rows
+        assert not core._requests

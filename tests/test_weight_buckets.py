@@ -1,4 +1,4 @@
-"""Weights in buckets: what is packed arrives bit for bit, in an engine and through a broadcast; damage is noticed."""
+"""Weights in buckets: they arrive bit for bit, in an engine and through a broadcast; damage is noticed."""
 
 from __future__ import annotations
 

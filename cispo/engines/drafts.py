@@ -1,4 +1,6 @@
-"""What engines share: how long a completion may be, when near-certain tokens end it, and the draft that grows into one.
+"""A draft grows into a completion; the limits and stopping rules that all engines share.
+
+    prompts --start_drafts--> Draft --extend, token by token--> reason set --completion()--> Completion
 
 A completion ends at the first of: an end-of-sequence token, the length limit, a repeated pattern, a run of near-certain
 tokens. Where two fall on one token the earlier of this list is the reason; that token is always the last.
@@ -30,28 +32,28 @@ class RunCounter:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Draft:
-    """A completion in the making: what was asked for, and what has been sampled of it. Two drafts are never equal."""
+    """A completion in the making: the request, and the tokens sampled for it. Two drafts are never equal."""
 
     prompt: Sequence[int]
     sampling: Sampling
     seed: int
-    """Its own, for an engine whose requests each have a random stream."""
+    """Seed of its own, for an engine with a random stream per request."""
     limit: int
-    """The most tokens it may have."""
+    """Maximum number of tokens."""
     counter: RunCounter | None = None
-    """None where no run can get long enough."""
+    """None where the limit rules out a run of the rule's length."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     starts: dict[int, int] = field(default_factory=dict)
-    """{place: version}: which version samples the tokens from a place on, in order."""
+    """{index of a token: version that samples it and those after it}, in order."""
     reason: FinishReason | None = None
 
     def sampled_by(self, version: int) -> None:
-        """The next token, and those after it, are sampled by this version of the policy."""
+        """Records the version of the policy that samples the next token and those after it."""
         self.starts[len(self.tokens)] = version
 
     def extend(self, tokens: Sequence[int], logprobs: Sequence[float], reason: str | None) -> None:
-        """Adds what was sampled; `reason` says why the last token ended the completion, None while it goes on."""
+        """Adds sampled tokens; `reason` says why the last one ended the completion, None while it goes on."""
         assert len(tokens) == len(logprobs), f"{len(logprobs)} logprobs for {len(tokens)} tokens"
         kept = len(tokens)
         if self.counter is not None:
@@ -63,7 +65,7 @@ class Draft:
         self.reason = None if reason is None else FinishReason(reason)
 
     def start_again(self) -> int:
-        """Forgets what was sampled; returns how many tokens that were."""
+        """Forgets all tokens; returns their number."""
         lost = len(self.tokens)
         self.tokens, self.logprobs, self.starts = [], [], {}
         if self.counter is not None:
@@ -92,7 +94,7 @@ def start_drafts(
     max_context: int,
     limits: Sequence[int] | None = None,
 ) -> list[Draft]:
-    """An empty draft a prompt. Raises UserError on a prompt that leaves no room, or a rule that cannot be applied."""
+    """An empty draft per prompt. Raises UserError on a prompt that leaves no room, or a rule that cannot be applied."""
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {index} is empty")

@@ -1,10 +1,11 @@
 """Engines turn prompts into completions, token in, token out, with the log-probability of every sampled token.
 
-    make_engine(...) -> ServedEngine         what the rest of the project calls: overlapping calls, updates in flight
-                          Engine             what it drives step by step: VLLMEngine or TorchEngine
+    EngineHandle -> ServedEngine -> Engine: VLLMEngine | TorchEngine
+    the driver      overlapping     step by step
+                    calls, updates
 
-`VLLMEngine` runs vLLM inside this process; `TorchEngine` the learner's policy with a cache, for small ones on a CPU.
-When a completion ends: `drafts`. How weights arrive: `weight_sync`.
+`VLLMEngine` runs vLLM inside this process; `TorchEngine` runs the learner's policy with a cache, for small policies on
+a CPU. `drafts` says when a completion ends, `serving.make_engine` builds an engine for a recipe.
 """
 
 from __future__ import annotations
@@ -12,37 +13,34 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from cispo.engines.drafts import Draft
 from cispo.errors import UserError
 from cispo.policies.loading import weight_files
 from cispo.weights.publish import WeightMessage
 
-if TYPE_CHECKING:
-    pass
-
 
 class Engine(Protocol):
-    """Extends drafts by a step at a time, each under the weights it has then."""
+    """Extends drafts step by step; a step samples under the weights of its moment."""
 
     @property
     def max_context(self) -> int:
-        """The most tokens of prompt and completion together."""
+        """Maximum number of tokens of prompt and completion together."""
         ...
 
     @property
     def max_sequences(self) -> int:
-        """The most drafts that it has at a time."""
+        """Maximum number of drafts at a time."""
         ...
 
     @property
     def sampled(self) -> int:
-        """Tokens since the start, those of dropped drafts included."""
+        """Tokens sampled since the start, those of dropped drafts included."""
         ...
 
     def submit(self, drafts: Sequence[Draft]) -> None:
-        """Takes empty drafts; steps extend them until each has a reason to end."""
+        """Takes drafts without tokens; steps extend each until it has a reason to end."""
         ...
 
     def step(self) -> list[Draft]:
@@ -50,8 +48,7 @@ class Engine(Protocol):
         ...
 
     def settle(self) -> list[Draft]:
-        """Waits for steps that are still on a device, so that every draft holds all that was sampled for it; returns
-        those that are complete."""
+        """Waits for steps in flight on a device, until drafts hold all their tokens; returns the complete ones."""
         ...
 
     def drop(self, drafts: Sequence[Draft]) -> None:
@@ -59,34 +56,34 @@ class Engine(Protocol):
         ...
 
     def receive_weights(self, message: WeightMessage) -> None:
-        """Takes a whole version or one of its buckets; `finish_update` follows the last. Nothing may be on a device."""
+        """Loads a whole version or one of its buckets; `finish_update` follows the last. No step may be in flight."""
         ...
 
     def finish_update(self, *, recompute: bool) -> None:
-        """Ends an update. With `recompute` what was computed before it is dropped and computed again where a draft
-        needs it; without, running drafts keep it, and only they.
+        """Ends an update. With `recompute` all cached keys, values and states are dropped and computed again for
+        running drafts; without, running drafts keep theirs, and later drafts do not share them.
 
         Raises AssertionError where a parameter has not arrived.
         """
         ...
 
     def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
-        """Enters the group over which the learner sends weights; its workers take the ranks from the first."""
+        """Enters the group over which the learner sends weights; the engine's workers take the ranks from the first."""
         ...
 
     def sleep(self) -> None:
-        """Gives the device's memory back until `wake`; an engine on a CPU has none."""
+        """Gives the device's memory back until `wake`; does nothing on a CPU."""
         ...
 
     def wake(self) -> None: ...
 
     def close(self) -> None:
-        """Frees what the engine holds; nothing works afterwards."""
+        """Frees the engine's memory and processes; no other method works afterwards."""
         ...
 
 
 def check_model(model: str, max_context: int) -> None:
-    """Raises UserError where `model` is no policy's folder, has no safetensors, or has fewer positions."""
+    """Raises UserError where `model` is no policy's folder, lacks safetensors, or has under `max_context` positions."""
     config = Path(model) / "config.json"
     if not config.is_file():
         raise UserError(f"{model} holds no policy: config.json is missing")

@@ -1,4 +1,4 @@
-"""Random numbers of an engine's own, in a process whose own streams go on as if there were no engine."""
+"""Random streams of an engine's own; those of the process go on as if there were no engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class RandomStream:
-    """torch's stream on a CPU, as it is while somebody else draws from the process's."""
+    """A CPU random state of the engine's own, swapped in while it samples."""
 
     def __init__(self) -> None:
         self.seed(0)
@@ -21,7 +21,7 @@ class RandomStream:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Inside, torch draws from this stream; afterwards from where the process was."""
+        """Inside the block torch draws from this stream, afterwards from the process's own."""
         outside = torch.get_rng_state()
         torch.set_rng_state(self._state)
         try:
@@ -33,7 +33,7 @@ class RandomStream:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch inside the block and gives the process its own random streams back afterwards."""
+    """Seeds torch inside the block; restores the streams of torch, random and NumPy afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

@@ -1,12 +1,12 @@
 """An engine that serves overlapping calls and takes weights in flight, in the event loop of its process.
 
-    generate(...) --+                                         +--> completions, each call's when its own are done
-    generate(...) --+--> queue --> drafts --> step, step ... --+
-    generate(...) --+                 |                       +--> every token with the version that sampled it
-                                      +-- begin_update, load_weights or receive_weights ..., finish_update
+    generate(...) --+                                            +--> completions, a call's when all of its own are done
+    generate(...) --+--> waiting --> active --> step, step ... --+
+                                     |                           +--> each token with the version that sampled it
+                                     +-- begin_update, load_weights or receive_weights ..., finish_update
 
-A task steps the engine while there is something to sample. A step blocks the event loop; between two steps everybody
-else gets a turn, so that calls, updates and questions never meet a step half-way.
+A task steps the engine while drafts are active. A step blocks the event loop; calls, updates and questions run between
+two steps and never meet one half-way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Literal, ParamSpec
 
 from cispo.engines.drafts import Draft, start_drafts
 from cispo.engines.engine import Engine
@@ -26,159 +27,195 @@ from cispo.engines.random_stream import RandomStream
 from cispo.types import Completion, OnUpdate, Sampling
 from cispo.weights.publish import FileMessage, WeightMessage
 
-# Drafts join those that run when all that wait find room, or when this share of the room is free. On a GPU a step that
-# reads a prompt takes twice the time of one that only samples (it is no CUDA graph), for one prompt as for many.
-_GULP = 0.25
+_P = ParamSpec("_P")
 
-# Between two steps the event loop turns until so many turns bring nothing new: a call from another process needs
-# several from its arrival to its start. Threads that bring it need the interpreter, which a step hardly lets go of; in
-# one process with everything else the loop runs in the main thread, and there are none.
+# Queued drafts are admitted when all of them fit, or when this share of the engine's capacity is free. On a GPU a step
+# that reads prompts takes twice the time of one that only samples (it is no CUDA graph), for one prompt as for many.
+_ADMIT_SHARE = 0.25
+
+# Before a step the event loop turns until this many turns bring no new call: a call from another process needs several
+# turns from its arrival to its start. The threads that bring it need the interpreter lock, which steps hardly release;
+# where the loop runs in the main thread there are no such threads.
 _QUIET_TURNS = 4
-_BREATH_SECONDS = 50e-6
+_LOCK_RELEASE_SECONDS = 50e-6
+
+
+class State(StrEnum):
+    """Phase of a served engine: which events it takes, and the state each leads to.
+
+        event                     SERVING       HOLDING       UPDATING       TORN           BROKEN
+        -----------------------   -----------   -----------   ------------   ------------   ------------
+        step                      samples       samples       -              -              -
+        generate                  is queued     is held       is held        raises         raises
+        begin_update is called    -> HOLDING    asserts       returns 0      returns 0      raises
+          its wait is over                      -> UPDATING
+          it is cancelled                       -> SERVING
+        receive_weights           asserts       asserts       loads          loads          loads
+        finish_update             asserts       asserts       -> SERVING     -> SERVING     raises
+        receive or finish fails                               -> TORN        -> TORN        raises
+        another verb fails        -> BROKEN     -> BROKEN     -> BROKEN      -> BROKEN
+
+    "raises": the error that led to the state. Entering TORN or BROKEN fails every call under way with that error;
+    leaving HOLDING, UPDATING or TORN for SERVING queues the held drafts. A broken engine still loads weights, because a
+    broadcast ends only when every engine has taken part. `begin_update` returns 0 where an update is begun again after
+    this engine or another one failed.
+    """
+
+    SERVING = "serving"
+    """Drafts are admitted and sampled."""
+    HOLDING = "holding"
+    """An update has begun: active drafts go on, new ones are held."""
+    UPDATING = "updating"
+    """Weights may change at any moment."""
+    TORN = "torn"
+    """An update failed half-way: the weights are of two versions until a whole version has arrived."""
+    BROKEN = "broken"
+    """A verb of the engine failed. Final."""
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One call of `generate` that is waiting."""
+    """A call of `generate` under way."""
 
     left: int
-    """Drafts of it that are not complete."""
+    """Its drafts that are not complete."""
     done: asyncio.Future[None]
 
 
 class ServedEngine:
-    """Serves any number of calls at once from one continuous batch, and says which version sampled each token.
+    """Serves any number of calls at once from one continuous batch; each token carries the version that sampled it.
 
-    Drafts are active, in the engine, or queue for room in it, or are held until an update is over. Where a step fails,
-    all calls fail with that error, now and later; where an update fails, until a whole version has arrived.
+    A draft is active (in the engine) or waiting: queued for capacity while SERVING, held in every other state.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.state = State.SERVING
+        self._error: Exception | None = None
+        """The failure that led to TORN or BROKEN."""
         self._version = 0
         self._stream = RandomStream()
         self._active: dict[Draft, _Call] = {}
-        self._queue: dict[Draft, _Call] = {}
-        self._held: dict[Draft, _Call] = {}
-        self._holding = False
-        """Whether new drafts wait for an update."""
-        self._updating = False
-        """Whether weights may change: no step happens."""
+        self._waiting: dict[Draft, _Call] = {}
+        """In the order of admission."""
         self._recompute = True
-        self._broken: Exception | None = None
-        """What a verb of the engine failed with."""
-        self._torn: Exception | None = None
-        """What an update failed with: the weights are of no one version."""
+        """Whether the update under way drops keys, values and states computed before it."""
         self._stepping: asyncio.Task[None] | None = None
         self._arrivals = 0
         """Calls since the start."""
 
     @property
     def version(self) -> int:
-        """Of the weights that the next token is sampled from; 0 is the model folder's."""
+        """Version of the weights that sample the next token; 0 is the model folder's."""
         return self._version
 
     def progress(self) -> int:
-        """Tokens sampled since the start. Raises what a step failed with: nothing is sampled any more."""
-        self._check_broken()
+        """Tokens sampled since the start. Raises the error of a BROKEN engine, which samples no more."""
+        self._check(State.BROKEN)
         return self.engine.sampled
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
     ) -> list[Completion]:
-        """Samples one completion a prompt, in order; the same batch and seed give the same tokens, but for what other
-        calls do to an engine on a CPU.
+        """Samples one completion per prompt, in order.
 
-        `limits` is the most tokens of each completion, in place of the one number in `sampling`. A call that is
-        cancelled takes its drafts back. Raises UserError on a prompt that leaves no room for a token, naming its index.
+        The same prompts and seed give the same tokens; on a CPU only while no other call is under way. `limits` is the
+        maximum number of tokens per completion, in place of the one number in `sampling`. A cancelled call takes its
+        drafts back. Raises UserError on a prompt that leaves no room for a token, naming its index.
         """
         self._arrivals += 1
-        self._check()
+        self._check(State.TORN, State.BROKEN)
         drafts = start_drafts(prompts, sampling, seed, max_context=self.engine.max_context, limits=limits)
         if not drafts:
             return []
-        if not self._active and not self._queue and not self._held:
+        if not self._active and not self._waiting:
             # On a CPU all drafts draw from one stream: vLLM's per-request seeds end it when a prompt is prefilled in
             # parts. With other calls under way the stream goes on from where it is.
             self._stream.seed(seed)
         call = _Call(len(drafts), asyncio.get_running_loop().create_future())
         try:
-            self._add(dict.fromkeys(drafts, call))
+            self._waiting |= dict.fromkeys(drafts, call)
+            self._start()
             await call.done
         finally:
             self._drop([draft for draft in drafts if draft.reason is None])
         return [draft.completion() for draft in drafts]
 
     async def begin_update(self, on_update: OnUpdate) -> int:
-        """Stops stepping, once nothing runs that must not see new weights; returns how many tokens were thrown away.
+        """Stops stepping once no active draft has to finish under the old weights; returns the tokens discarded.
 
-        What has sampled no token yet begins under the new weights; for the rest, wait: it is finished first. keep: it
-        goes on after the update with its keys, values and states. recompute: it goes on, and all before its next token
-        is computed again. abort: it begins again from its prompt.
+        Drafts without a token yet begin under the new weights. The others, by `on_update`:
+
+            wait        finish first
+            keep        go on after the update with their keys, values and states
+            recompute   go on after the update; everything before their next token is computed again
+            abort       begin again from their prompts
         """
         self._arrivals += 1
-        self._check_broken()
-        if self._torn is not None or self._updating:  # another try, after this engine or another one failed
+        self._check(State.BROKEN)
+        if self.state in (State.UPDATING, State.TORN):
             return 0
-        assert not self._holding, "an update is under way"
-        self._holding = True
+        assert self.state is State.SERVING, "an update is under way"
+        self.state = State.HOLDING
         try:
             self._run(self.engine.settle)
             again = [draft for draft in self._active if on_update == "abort" or not draft.tokens]
-            self._held = {draft: self._active.pop(draft) for draft in again} | self._queue
-            self._queue = {}
+            self._waiting = {draft: self._active.pop(draft) for draft in again} | self._waiting
             self._run(self.engine.drop, again)
             lost = sum(draft.start_again() for draft in again)
-            while on_update == "wait" and self._active:  # others step
+            while on_update == "wait" and self._active:  # the stepping task finishes them
                 await asyncio.sleep(0)
-            self._check_broken()
+            self._check(State.BROKEN)
         except BaseException:
             self._resume()
             raise
         self._recompute = on_update != "keep" or not self._active
-        self._updating = True
+        self.state = State.UPDATING
         return lost
 
     def load_weights(self, path: str) -> None:
-        """Takes what `publish_weights` wrote. Raises UserError where the file is gone."""
+        """Loads a file of `publish_weights`. Raises UserError where the file is gone."""
         self.receive_weights(FileMessage(str(path)))
 
     def receive_weights(self, message: WeightMessage) -> None:
-        """Takes a whole version or one of its buckets; `finish_update` follows the last."""
+        """Loads a whole version or one of its buckets; `finish_update` follows the last."""
         with self._update():
             self.engine.receive_weights(message)
 
     def finish_update(self, version: int) -> None:
-        """From here on tokens are sampled from the new weights. Raises AssertionError where a parameter is missing."""
+        """Ends an update: later tokens are sampled from the new weights.
+
+        Raises AssertionError where a parameter is missing.
+        """
         with self._update():
             self.engine.finish_update(recompute=self._recompute)
-        self._version, self._torn = version, None
+        self._version = version
         for draft in self._active:
             draft.sampled_by(version)
         self._resume()
-        self._check_broken()
+        self._check(State.BROKEN)
 
     def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
-        """Enters the group over which the learner sends weights; its workers take the ranks from the first."""
+        """Enters the group over which the learner sends weights; the engine's workers take the ranks from the first."""
         self.engine.join_broadcast(address, first_rank, world)
 
     def sleep(self) -> None:
         """Gives the device's memory back until `wake`."""
-        waiting = [*self._active, *self._queue, *self._held]
-        assert not waiting, "an engine does not sleep while calls wait for it"
+        assert not self._active and not self._waiting, "an engine does not sleep while calls wait for it"
         self.engine.sleep()
 
     def wake(self) -> None:
         self.engine.wake()
 
     def close(self) -> None:
-        """Frees what the engine holds; nothing works afterwards."""
-        self._drop([*self._active, *self._queue, *self._held])
+        """Frees the engine's memory and processes; no other method works afterwards."""
+        self._drop([*self._active, *self._waiting])
         self.engine.close()
 
-    async def _steps(self) -> None:
+    async def _step(self) -> None:
+        """Steps the engine until no draft is active or an update may change the weights."""
         await self._listen()
-        while self._active and not self._updating:
+        while self._active and self.state in (State.SERVING, State.HOLDING):
             self._run(self.engine.step)
             self._admit()
             if not self._active:
@@ -186,99 +223,92 @@ class ServedEngine:
             await self._listen()
 
     async def _listen(self) -> None:
-        """Lets what has arrived meanwhile begin: calls that come together are sampled together."""
+        """Yields to the event loop until no new call arrives, so that calls sent together are batched together."""
         known = None
         while known != self._arrivals:
             known = self._arrivals
             if threading.current_thread() is not threading.main_thread():
-                time.sleep(_BREATH_SECONDS)
+                time.sleep(_LOCK_RELEASE_SECONDS)
             for _ in range(_QUIET_TURNS):
                 await asyncio.sleep(0)
 
-    def _add(self, drafts: Mapping[Draft, _Call]) -> None:
-        if self._holding:
-            self._held |= drafts
-            return
-        self._queue |= drafts
+    def _start(self) -> None:
+        """Admits waiting drafts, and creates a stepping task where drafts are active and none runs."""
         self._admit()
-        # It has ended where nothing was left to do, or an update was under way.
-        if self._active and (self._stepping is None or self._stepping.done()):
-            self._stepping = asyncio.get_running_loop().create_task(self._steps())
+        running = self._stepping is not None and not self._stepping.done()
+        if self.state is State.SERVING and self._active and not running:
+            self._stepping = asyncio.get_running_loop().create_task(self._step())
 
     def _admit(self) -> None:
-        """Moves drafts from the queue into the engine, in order, where there is room for all or for many."""
-        room = self.engine.max_sequences - len(self._active)
-        if not self._queue or room < min(len(self._queue), self.engine.max_sequences * _GULP):
+        """Moves queued drafts into the engine, in order, where capacity is free for all or for many."""
+        free = self.engine.max_sequences - len(self._active)
+        enough = min(len(self._waiting), self.engine.max_sequences * _ADMIT_SHARE)
+        if self.state is not State.SERVING or not self._waiting or free < enough:
             return
-        drafts = dict(itertools.islice(self._queue.items(), room))
+        drafts = dict(itertools.islice(self._waiting.items(), free))
         for draft in drafts:
-            del self._queue[draft]
+            del self._waiting[draft]
             draft.sampled_by(self._version)
         self._active |= drafts
         for call in dict.fromkeys(drafts.values()):
             self._run(self.engine.submit, [draft for draft, own in drafts.items() if own is call])
 
     def _drop(self, drafts: Sequence[Draft]) -> None:
-        running = [draft for draft in drafts if self._active.pop(draft, None)]
+        active = [draft for draft in drafts if self._active.pop(draft, None)]
         for draft in drafts:
-            self._queue.pop(draft, None)
-            self._held.pop(draft, None)
-        if running:
-            self._run(self.engine.drop, running)
+            self._waiting.pop(draft, None)
+        if active:
+            self._run(self.engine.drop, active)
             self._admit()
-        if running and not self._active:
+        if active and not self._active:
             self._run(self.engine.settle)
 
     def _resume(self) -> None:
-        """Ends the holding: drafts that waited join those that run."""
-        self._holding = self._updating = False
-        held, self._held = self._held, {}
-        self._add(held)
+        """Ends an update: back to SERVING, unless the engine is BROKEN."""
+        if self.state is not State.BROKEN:
+            self.state, self._error = State.SERVING, None
+        self._start()
 
-    def _run(self, verb: Callable[..., list[Draft] | None], *args: Any) -> None:
-        """A verb of the engine, and what becomes of the drafts that it completes; where that fails everybody is told,
-        and nothing is run from then on."""
-        if self._broken is not None:
+    def _run(self, verb: Callable[_P, list[Draft] | None], *args: _P.args, **kwargs: _P.kwargs) -> None:
+        """Runs a verb of the engine and ends the calls it completes; any failure breaks the engine for good."""
+        if self.state is State.BROKEN:
             return
         try:
             with self._stream.current():
-                complete = verb(*args)
+                complete = verb(*args, **kwargs)
             for draft in complete or []:
                 call = self._active.pop(draft)
                 call.left -= 1
                 if not call.left and not call.done.done():
                     call.done.set_result(None)
-        except Exception as error:  # of whatever kind: who waits must hear of it
-            self._broken = error
-            self._fail(error)
+        except Exception as error:  # of any type: it is raised to the callers instead
+            self._fail(State.BROKEN, error)
 
     @contextmanager
     def _update(self) -> Iterator[None]:
-        """A part of an update; where it fails the weights may be of two versions, which nobody may sample from."""
-        assert self._updating, "begin_update comes first"
+        """A part of an update; a failure tears the weights."""
+        assert self.state not in (State.SERVING, State.HOLDING), "begin_update comes first"
         try:
             yield
         except Exception as error:
-            self._torn = error
-            self._fail(error)
+            if self.state is not State.BROKEN:
+                self._fail(State.TORN, error)
             raise
 
-    def _fail(self, error: Exception) -> None:
-        calls = {*self._active.values(), *self._queue.values(), *self._held.values()}
-        running, self._active, self._queue, self._held = list(self._active), {}, {}, {}
-        self._run(self.engine.drop, running)
+    def _fail(self, state: Literal[State.TORN, State.BROKEN], error: Exception) -> None:
+        """Enters a failed state: drops all drafts and raises the error in every call under way."""
+        self.state, self._error = state, error
+        calls = {*self._active.values(), *self._waiting.values()}
+        active, self._active, self._waiting = list(self._active), {}, {}
+        self._run(self.engine.drop, active)
         for call in calls:
             if not call.done.done():
                 call.done.set_exception(error)
 
-    def _check(self) -> None:
-        self._check_broken()
-        if self._torn is not None:
-            raise self._torn
-
-    def _check_broken(self) -> None:
-        if self._broken is not None:
-            raise self._broken
+    def _check(self, *states: State) -> None:
+        """Raises the failure that led to the present state, where that is one of `states`."""
+        if self.state in states and self._error is not None:
+            raise self._error
 
 
 def make_engine(
@@ -291,10 +321,9 @@ def make_engine(
     tensor_parallel: int,
     memory: float,
     sleeps: bool,
-    engine_args: Mapping[str, Any],
+    engine_args: Mapping[str, object],
 ) -> ServedEngine:
-    """The engine that a recipe's rollout.engine names."""
-
+    """The engine named by a recipe's rollout.engine."""
     if kind == "torch":
         from cispo.engines.torch_engine import TorchEngine
 
@@ -307,7 +336,7 @@ def make_engine(
         max_context=max_context,
         max_sequences=max_sequences,
         tensor_parallel=tensor_parallel,
-        seed=0,  # whoever serves it seeds every call
+        seed=0,  # for vLLM's start alone: every call of `generate` brings its own
         memory=memory,
         sleeps=sleeps,
         engine_args=engine_args,

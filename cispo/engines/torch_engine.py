@@ -1,8 +1,8 @@
 """The learner's policy as an engine, for small policies on a CPU: `torch_sampler` behind the engines' protocol.
 
-    submit -> waiting      step -> places that are free go to those that wait -> a token of every running draft
+    submit -> waiting      step -> waiting drafts start running -> one token of every running draft
 
-Tokens stay in the samplers' tensors until a draft is complete or somebody asks (`settle`).
+Tokens stay in the samplers' tensors until a draft is complete or `settle` asks for them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from cispo.weights.publish import FileMessage, WeightMessage, mapped_weights
 class TorchEngine:
     """The policy that trains, with a cache.
 
-    `model` is a folder in checkpoint format, `max_context` bounds prompt and completion together, `max_sequences` how
-    many there may be at once. What is drawn comes from torch's random stream.
+    `model` is a folder in checkpoint format. `max_context` bounds prompt and completion together, `max_sequences` the
+    sequences at a time. Tokens are drawn from torch's random stream.
     """
 
     def __init__(self, model: str, *, dtype: str, max_context: int, max_sequences: int) -> None:
@@ -34,10 +34,10 @@ class TorchEngine:
         self.sampled = 0
         self._numbers = itertools.count()
         self._waiting: list[Draft] = []
-        """For the next step."""
+        """Drafts that start in the next step."""
         self._running: dict[int, Draft] = {}
         self._samplers: dict[Sampling, Sampler] = {}
-        """Those that have something to sample, in the order in which they draw, and the last one that had."""
+        """Samplers with running drafts, in the order in which they draw; if there are none, the last that had some."""
 
     def submit(self, drafts: Sequence[Draft]) -> None:
         self._waiting.extend(drafts)
@@ -102,7 +102,7 @@ class TorchEngine:
             sampler = self._samplers.get(sampling)
             if sampler is None:
                 sampler = Sampler(self._policy, sampling)
-            if not len(sampler):  # it draws after those that are at work
+            if not len(sampler):  # it draws after the busy ones
                 self._samplers.pop(sampling, None)
                 self._samplers[sampling] = sampler
             sampler.add(list(drafts), [d.prompt for d in drafts.values()], [d.limit for d in drafts.values()])
@@ -113,6 +113,6 @@ class TorchEngine:
 
 
 def _extend(draft: Draft, sampled: Sampled) -> None:
-    """Adds what the draft does not have yet."""
+    """Adds the tokens that the draft does not have yet."""
     known = len(draft.tokens)
     draft.extend(sampled.tokens[known:], sampled.logprobs[known:], sampled.reason)

@@ -3,9 +3,9 @@
     add(prompts)  -> rows with the hidden state after their prompt          `policies.cache` reads a shared prompt once
     step          -> read each row's last token, draw the next, end rows -> [Sampled]
     abort         -> rows leave without a result
-    recompute     -> all that rows have is read again, under the weights of now
+    recompute     -> prompts and tokens are read again, under the present weights
 
-A step is a fixed number of operations on all rows: nothing here loops over sequences but what collects the ended ones.
+A step is a fixed number of operations on all rows; only ended sequences are visited one by one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from cispo.policies.families import short_step
 from cispo.policies.policy import Policy
 from cispo.types import FinishReason, RepetitionStop, Sampling
 
-# Tokens of different prompts that one forward pass reads: bounds the memory of its activations.
+# Maximum number of tokens of different prompts in one forward pass; it bounds the memory of activations.
 _TOKENS_PER_READ = 8192
 _FIRST_ROOM = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What was sampled for a request."""
+    """Tokens sampled for a request."""
 
     request: int
     tokens: list[int]
@@ -40,24 +40,24 @@ class Sampled:
 
 @dataclass(slots=True)
 class _Rows:
-    """What is known of the n sequences that are being sampled, a row each."""
+    """State of the n sequences being sampled, a row each."""
 
     request: Tensor
     """[n] int64: the caller's number."""
     limit: Tensor
-    """[n] int64: the most tokens it may have."""
+    """[n] int64: maximum number of tokens."""
     count: Tensor
     """[n] int64: tokens sampled so far."""
     run: Tensor
-    """[n] int64: near-certain tokens in a row, up to the last."""
+    """[n] int64: length of the run of near-certain tokens that ends with the last token."""
     repeats: Tensor
-    """[n, pattern_size] int64: tokens in a row that equal the one 1, 2, ... places before, up to the last."""
+    """[n, pattern_size] int64: length of the run, up to the last token, of tokens equal to the one 1, 2, ... before."""
     tokens: Tensor
     """[n, room] int64."""
     logprobs: Tensor
     """[n, room] float32."""
     hidden: Tensor
-    """[n, d]: after the last token that was read."""
+    """[n, d]: hidden state after the last token read."""
 
     def __len__(self) -> int:
         return len(self.request)
@@ -70,7 +70,7 @@ class _Rows:
         return _Rows(*(torch.cat([old, more]) for old, more in pairs))
 
     def make_room(self) -> None:
-        """Doubles the room where a row has used it up."""
+        """Doubles the room once a row has filled it."""
         if int(self.count.max()) == self.tokens.shape[1]:
             self.tokens = torch.cat([self.tokens, torch.zeros_like(self.tokens)], 1)
             self.logprobs = torch.cat([self.logprobs, torch.zeros_like(self.logprobs)], 1)
@@ -79,7 +79,7 @@ class _Rows:
 class Sampler:
     """One batch, drawn from torch's random stream.
 
-    The policy's weights may change between steps: what was read stays as it was, unless it is computed again.
+    The policy's weights may change between steps; the cache keeps keys, values and states until `recompute`.
     """
 
     def __init__(self, policy: Policy, sampling: Sampling) -> None:
@@ -87,7 +87,7 @@ class Sampler:
         self._cache = Cache()
         self._rows: _Rows | None = None
         self._behind = False
-        """Whether the tokens of the last step are yet to be read; the next step does, with the weights of then."""
+        """Whether the tokens of the last step are unread; the next step reads them, under its own weights."""
 
     def __len__(self) -> int:
         return 0 if self._rows is None else len(self._rows)
@@ -102,7 +102,7 @@ class Sampler:
 
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
-        """Samples a token for every sequence; returns those that end with it, which leave."""
+        """Samples a token for every sequence; removes and returns those that end with it."""
         rows = self._rows
         if rows is None:
             return []
@@ -110,9 +110,9 @@ class Sampler:
         head = self._policy.lm_head_weight
         tokens, logprobs = draw(rows.hidden.float() @ head.float().T, self._sampling)
         rows.make_room()
-        places = torch.arange(len(rows)), rows.count
-        rows.tokens[places] = tokens
-        rows.logprobs[places] = logprobs
+        index = torch.arange(len(rows)), rows.count
+        rows.tokens[index] = tokens
+        rows.logprobs[index] = logprobs
         rows.count = rows.count + 1
         self._behind = True
         ends = self._ends(rows, tokens, logprobs)
@@ -124,18 +124,18 @@ class Sampler:
 
     @torch.inference_mode()
     def abort(self, requests: Sequence[int]) -> None:
-        """Ends the sequences of these requests without a result; unknown ones are ignored."""
+        """Removes the sequences of these requests without a result; unknown ones are ignored."""
         if self._rows is not None:
             self._drop(torch.isin(self._rows.request, torch.tensor(requests, dtype=torch.long)))
 
     def unfinished(self) -> list[Sampled]:
-        """What every sequence that goes on has so far."""
+        """Tokens so far of every sequence that goes on."""
         rows = self._rows
         return [] if rows is None else [_sampled(rows, row, None) for row in range(len(rows))]
 
     @torch.inference_mode()
     def recompute(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        """Reads all sequences again, given the prompt of each request: what follows is of the weights of now alone."""
+        """Reads all sequences again, given the prompt of each request, so that only the present weights remain."""
         if self._rows is None:
             return
         sequences = [[*prompts[sampled.request], *sampled.tokens] for sampled in self.unfinished()]
@@ -147,10 +147,10 @@ class Sampler:
         """A new row of the cache for each prompt; returns the hidden states after them, [len(prompts), d]."""
         hidden = []
         for part in _parts(prompts):
-            distinct = {tuple(prompt): None for prompt in prompts[part]}
-            numbers = {prompt: number for number, prompt in enumerate(distinct)}
-            copies = [numbers[tuple(prompt)] for prompt in prompts[part]]
-            hidden.append(self._cache.read(self._policy, list(distinct), copies))
+            unique = list(dict.fromkeys(map(tuple, prompts[part])))
+            index = {prompt: number for number, prompt in enumerate(unique)}
+            inverse = [index[tuple(prompt)] for prompt in prompts[part]]
+            hidden.append(self._cache.read(self._policy, unique, inverse))
         return torch.cat(hidden)
 
     def _catch_up(self, rows: _Rows) -> None:
@@ -174,14 +174,14 @@ class Sampler:
         )
 
     def _drop(self, gone: Tensor) -> None:
-        """Takes out the rows where `gone` [n] is True."""
+        """Removes the rows where `gone` [n] is True."""
         assert self._rows is not None
         order = self._cache.drop(gone)
         self._rows = self._rows.take(order) if len(order) else None
         self._behind = self._behind and self._rows is not None
 
     def _ends(self, rows: _Rows, tokens: Tensor, logprobs: Tensor) -> dict[FinishReason, Tensor]:
-        """Where each reason ends a row with the tokens [n] that were just sampled, in order of precedence."""
+        """Rows ended by the tokens [n] just sampled: {reason: [n] bool}, in order of precedence."""
         rule = self._sampling.repetition
         ends = {FinishReason.STOP: torch.zeros_like(tokens, dtype=torch.bool)}
         for token in self._sampling.eos_ids:
@@ -217,7 +217,7 @@ def _sampled(rows: _Rows, row: int, reason: FinishReason | None) -> Sampled:
 
 
 def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[slice]:
-    """Neighbouring prompts whose different ones fit into one pass; a longer one has a pass of its own."""
+    """Slices of neighbouring prompts; the unique ones of a slice fit into one pass. A longer prompt has its own."""
     start, read, known = 0, 0, set[tuple[int, ...]]()
     for number, prompt in enumerate(map(tuple, prompts)):
         if prompt in known:
@@ -232,10 +232,10 @@ def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[slice]:
 
 
 def draw(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token a row of logits [n, V] float32: tokens [n] int64 and their log-probabilities [n] float32.
+    """Draws one token for each row of logits [n, V] float32: tokens [n] int64, their log-probabilities [n] float32.
 
-    The draws are of torch's random stream. The log-probability is that in the distribution which the token was drawn
-    from; with temperature 0, the policy's.
+    Random numbers come from torch's stream. A log-probability is that of the distribution the token was drawn from; at
+    temperature 0, the policy's.
     """
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
@@ -246,13 +246,13 @@ def draw(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         ends = logprobs.exp().cumsum(-1, dtype=torch.float64)
         below_one = 1 - 2.0**-50  # so that the product stays below the total, and no token without probability is hit
         points = torch.rand(len(logits), 1, dtype=torch.float64) * below_one * ends[:, -1:]
-        # Rows that are not numbers get some token; its log-probability tells that the policy has diverged.
+        # Rows of NaN get some token; its log-probability, NaN too, reveals that the policy has diverged.
         tokens = torch.searchsorted(ends, points, right=True).clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 
 def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Masks what min_p, top_k and top_p leave out, in vLLM's order."""
+    """Masks the tokens that min_p, top_k and top_p leave out, in vLLM's order."""
     if sampling.min_p > 0:
         probabilities = logits.softmax(-1)
         smallest = sampling.min_p * probabilities.amax(-1, keepdim=True)
@@ -261,8 +261,8 @@ def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     if sampling.top_p < 1:
-        ordered, places = logits.sort(-1)
+        ordered, index = logits.sort(-1)
         beyond = ordered.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
         beyond[:, -1] = False
-        logits = logits.masked_fill(beyond.scatter(-1, places, beyond), -math.inf)
+        logits = logits.masked_fill(beyond.scatter(-1, index, beyond), -math.inf)
     return logits

@@ -1,35 +1,80 @@
-"""Log-probabilities of sampled tokens that stay on the GPU until they are asked for.
+"""Log-probabilities of sampled tokens that stay on the GPU until they are fetched.
 
-    sampler(logits) -> tokens to the scheduler, every step
-                    -> log-probabilities into a list on the device; send --> host memory; take --> Records
+    worker   RecordingSampler: tokens -> scheduler, log-probabilities -> list on the device, every step
+             send: list -> host memory, behind the queued steps      take: -> Records
+    engine   PendingLogprobs:  tokens of a step -> pending -> fetched -> SampledTokens, with their log-probabilities
 
-vLLM's own way back makes objects for every token and step, which costs as much host time as all the rest of a step
-(docs/performance.md). Here the sampler computes the same numbers and a wrapper keeps them. The worker runs
-`RecorderExtension`; this module imports vLLM nowhere, so it can name it.
+vLLM returns log-probabilities as objects, one per token and step, which costs as much host time as all the rest of a
+step (docs/performance.md). Here the sampler computes the same numbers and a wrapper keeps them. The worker runs
+`RecorderExtension`, which vLLM imports by name: this module imports vLLM nowhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, replace
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cispo.engines.drafts import Draft
+
+# Steps between fetches of running requests where a rule may end one because of its log-probabilities.
+_STEPS_BETWEEN_RULE_CHECKS = 64
+
 
 class Records(NamedTuple):
-    """What was sampled between two calls of `send`, in order: row i says what one request sampled in one step."""
+    """Samples recorded between two calls of `send`, in order: a row is one request in one step."""
 
     requests: list[str]
-    """Internal request ids, one a row."""
+    """[rows] vLLM's internal request ids."""
     positions: npt.NDArray[np.int64]
-    """[rows] int64: the place in its sequence, prompt included, of the token that was sampled."""
+    """[rows] int64: position of the sampled token in its sequence, prompt included."""
     logprobs: npt.NDArray[np.float32]
     """[rows] float32."""
     sampled: npt.NDArray[np.bool_]
     """[rows] bool: False where the prompt went on and the sample was dropped."""
+
+
+class _Logprobs(Protocol):
+    @property
+    def logprobs(self) -> Tensor: ...
+
+
+class _SamplerOutput(Protocol):
+    """vLLM's dataclass, as far as it is read here."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[object]]]
+
+    @property
+    def logprobs_tensors(self) -> _Logprobs | None: ...
+
+    @property
+    def num_sampled(self) -> Tensor: ...
+
+
+class _InputBatch(Protocol):
+    """vLLM's input batch of a step, as far as it is read here."""
+
+    @property
+    def req_ids(self) -> Sequence[str]: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def logits_indices(self) -> Tensor: ...
+
+
+class _Sampler(Protocol):
+    def __call__(self, logits: Tensor, batch: _InputBatch, /) -> _SamplerOutput: ...
+
+
+class _ModelRunner(Protocol):
+    sampler: _Sampler
 
 
 @dataclass(slots=True)
@@ -42,31 +87,32 @@ class _Step:
 
 @dataclass(slots=True)
 class _Sent:
-    """Columns on their way to the host, or there."""
+    """Records on their way to the host, or there."""
 
     requests: list[str]
-    columns: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
+    """Positions, log-probabilities, sampled."""
     arrived: torch.cuda.Event | None
 
     def records(self) -> Records:
         if self.arrived is not None:
             self.arrived.synchronize()
-        positions, logprobs, sampled = (column.numpy() for column in self.columns)
+        positions, logprobs, sampled = (tensor.numpy() for tensor in self.tensors)
         return Records(self.requests, positions.astype(np.int64), logprobs, sampled > 0)
 
 
 class RecordingSampler:
-    """A sampler of vLLM's second model runner that keeps the log-probabilities it was asked for."""
+    """A sampler of vLLM's second model runner that keeps the log-probabilities it computes on the device."""
 
-    def __init__(self, sampler: Any) -> None:
+    def __init__(self, sampler: _Sampler) -> None:
         self.sampler = sampler
         self.steps: list[_Step] = []
         self._sent: _Sent | None = None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.sampler, name)
 
-    def __call__(self, logits: Tensor, batch: Any) -> Any:
+    def __call__(self, logits: Tensor, batch: _InputBatch, /) -> _SamplerOutput:
         output = self.sampler(logits, batch)
         if output.logprobs_tensors is None:
             return output
@@ -76,14 +122,14 @@ class RecordingSampler:
         return replace(output, logprobs_tensors=None)
 
     def send(self) -> None:
-        """Puts a copy of what was recorded behind the steps that are queued on the device, and waits for nothing."""
-        assert self._sent is None, "what was sent is to be taken first"
+        """Queues a copy of the recorded steps to the host behind the steps on the device; does not wait for it."""
+        assert self._sent is None, "records that were sent are taken before the next are sent"
         steps, self.steps = self.steps, []
         if not steps:
             return
-        columns = ([s.positions for s in steps], [s.logprobs for s in steps], [s.sampled for s in steps])
+        parts = ([s.positions for s in steps], [s.logprobs for s in steps], [s.sampled for s in steps])
         # Copies that do not block go to pinned memory.
-        copies = tuple(torch.cat(column).to("cpu", non_blocking=True) for column in columns)
+        copies = tuple(torch.cat(part).to("cpu", non_blocking=True) for part in parts)
         arrived = None
         if steps[0].logprobs.is_cuda:
             arrived = torch.cuda.Event()
@@ -91,7 +137,7 @@ class RecordingSampler:
         self._sent = _Sent([request for step in steps for request in step.requests], copies, arrived)
 
     def take(self) -> Records:
-        """What was sent; waits until it has arrived."""
+        """The records of the last `send`; waits until they have arrived."""
         sent, self._sent = self._sent, None
         if sent is None:
             return Records([], np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))
@@ -101,25 +147,141 @@ class RecordingSampler:
 class RecorderExtension:
     """Methods that vLLM adds to its worker."""
 
-    model_runner: Any
+    model_runner: _ModelRunner
     use_v2_model_runner: bool
+    _recorder: RecordingSampler
 
     def record_logprobs(self) -> bool:
-        """Starts to record; False where this worker's sampler reports in another way."""
+        """Starts to record; False where this worker's sampler returns log-probabilities with the tokens."""
         if not self.use_v2_model_runner:
             return False
-        self.model_runner.sampler = RecordingSampler(self.model_runner.sampler)
+        self._recorder = RecordingSampler(self.model_runner.sampler)
+        self.model_runner.sampler = self._recorder
         return True
 
     def send_logprobs(self) -> None:
-        self.model_runner.sampler.send()
+        self._recorder.send()
 
     def take_logprobs(self) -> Records:
-        return self.model_runner.sampler.take()
+        return self._recorder.take()
+
+
+class SampledTokens(NamedTuple):
+    """The next tokens of a request."""
+
+    request: str
+    tokens: list[int]
+    logprobs: list[float]
+    reason: str | None
+    """Why vLLM ended the request with the last of them; None while more are to come."""
+
+
+@dataclass(slots=True)
+class _Submission:
+    """Requests submitted together: their caller waits until all have ended."""
+
+    running: int
+
+
+@dataclass(slots=True)
+class _Request:
+    submission: _Submission
+    has_rule: bool
+    """Whether its log-probabilities may end it."""
+    pending: list[int] = field(default_factory=list)
+    """Sampled tokens that wait for their log-probabilities."""
+    complete: int = 0
+    """Tokens that have them."""
+    reason: str | None = None
+    """Why vLLM ended it; None while it runs."""
+
+
+class PendingLogprobs:
+    """Sampled tokens that wait for their log-probabilities, and the fetches that bring these.
+
+        open -> add (tokens of a step) ... -> fetch_due (once a step) -> arrived (a step later) -> close
+
+    A fetch is due when all requests of a submission have ended, since no caller waits for fewer; and from time to time
+    for running requests that a rule may end. One fetch is under way at a time.
+    """
+
+    def __init__(self, send: Callable[[], object], take: Callable[[], Sequence[Records]], max_tokens: int) -> None:
+        """`send` and `take` call the methods of `RecorderExtension` on every worker, all of which record the same.
+
+        `max_tokens` is the most that a request may sample.
+        """
+        self._send, self._take = send, take
+        self._requests: dict[str, _Request] = {}
+        self._table = LogprobTable(max_tokens)
+        self._fetching: dict[str, int] | None = None
+        """Request -> number of its tokens in the fetch under way."""
+        self._due = False
+        self._steps = 0
+        """Since the last fetch of running requests."""
+
+    def open(self, drafts: Mapping[str, Draft]) -> None:
+        """Registers the requests of a submission by id."""
+        submission = _Submission(len(drafts))
+        for request, draft in drafts.items():
+            self._requests[request] = _Request(submission, has_rule=draft.counter is not None)
+            self._table.open(request, start=len(draft.prompt), limit=draft.limit)
+
+    def add(self, request: str, tokens: Sequence[int], reason: str | None) -> None:
+        """Adds tokens sampled in a step; `reason` says why vLLM ended the request with them, None while it runs."""
+        entry = self._requests[request]
+        entry.pending += tokens
+        entry.reason = reason
+        if reason is not None:
+            self._end(entry)
+
+    def fetch_due(self) -> bool:
+        """Starts a fetch where one is due, once a step; True where every request has ended and no step will follow."""
+        self._steps += 1
+        check_rules = self._steps >= _STEPS_BETWEEN_RULE_CHECKS and any(r.has_rule for r in self._requests.values())
+        if not self._due and not check_rules:
+            return False
+        self.fetch(running=check_rules)
+        return all(request.reason is not None for request in self._requests.values())
+
+    def fetch(self, *, running: bool) -> None:
+        """Starts to copy the log-probabilities of ended requests to the host, with `running` those of all requests."""
+        self._send()
+        asked = {name: r for name, r in self._requests.items() if r.pending and (running or r.reason is not None)}
+        self._fetching = {name: len(request.pending) for name, request in asked.items()}
+        self._due = False
+        if running:
+            self._steps = 0
+
+    def arrived(self) -> list[SampledTokens]:
+        """The tokens of the fetch under way, requests closed meanwhile left out; waits until it has arrived."""
+        if self._fetching is None:
+            return []
+        self._table.add(self._take()[0])
+        fetched, self._fetching = self._fetching, None
+        return [self._completed(request, count) for request, count in fetched.items() if request in self._requests]
+
+    def close(self, requests: Sequence[str]) -> None:
+        """Forgets requests that are complete or dropped."""
+        for name in requests:
+            request = self._requests.pop(name)
+            if request.reason is None:
+                self._end(request)
+            self._table.close(name)
+
+    def _completed(self, name: str, count: int) -> SampledTokens:
+        request = self._requests[name]
+        tokens, request.pending = request.pending[:count], request.pending[count:]
+        start, request.complete = request.complete, request.complete + count
+        reason = None if request.pending else request.reason  # it comes with the last token
+        return SampledTokens(name, tokens, self._table.get(name, start, request.complete), reason)
+
+    def _end(self, request: _Request) -> None:
+        request.submission.running -= 1
+        self._due |= request.submission.running == 0
 
 
 class LogprobTable:
-    """Where the records of requests come together, as long as these are open: a row of the table each."""
+    """Log-probabilities of open requests by token: a row per request, reused once it is closed."""
 
     def __init__(self, width: int) -> None:
         """`width` is the most tokens that a request may sample."""
@@ -142,31 +304,34 @@ class LogprobTable:
         self._free.append(self._rows.pop(request))
 
     def add(self, records: Records) -> None:
-        """A token that was sampled twice, because its request was preempted meanwhile, counts as the second time."""
+        """Stores records. A token sampled twice, its request preempted meanwhile, keeps the later log-probability."""
         if not self._rows:
             return
         rows = np.fromiter((self._rows.get(r, -1) for r in records.requests), np.int64, len(records.requests))
-        places: npt.NDArray[np.int64] = records.positions - self._starts[rows]
-        kept = records.sampled & (rows >= 0) & (places < self._limits[rows])
-        self._values[rows[kept], places[kept]] = records.logprobs[kept]
-        self._known[rows[kept], places[kept]] = True
+        tokens: npt.NDArray[np.int64] = records.positions - self._starts[rows]
+        kept = records.sampled & (rows >= 0) & (tokens < self._limits[rows])
+        self._values[rows[kept], tokens[kept]] = records.logprobs[kept]
+        self._known[rows[kept], tokens[kept]] = True
 
     def get(self, request: str, start: int, stop: int) -> list[float]:
-        """Of a request's tokens start to stop."""
+        """Log-probabilities of a request's sampled tokens `start` to `stop`."""
         row = self._rows[request]
         assert self._known[row, start:stop].all(), "a sampled token has no log-probability"
         return self._values[row, start:stop].tolist()
 
     def _grow(self) -> None:
-        """Twice as many rows; what is never written takes no memory."""
+        """Doubles the rows; a row that is never written takes no memory."""
         rows = len(self._starts)
         more = max(rows, 16)
         self._free += range(rows + more - 1, rows - 1, -1)
-        self._starts, self._limits = (np.pad(column, (0, more)) for column in (self._starts, self._limits))
-        self._values, self._known = (_longer(table, more) for table in (self._values, self._known))
+        self._starts, self._limits = (np.pad(values, (0, more)) for values in (self._starts, self._limits))
+        self._values, self._known = _extended(self._values, more), _extended(self._known, more)
 
 
-def _longer(table: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+def _extended(table: npt.NDArray[_Scalar], rows: int) -> npt.NDArray[_Scalar]:
     result = np.zeros((len(table) + rows, table.shape[1]), table.dtype)
     result[: len(table)] = table
     return result

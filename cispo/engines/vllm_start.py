@@ -1,4 +1,4 @@
-"""How an engine of vLLM is configured and built: arguments by device, cache size, our policy and weight transfer.
+"""Configures and builds an engine of vLLM: arguments by device, cache size, our models and weight transfer.
 
 Imports vLLM when called, which takes about 9 s in a new process.
 """
@@ -10,12 +10,14 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from cispo.errors import UserError
+from cispo.policies.families import FAMILIES, family_of
 from cispo.weights.vllm_receiver import TRANSFER_BACKEND, register_transfer_backend
 
 if TYPE_CHECKING:
@@ -40,30 +42,24 @@ def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
     """
     import torch._dynamo
 
-    exact = {"TRITON_F32_DEFAULT": "ieee"} if arguments["dtype"] == "float32" else {}
-    for name, value in (_ENVIRONMENT | exact).items():
+    exact = arguments["dtype"] == "float32"
+    for name, value in (_ENVIRONMENT | ({"TRITON_F32_DEFAULT": "ieee"} if exact else {})).items():
         os.environ.setdefault(name, value)
-    torch._dynamo.config.disable = True  # the environment is read once, perhaps before now
+    torch._dynamo.config.disable = True  # the environment is read once, perhaps before this call
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that a CPU has no Triton
 
-    from vllm import EngineArgs, LLMEngine, ModelRegistry
+    from vllm import EngineArgs, LLMEngine
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
-    from cispo.policies.minimax.vllm_model import LightningForCausalLM
-    from cispo.policies.vllm_plugin import ARCHITECTURES, register
-
     device = current_platform.device_type
-    register()
-    for architecture in ARCHITECTURES:
-        # The class itself: to look at the lazy one, vLLM starts a process of its own, 8 s on a new machine.
-        ModelRegistry.register_model(architecture, LightningForCausalLM)
+    _register_models()
     register_transfer_backend()
     transfer = WeightTransferConfig(backend=TRANSFER_BACKEND)
     unknown = arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)}
     if unknown:
         raise UserError(f"rollout.engine_args: vLLM's engine has no argument {min(unknown)!r}")
-    by_device = _cuda_arguments(arguments) if device == "cuda" else {"enforce_eager": True}
+    by_device = _cuda_arguments(arguments["max_num_seqs"], exact) if device == "cuda" else {"enforce_eager": True}
     settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **arguments})
     try:
         config = settings.create_engine_config()
@@ -79,8 +75,21 @@ def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
         raise UserError(f"{arguments['model']}: a weight file is broken or cut short: {error}") from error
 
 
-def _cuda_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Whole decode steps as CUDA graphs, captured without compiling, which would take minutes; float32 runs eagerly.
+def _register_models() -> None:
+    """Registers the families' models as classes: to inspect a lazy one, vLLM starts a process, 8 s on a new machine."""
+    from vllm import ModelRegistry
+
+    from cispo.policies.vllm_plugin import register
+
+    register()
+    for family in FAMILIES.values():
+        if family.vllm is not None:
+            for architecture in family.vllm.architectures:
+                ModelRegistry.register_model(architecture, resolve_name(family.vllm.model))
+
+
+def _cuda_arguments(sequences: int, exact: bool) -> dict[str, Any]:
+    """Whole decode steps as CUDA graphs, captured without compiling, which would take minutes; `exact` runs eagerly.
 
     float32 is for checks: its grouped products read sizes on the host, which a graph cannot hold.
     """
@@ -89,11 +98,10 @@ def _cuda_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         # The cache has a size of its own, and several engines may start on one GPU at a time.
         "gpu_memory_utilization": 0.01,
     }
-    if arguments["dtype"] == "float32":
+    if exact:
         return common | {"enforce_eager": True}
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-    sizes = _graph_sizes(arguments["max_num_seqs"])
-    return common | {"compilation_config": graphs | {"cudagraph_capture_sizes": sizes}}
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": _graph_sizes(sequences)}
+    return common | {"compilation_config": graphs}
 
 
 def _graph_sizes(sequences: int) -> list[int]:
@@ -123,7 +131,7 @@ def _check_cpu(config: VllmConfig) -> None:
 
 
 def _free_bytes(device: str, memory: float) -> int:
-    """What a cache may take: a share of a GPU's memory, a quarter of what is free on a CPU."""
+    """Memory that a cache may take: a share of a GPU's, a quarter of the free memory on a CPU."""
     import psutil
 
     if device == "cpu":
@@ -134,14 +142,11 @@ def _free_bytes(device: str, memory: float) -> int:
 def _cache_bytes(config: VllmConfig) -> int:
     """Memory for `max_num_seqs` sequences of full length.
 
-    A page holds one block of keys and values of a softmax layer, or the state of one sequence in a linear layer, which
-    vLLM pads to whole blocks. Short of pages, vLLM preempts sequences and recomputes them.
+    A page holds one block of keys and values of a softmax layer, or the state of one sequence in a linear layer, padded
+    to whole blocks. Short of pages, vLLM preempts sequences and recomputes them.
     """
     from vllm.model_executor.models import ModelRegistry
     from vllm.utils.torch_utils import get_dtype_size
-
-    from cispo.policies.minimax.vllm_model import LightningForCausalLM, resolve_config
-    from cispo.policies.minimax.vllm_states import states_per_holder
 
     model, parallel = config.model_config, config.parallel_config
     softmax = model.get_num_layers_by_block_type(parallel, "attention")
@@ -152,8 +157,8 @@ def _cache_bytes(config: VllmConfig) -> int:
         policy: Any = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)[0]
         shapes = policy.get_mamba_state_shape_from_config(config)
         dtypes = policy.get_mamba_state_dtype_from_config(config)
-        if issubclass(policy, LightningForCausalLM):
-            linear = states_per_holder(resolve_config(model))[0]
+        if own := family_of(model.hf_config.to_dict()).vllm:
+            linear = resolve_name(own.model).count_cached_states(model)
         state = sum(math.prod(s) * get_dtype_size(d) for s, d in zip(shapes, dtypes, strict=True))
         block *= math.ceil(state / (block * token_bytes))
         # vLLM puts layers of a kind into groups of one size and pads the last group.

@@ -1,12 +1,12 @@
 """Weights in buckets: flat buffers on a device that learner and engines share or copy, one after another.
 
-    learner   state --pack--> bucket 0 | bucket 1 | ...      each at most `bucket_bytes`, or one larger tensor
-              cuda_ipc    a handle to the buffer, for processes on the same GPU
-              broadcast   the buffer itself, through a group of its own: nccl between GPUs, gloo between CPUs
-              direct      the buffer itself, in the same process
-    engine    bucket --unpack--> (name, tensor) ... --> the model
+    learner   WeightSender      state --pack--> bucket 0 | bucket 1 | ...    each at most `bucket_bytes`, or one tensor
+              cuda_ipc          a handle to the buffer, for processes on the same GPU
+              broadcast         the buffer itself, through a group of its own: nccl between GPUs, gloo between CPUs
+              direct            the buffer itself, in the same process
+    engine    WeightReceiver    bucket --unpack--> (name, tensor) ... --> the model (`vllm_receiver`)
 
-The buffer is used again for the next bucket: the learner waits until every engine has taken one.
+One buffer serves all buckets: the learner fills it again once every engine has taken the one before.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from cispo.runtime.network import host_and_port, in_url, open_store
 
 Transport = Literal["cuda_ipc", "broadcast", "direct"]
 
+IpcHandle: TypeAlias = tuple[object, ...]
+"""Arguments of torch's `rebuild_cuda_tensor`, which opens a buffer of another process on the same GPU."""
+
 BUCKET_BYTES = 1 << 30
 
-# Every tensor starts where any dtype may be viewed; a checksum reads rows of this many bytes.
+# Bytes. A multiple of the alignment can be viewed as any dtype; a checksum reads whole rows.
 _ALIGNMENT = 256
 _ROW = 4096
 
@@ -37,7 +40,7 @@ _TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one tensor lies in a bucket.
+    """Place of one tensor in a bucket.
 
     Example: Slot("model.norm.weight", "bfloat16", (576,), 0)
     """
@@ -53,7 +56,7 @@ class Slot:
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
     def of(self, buffer: Tensor) -> Tensor:
-        """The view of `buffer` [bytes] uint8 that this slot is."""
+        """This slot's view of `buffer` [bytes] uint8."""
         part = buffer[self.offset : self.offset + self.bytes]
         return part.view(getattr(torch, self.dtype)).view(self.shape)
 
@@ -68,19 +71,19 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BucketMessage:
-    """What an engine is told about one bucket."""
+    """One bucket, as announced to an engine."""
 
     bucket: Bucket
-    handles: Mapping[str, tuple[Any, ...]] | None = None
-    """cuda_ipc: by the GPU's uuid, how to open the buffer there."""
+    handles: Mapping[str, IpcHandle] | None = None
+    """cuda_ipc: the buffer of each GPU, by the GPU's uuid."""
     buffer: Tensor | None = None
     """direct: the buffer."""
     checksum: int | None = None
-    """Of the bytes, where asked for."""
+    """Checksum of the bytes, where asked for."""
 
 
 def plan_buckets(state: Mapping[str, Tensor], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
-    """Cuts the weights into buckets, in order."""
+    """Packs the weights into buckets of at most `bucket_bytes`, in order; a larger tensor has a bucket of its own."""
     buckets, slots, end = [], [], 0
     for name, tensor in state.items():
         slot = Slot(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), end)
@@ -97,20 +100,24 @@ def _rounded(size: int, multiple: int) -> int:
 
 
 def unpack(bucket: Bucket, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a bucket, as views of its `buffer` [bytes] uint8."""
     return ((slot.name, slot.of(buffer)) for slot in bucket.slots)
 
 
 def checksum(buffer: Tensor) -> int:
-    """Of [bytes] uint8, a multiple of 4096: 64-bit words summed in rows, rows weighted by odd numbers, modulo 2^64."""
+    """Checksum of [bytes] uint8, a multiple of 4096.
+
+    Sum modulo 2^64 of the 64-bit words, those of row r of 4096 bytes weighted by 2 r + 1.
+    """
     rows = buffer.view(torch.int64).view(-1, _ROW // 8).sum(1)
     return int((rows * (2 * torch.arange(len(rows), device=rows.device) + 1)).sum())
 
 
 class WeightSender:
-    """A learner's side: fills buckets from the weights and offers them."""
+    """The learner's side: fills buckets from the weights and offers them."""
 
     def __init__(self, state: Mapping[str, Tensor], bucket_bytes: int = BUCKET_BYTES) -> None:
-        """`state` holds views of the weights, under checkpoint names: their values now are what is sent."""
+        """`state` holds views of the weights, under checkpoint names; `stage` copies the values of its moment."""
         self.state = state
         self.buckets = plan_buckets(state, bucket_bytes)
         device = next(iter(state.values())).device
@@ -120,7 +127,7 @@ class WeightSender:
         self._group: BroadcastGroup | None = None
 
     def stage(self, number: int, transport: Transport, *, check: bool = False) -> BucketMessage:
-        """Fills the buffer with a bucket and says how to get at it."""
+        """Copies a bucket's tensors into the buffer; returns the message that announces it to the engines."""
         bucket = self.buckets[number]
         targets = [slot.of(self.buffer) for slot in bucket.slots]
         with torch.no_grad():
@@ -137,7 +144,7 @@ class WeightSender:
         )
 
     def open_group(self, host: str, world: int) -> str:
-        """Opens the meeting place of a broadcast group; returns its address."""
+        """Opens the store at which a broadcast group of `world` ranks meets; returns its address."""
         self._group = BroadcastGroup.open(host, world, self.buffer.device)
         return self._group.address
 
@@ -151,7 +158,7 @@ class WeightSender:
         self._group.broadcast(self.buffer[: self.buckets[number].bytes])
 
 
-def _handles(buffer: Tensor) -> dict[str, tuple[Any, ...]]:
+def _handles(buffer: Tensor) -> dict[str, IpcHandle]:
     from torch.multiprocessing.reductions import reduce_tensor
 
     _, arguments = reduce_tensor(buffer)
@@ -159,16 +166,16 @@ def _handles(buffer: Tensor) -> dict[str, tuple[Any, ...]]:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """The same in every process, whatever number it gives the GPU."""
+    """The GPU's identity in every process; device numbers differ between processes."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 class WeightReceiver:
-    """An engine's side: gets at the bytes of a bucket."""
+    """An engine's side: opens or copies the bytes of each announced bucket."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._opened: dict[tuple[Any, ...], Tensor] = {}
+        self._opened: dict[IpcHandle, Tensor] = {}
         self._group: BroadcastGroup | None = None
         self._buffer: Tensor | None = None
 
@@ -194,15 +201,15 @@ class WeightReceiver:
         self._group.broadcast(self._buffer[: message.bucket.bytes])
         return self._buffer[: message.bucket.bytes]
 
-    def _open(self, handles: Mapping[str, tuple[Any, ...]]) -> Tensor:
-        """The learner's buffer on this GPU; opened once, as long as it stays where it is."""
+    def _open(self, handles: Mapping[str, IpcHandle]) -> Tensor:
+        """The learner's buffer on this GPU; opened again only where the learner has moved it."""
         from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
         uuid = gpu_uuid(self.device)
         assert uuid in handles, f"no learner shares GPU {uuid}"
         arguments = list(handles[uuid])
-        arguments[6] = self.device.index or 0  # the learner's number of the GPU need not be ours
-        # The memory's handle and the place in it; the rest counts references and is new each time.
+        arguments[6] = self.device.index or 0  # the learner's process may number the GPUs differently
+        # The memory's handle and the offset in it; the rest counts references and is new each time.
         key = (arguments[7], arguments[9])
         if key not in self._opened:
             self._opened = {key: rebuild_cuda_tensor(*arguments)}
@@ -214,11 +221,11 @@ class WeightReceiver:
 
 
 class BroadcastGroup:
-    """The learner (rank 0) and all workers of all engines, apart from torch's default group."""
+    """A process group of the learner (rank 0) and all workers of all engines, apart from torch's default group."""
 
     def __init__(self, store: TCPStore, rank: int, world: int, device: torch.device) -> None:
         self.store, self.rank, self.world, self.device = store, rank, world, device
-        self._group: ProcessGroup | Any = None
+        self._group: Any = None  # torch's type stubs give no broadcast to the group of a backend
 
     @classmethod
     def open(cls, host: str, world: int, device: torch.device) -> BroadcastGroup:
@@ -234,7 +241,7 @@ class BroadcastGroup:
         return f"tcp://{in_url(self.store.host)}:{self.store.port}"
 
     def join(self) -> None:
-        """Returns once all ranks are here."""
+        """Returns once all ranks have joined."""
         store = PrefixStore("weights", self.store)
         if self.device.type == "cuda":
             from torch.distributed.distributed_c10d import ProcessGroupNCCL  # where torch has CUDA
@@ -244,13 +251,14 @@ class BroadcastGroup:
             self._group = ProcessGroupGloo(store, self.rank, self.world, _TIMEOUT)
 
     def broadcast(self, buffer: Tensor) -> None:
+        """Copies rank 0's `buffer` to all ranks' and returns once this rank has it."""
         self._group.broadcast(buffer, 0).wait()
         if buffer.is_cuda:
             torch.cuda.synchronize(buffer.device)
 
 
 def merged(messages: Sequence[BucketMessage]) -> BucketMessage:
-    """One message from those of all learner ranks, each of which offers its own GPU's buffer."""
+    """Merges the messages of all learner ranks, each with its own GPU's buffer, into one."""
     first = messages[0]
     if first.handles is None:
         return first

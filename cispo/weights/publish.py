@@ -1,11 +1,11 @@
-"""How the learner's weights reach the engines: a file in shared memory, or buckets on the device (`weight_buckets`).
+"""Weights leave the learner: a file in shared memory (here), or buckets on the device (`buckets`).
 
-    learner: publish_weights(state, folder, version) -> folder/weights-00000007.safetensors    CPU, one machine
-             WeightSender.stage(number)              -> BucketMessage, one after another       GPU, several machines
-    engine:  start_weight_update, update_weights({"message": ...}) ..., finish_weight_update     vLLM's own verbs
+    learner   publish_weights(state, folder, version) -> FileMessage(folder/weights-00000007.safetensors)    CPU
+              WeightSender.stage(number)              -> BucketMessage, one after another       GPU, several machines
+    engine    receive_weights(message) ..., finish_update        `vllm_receiver` or `TorchEngine`
 
-The engine copies each tensor into its parameter, so a version crosses the processes once. The learner never imports
-vLLM: the receiving class is made where vLLM is already loaded.
+An engine copies each tensor into its parameter, so a version crosses between the processes once. No file that the
+learner imports imports vLLM.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _PREFIX = "cispo-"
 
 @dataclass(frozen=True, slots=True)
 class FileMessage:
-    """A published version, whole."""
+    """A whole version in a file of `publish_weights`."""
 
     path: str
 
 
 WeightMessage = FileMessage | BucketMessage
-"""What an engine is told about weights that it may take."""
+"""Announces a whole version, or one bucket of it, to an engine."""
 
 
 @contextlib.contextmanager
 def weights_folder(run: str) -> Iterator[Path]:
-    """A new folder for one run's weights, in shared memory where there is any, else on disk; it goes with the block.
+    """A new folder for one run's weights, in shared memory if there is any, else on disk; removed after the block.
 
-    A driver that is killed leaves its folder behind: the next run finds that nobody holds its lock, and removes it.
+    A driver that is killed leaves its folder behind; the next run finds its lock free and removes it.
     """
     shared = Path("/dev/shm")
     root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
@@ -53,13 +53,13 @@ def weights_folder(run: str) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            # An engine that still maps a version keeps it until it lets go.
+            # An engine that still maps a version keeps its memory until it unmaps it.
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def shared_weights_folder(run: str, root: Path) -> Iterator[Path]:
-    """The same in `root`, where other machines see it too; there locks cannot be relied on.
+    """As `weights_folder`, in `root` on a file system of several machines, where locks cannot be relied on.
 
     Raises UserError where `root` cannot be written.
     """
@@ -80,7 +80,7 @@ def _remove_abandoned(root: Path) -> None:
             with _locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            continue  # in use, or somebody else's
+            continue  # in use, or another user's
 
 
 @contextlib.contextmanager
@@ -95,9 +95,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def publish_weights(state: Mapping[str, Tensor], folder: str | Path, version: int) -> Path:
-    """Writes one version of the weights and returns its path; older versions go once it is whole.
+    """Writes one version of the weights, then removes older ones; returns its path.
 
-    `state` has the names of the checkpoint format; tensors may share memory (tied embeddings) and live anywhere.
+    `state` has the names of the checkpoint format; tensors may share memory (tied embeddings) and be on any device.
     Raises UserError where the folder cannot hold them.
     """
     from safetensors import SafetensorError
@@ -119,7 +119,7 @@ def publish_weights(state: Mapping[str, Tensor], folder: str | Path, version: in
 
 
 def _standalone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU with a storage each: safetensors refuses tensors that share one."""
+    """Contiguous tensors on the CPU, each with its own storage: safetensors refuses tensors that share one."""
     storages: set[int] = set()
     result = {}
     for name, tensor in state.items():

@@ -1,25 +1,31 @@
-"""The receiving side of a weight update inside vLLM: a transfer engine that copies files and buckets into the model."""
+"""Weights enter the engine: a transfer engine in vLLM's worker that copies files and buckets into the model.
+
+VLLMEngine.receive_weights -> vLLM's update_weights({"message": ...}) -> Transfer.receive_weights -> load_weights
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cispo.weights.buckets import WeightReceiver
 from cispo.weights.publish import FileMessage, WeightMessage, mapped_weights
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig, WeightTransferConfig
+
 TRANSFER_BACKEND = "cispo"
-"""The name of our receiving side in vLLM's registry of weight transfer engines."""
+"""Name of `Transfer` in vLLM's registry of weight transfer engines."""
 
 
 @cache
 def register_transfer_backend() -> None:
-    """Adds our receiving side to vLLM's registry under TRANSFER_BACKEND; a second call does nothing.
+    """Adds `Transfer` to vLLM's registry under TRANSFER_BACKEND; a second call does nothing.
 
-    Imports vLLM: only for the process that runs an engine.
+    Imports vLLM, so it is called only in the process of an engine.
     """
     from vllm.distributed import get_tensor_model_parallel_rank
     from vllm.distributed.weight_transfer.base import (
@@ -45,10 +51,13 @@ def register_transfer_backend() -> None:
         init_info_cls = GroupInfo
         update_info_cls = UpdateInfo
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+        def __init__(
+            self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
+        ) -> None:
+            super().__init__(config, vllm_config, device, model)
             self.receiver = WeightReceiver(self.device)
             self.loaded: set[str] = set()
+            """Parameters that have arrived in this update."""
 
         def init_transfer_engine(self, init_info: GroupInfo) -> None:
             rank = init_info.first_rank + get_tensor_model_parallel_rank()
@@ -59,14 +68,14 @@ def register_transfer_backend() -> None:
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
             message = update_info.message
-            model: Any = self.model
+            model: Any = self.model  # vLLM declares an nn.Module; its models have load_weights
             from_file = isinstance(message, FileMessage)
             weights = mapped_weights(message.path) if from_file else self.receiver.receive(message)
             with torch.no_grad():
                 self.loaded |= model.load_weights(weights)
 
         def finish_weight_update(self) -> None:
-            # Forgotten also where some are missing: then all must come again, for one version's weights are wanted.
+            # Forgotten even where some are missing: a retry sends all again, so that they are of one version.
             loaded, self.loaded = self.loaded, set()
             missing = {name for name, _ in self.model.named_parameters()} - loaded
             assert not missing, f"the weights lack {min(missing)} and {len(missing) - 1} more parameters"

@@ -1,17 +1,17 @@
-"""The loop. Every stage has the field's name and is one call.
+"""The training loop. Every stage has the field's name and is one call.
 
     take -> attach (logprobs, values) -> with_advantages -> minibatches -> update ... -> sync_weights
 
-The driver holds prompts, rewards, advantages, packing and metrics; the learner ranks, the critic's and the engines are
-elsewhere, behind `Workers`. How far sampling runs ahead of learning is the buffer's business: with max_staleness 0 a
-step waits for all its rollouts, and the engines sample with exactly the weights that are trained.
+The driver holds prompts, rewards, advantages, packing and metrics; learner ranks, critic ranks and engines run behind
+`Workers`. The buffer decides how far sampling runs ahead of learning: with max_staleness 0 a step waits for all its
+rollouts, and the engines sample with exactly the weights that are trained.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cispo.buffer import Buffer
 from cispo.errors import Diverged
 from cispo.evaluate import evaluate, num_right
 from cispo.files import load_tensors, read_json
+from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
 from cispo.metrics import Updates, sampling_metrics, update_metrics
@@ -35,7 +36,7 @@ from cispo.rollout.curriculum import max_tokens_of
 from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
-from cispo.rollout.rollout import Rollouts, roll_out
+from cispo.rollout.rollout import Rollouts, RolloutSetup, roll_out
 from cispo.runtime.interrupts import Interrupts
 from cispo.seeds import seed_of
 from cispo.types import Prompt, Sample, Sampling, TrajectoryGroup
@@ -50,14 +51,14 @@ _TRUNCATION_ALARM = 0.10
 
 @dataclass(slots=True, kw_only=True)
 class Totals:
-    """What a run has used since its first step."""
+    """Prompts, completions, tokens, updates and seconds since the first step."""
 
     prompts: int = 0
     completions: int = 0
     tokens: int = 0
     updates: int = 0
     seconds: float = 0.0
-    """In training steps; evaluations are not counted."""
+    """Spent in training steps; evaluations excluded."""
 
     def metrics(self) -> dict[str, float]:
         return {f"total/{name}": getattr(self, name) for name in self.__slots__}
@@ -65,7 +66,7 @@ class Totals:
 
 @dataclass(slots=True, kw_only=True)
 class Controller:
-    """One training run: the parts, and where it stands."""
+    """One training run: its parts and its state."""
 
     recipe: Recipe
     algorithm: Algorithm
@@ -84,10 +85,10 @@ class Controller:
     dropped_tokens: DroppedTokens = field(default_factory=DroppedTokens)
     skipped_in_a_row: int = 0
     finished: int = 0
-    """Steps that are done."""
+    """Completed steps."""
     accuracy: float | None = None
     warned: set[str] = field(default_factory=set)
-    """Kinds of warnings that were given."""
+    """Kinds of warnings already printed: one sentence a kind and run."""
 
     def __post_init__(self) -> None:
         control, batch = self.recipe.control, self.recipe.rollout.prompts_per_step
@@ -100,9 +101,9 @@ class Controller:
         )
 
     async def train(self, checkpoint: Path | None) -> None:
-        """Trains until `train.steps`, with evaluations and checkpoints in between; from `checkpoint` on, if given.
+        """Trains until `train.steps` with evaluations and checkpoints, from the start or from `checkpoint`.
 
-        An interrupt ends it after the step that is under way, with a checkpoint of it.
+        An interrupt ends it after the current step, with a checkpoint of that step.
         """
         if checkpoint is None:
             await self.begin()
@@ -112,7 +113,7 @@ class Controller:
         self.screen.phase("train", steps, done=self.finished)
         try:
             with self.interrupts.in_steps():
-                while self.finished < steps and self._prompts_left() > 0 and not self.interrupts.requested:
+                while self.finished < steps and self.prompts_left > 0 and not self.interrupts.requested:
                     await self.next_step(self.finished + 1)
                 await self.save(self.finished)
                 await self.checkpoints.settle(wait=True)
@@ -126,7 +127,7 @@ class Controller:
             )
 
     async def begin(self) -> None:
-        """The start of a new run: what is frozen or copied from the first policy, and how good that is."""
+        """The start of a new run: critic and reference copied from the first policy, and its evaluation."""
         if self.workers.critics:
             await self.workers.start_critic(self.workers.version)
         if self.algorithm.needs_reference:
@@ -138,10 +139,10 @@ class Controller:
             await self.save(0)
 
     async def next_step(self, step: int) -> None:
-        """A step with its evaluation, its metrics and its checkpoint, where they are due."""
+        """A step with its metrics, and the evaluation and checkpoint that are due."""
         keys, before = self.recipe.train, self.totals.prompts
         metrics = await self.step(step)
-        last = step == keys.steps or self._prompts_left() == 0
+        last = step == keys.steps or self.prompts_left == 0
         if last or self._evaluation_due(before):
             metrics |= await self.evaluate(step)
         self.log.metrics(step, metrics)
@@ -152,7 +153,7 @@ class Controller:
             await self.save(step, metrics.get("eval/accuracy"))
 
     def _evaluation_due(self, before: int) -> bool:
-        """Whether `eval_every` steps' worth of prompts were completed: in steps that sample more, sooner."""
+        """Whether another `eval_every` steps' worth of prompts is complete; dynamic sampling reaches it sooner."""
         every = self.recipe.train.eval_every * self.recipe.rollout.prompts_per_step
         return every > 0 and self.totals.prompts // every > before // every
 
@@ -191,25 +192,24 @@ class Controller:
         )
 
     async def sample(self) -> Rollouts:
-        """Rollouts of P prompts; with dynamic sampling, of further ones until P groups have something to compare."""
+        """Rollouts of P prompts; with dynamic sampling, of further prompts until P groups have unequal rewards."""
         wanted = self.recipe.rollout.prompts_per_step
-        rollouts = await self.take(min(wanted, self._prompts_left()))
+        rollouts = await self.take(wanted)
         for _ in range(self.algorithm.dynamic_sampling):
             useful = sum(map(informative, rollouts.groups))
-            left = self._prompts_left()
-            if useful >= wanted or left == 0:
+            if useful >= wanted or self.prompts_left == 0:
                 break
-            # As many prompts as should do at the share seen so far, so that few rounds are needed.
+            # The number of prompts expected to suffice at the share seen so far: few rounds are needed.
             share = max(useful, 1) / len(rollouts.groups) if rollouts.groups else 1.0
-            rollouts += await self.take(min(math.ceil((wanted - useful) / share), wanted, left))
+            rollouts += await self.take(min(math.ceil((wanted - useful) / share), wanted))
         return rollouts
 
     async def take(self, prompts: int) -> Rollouts:
-        """The next groups from the buffer, counted."""
-        to_come = (self.recipe.train.steps - self.finished) * self.recipe.rollout.prompts_per_step
-        bound = self.recipe.train.max_prompts
-        left = min(max(to_come, prompts), bound - self.totals.prompts if bound else math.inf)
-        rollouts = await self.buffer.take(prompts, version=self.workers.version, left=int(left))
+        """The groups of the next `prompts` prompts, or of all that are left, from the buffer; counted."""
+        prompts = int(min(prompts, self.prompts_left))
+        of_steps = (self.recipe.train.steps - self.finished) * self.recipe.rollout.prompts_per_step
+        left = int(min(max(of_steps, prompts), self.prompts_left))
+        rollouts = await self.buffer.take(prompts, version=self.workers.version, left=left)
         for group in rollouts.groups:
             right = num_right(group, self.rewards.names[0])
             self.train_prompts.observe(group.prompt.id, right=right, attempts=len(group.trajectories))
@@ -223,22 +223,25 @@ class Controller:
         max_tokens = max_tokens_of(self.recipe, self.finished + 1)
         return await roll_out(
             prompts,
+            self._setup,
             group_size=self.recipe.rollout.group_size,
-            generate=self.workers.generate,
-            renderer=self.renderer,
-            rewards=self.rewards,
             sampling=replace(self.sampling, max_tokens=max_tokens),
             seed=seed_of(self.recipe.seed, "rollout", ticket + 1),
             overlong_buffer=overlong_buffer_of(self.recipe, self.algorithm, max_tokens),
             overlong_factor=self.recipe.algorithm.overlong_penalty,
         )
 
-    def _prompts_left(self) -> int:
-        """How many prompts the next step may ask for, at most."""
+    @property
+    def _setup(self) -> RolloutSetup:
+        return RolloutSetup(generate=self.workers.generate, renderer=self.renderer, rewards=self.rewards)
+
+    @property
+    def prompts_left(self) -> float:
+        """Prompts that may still be taken: up to `train.max_prompts`; once all are dropped, those in the buffer."""
         if self.train_prompts.exhausted:
             return self.buffer.waiting
         bound = self.recipe.train.max_prompts
-        return max(bound - self.totals.prompts, 0) if bound else self.recipe.rollout.prompts_per_step
+        return max(bound - self.totals.prompts, 0) if bound else math.inf
 
     def kept(self, rollouts: Rollouts) -> list[TrajectoryGroup]:
         """The groups that are trained on."""
@@ -247,46 +250,52 @@ class Controller:
         return [group for group in rollouts.groups if informative(group)][: self.recipe.rollout.prompts_per_step]
 
     async def attach(self, samples: list[Sample]) -> list[Sample]:
-        """Adds what the algorithm needs of the learner, the reference and the critic before the first update."""
-        needed = self.algorithm.anchor == "old" or self.algorithm.needs_reference or self.algorithm.critic
+        """Adds the log-probabilities and values that the algorithm needs from before the first update."""
+        needed = self.algorithm.ratio_anchor == "old" or self.algorithm.needs_reference or self.algorithm.critic
         if not samples or not needed:
             return samples
-        columns = pack_for(self.recipe, samples, "token")
+        batches = pack_for(self.recipe, samples, "token")
         passes = {}
-        if self.algorithm.anchor == "old":
-            passes["old_logprobs"] = await self.workers.logprobs(columns)
+        if self.algorithm.ratio_anchor == "old":
+            passes["old_logprobs"] = await self.workers.logprobs(batches)
         if self.algorithm.needs_reference:
-            passes["ref_logprobs"] = await self.workers.logprobs(columns, reference=True)
+            passes["ref_logprobs"] = await self.workers.logprobs(batches, reference=True)
         if self.algorithm.critic:
-            passes["values"] = await self.workers.values(columns)
+            passes["values"] = await self.workers.values(batches)
         for name, values in passes.items():
-            rows = unpack(columns, values, len(samples))
+            rows = unpack(batches, values, len(samples))
             samples = [replace(sample, **{name: row}) for sample, row in zip(samples, rows, strict=True)]
         return samples
 
     async def learn(self, samples: Sequence[Sample], step: int, position: float) -> Updates:
-        """The optimizer steps of one batch; `position` is how many batches' worth of prompts came before it."""
-        keys, updates = self.recipe.algorithm, Updates()
-        shares = [
-            share
-            for epoch in range(keys.epochs)
-            for share in minibatches(
-                samples, keys.updates_per_batch, seed=seed_of(self.recipe.seed, "minibatches", step, epoch)
-            )
-        ]
-        each = self.recipe.algorithm.steps_per_batch
-        for number, share in enumerate(shares):
+        """The optimizer steps of one batch; `position` is the number of batches before it, by their prompts."""
+        updates = Updates()
+        for number, share in enumerate(self._shares(samples, step)):
+            progress = position * self.recipe.algorithm.steps_per_batch + number
             if self.algorithm.critic:
-                lr = self._lr(position * each + number, self.recipe.critic.lr)
-                updates.critic.append(await self.workers.update_critic(pack_for(self.recipe, share, "token"), lr))
+                updates.critic.append(await self._update_critic(share, progress))
             if not self.algorithm.critic or step > self.recipe.critic.warmup_steps:
-                updates.lr = self._lr(position * each + number, self.recipe.learner.lr)
-                columns = pack_for(self.recipe, share, self.algorithm.reduction)
-                results = await self.workers.update(columns, self.algorithm.objective, updates.lr)
-                self.totals.updates += 1
-                self._watch(results)
-                updates.policy.append(results)
+                updates.lr = self._lr(progress, self.recipe.learner.lr)
+                updates.policy.append(await self._update_policy(share, updates.lr))
         return updates
+
+    def _shares(self, samples: Sequence[Sample], step: int) -> Iterator[list[Sample]]:
+        """The minibatches of all epochs, cut anew in each."""
+        keys = self.recipe.algorithm
+        for epoch in range(keys.epochs):
+            seed = seed_of(self.recipe.seed, "minibatches", step, epoch)
+            yield from minibatches(samples, keys.updates_per_batch, seed=seed)
+
+    async def _update_critic(self, share: Sequence[Sample], progress: float) -> list[CriticResult]:
+        lr = self._lr(progress, self.recipe.critic.lr)
+        return await self.workers.update_critic(pack_for(self.recipe, share, "token"), lr)
+
+    async def _update_policy(self, share: Sequence[Sample], lr: float) -> list[UpdateResult]:
+        batches = pack_for(self.recipe, share, self.algorithm.reduction)
+        results = await self.workers.update(batches, self.algorithm.objective, lr)
+        self.totals.updates += 1
+        self._watch(results)
+        return results
 
     def _lr(self, number: float, peak: float) -> float:
         keys, train = self.recipe.learner, self.recipe.train
@@ -315,10 +324,8 @@ class Controller:
             return {}
         metrics, groups = await evaluate(
             self.eval_prompts,
+            self._setup,
             samples=self.recipe.train.eval_samples,
-            generate=self.workers.generate,
-            renderer=self.renderer,
-            rewards=self.rewards,
             sampling=self.sampling,
             seed=seed_of(self.recipe.seed, "eval"),
         )
@@ -328,7 +335,7 @@ class Controller:
 
     def metrics(self, rollouts: Rollouts, samples: Sequence[Sample], updates: Updates) -> dict[str, float]:
         tokens = updates.tokens()
-        if tokens:
+        if tokens is not None:
             self.dropped_tokens.add(tokens)
         version, balanced = self.workers.version, self.recipe.learner.router_aux_coef > 0
         metrics = sampling_metrics(rollouts, self.rewards, version=version)
@@ -342,13 +349,13 @@ class Controller:
         return self.checkpoints.folder.folder / "reference"
 
     async def save(self, step: int, score: float | None = None) -> None:
-        """Begins a checkpoint with all that a resumed run needs; a step is saved once."""
+        """Begins a checkpoint of all state that a resumed run needs; a step is saved once."""
         if step > self.checkpoints.saved:
             facts = {"version": self.workers.version, "updates": self.totals.updates, "recipe": self.recipe.name}
             await self.checkpoints.begin(step, self.state(), self.dropped_tokens.counts, facts=facts, score=score)
 
     def state(self) -> dict[str, Any]:
-        """Where the loop stands, but for what tensors hold."""
+        """The loop's state outside of tensors, as JSON values."""
         return {
             "version": self.workers.version,
             "totals": asdict(self.totals),
@@ -362,7 +369,7 @@ class Controller:
         }
 
     async def resume(self, checkpoint: Path) -> None:
-        """Goes on where a checkpoint was taken; learners and engines have loaded its policy already."""
+        """Restores the loop from a checkpoint, after learners and engines have loaded its policy."""
         training = checkpoint / "training"
         state = read_json(training / "driver.json")
         self.dropped_tokens.counts = load_tensors(training / "driver.safetensors")
@@ -379,7 +386,7 @@ class Controller:
         self.buffer.restore(state["buffer"], prompts=self.train_prompts.prompts, version=state["version"])
 
     def _warn(self, kind: str, sentence: str) -> None:
-        """Says one sentence of each kind a run."""
+        """Prints the first sentence of each kind."""
         if kind not in self.warned:
             self.warned.add(kind)
             self.screen.print(f"[yellow]warning:[/] {sentence}")

@@ -1,8 +1,10 @@
-"""What a step reports: pure functions from tokens and trajectories to named numbers.
+"""Metrics of a training step: pure functions from trajectories and trained tokens to named numbers.
+
+    Rollouts --sampling_metrics--> reward/ length/ staleness/ ...
+    Updates (of learner and critic ranks) --update_metrics--> is/ mismatch/ critic/ learner/ ...
 
 Names are grouped by a prefix: reward/ adv/ is/ (importance weights) kl/ correction/ critic/ mismatch/ (engine against
-learner) length/ staleness/ learner/ curriculum/ time/ total/ (since the start) eval/; those that every run is judged by
-have none.
+learner) length/ staleness/ learner/ curriculum/ time/ total/ (since the start) eval/; the principal ones have none.
 Fractions are shares of the trained tokens (is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac)
 or of the groups (zero_variance_*).
 """
@@ -10,37 +12,161 @@ or of the groups (zero_variance_*).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from cispo.algorithms.dropped_tokens import would_drop
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts
-from cispo.types import FinishReason, Sample, Trajectory, TrajectoryGroup
+from cispo.types import FinishReason, Sample, TokenStats, Trajectory, TrajectoryGroup
 
-if TYPE_CHECKING:
-    from torch import Tensor
+# Sampling
 
 
-def importance_metrics(tokens: Mapping[str, Tensor], would_drop: Mapping[str, Tensor]) -> dict[str, float]:
-    """Importance ratios and the weights they became, over [N] trained tokens.
+def sampling_metrics(rollouts: Rollouts, rewards: RewardRunner, *, version: int) -> dict[str, float]:
+    """Metrics of a batch of rollouts that the policy `version` is trained on."""
+    return (
+        rollout_metrics(rollouts.groups, version=version)
+        | group_metrics(rollouts.groups)
+        | {
+            "reward/dropped_groups": rollouts.dropped,
+            "reward/errors": rewards.errors,
+            "reward/timeouts": rewards.timeouts,
+            "rollout/rounds": rollouts.rounds,
+        }
+    )
 
-    clip_frac counts tokens whose weight is below their ratio (capped or dropped), low_frac those lifted by a floor,
-    dropped_frac those without any gradient. `would_drop` has [N] bool columns named BAND_dropped_posadv and _negadv:
-    what another algorithm's band would have dropped, as shares of the tokens with that sign of the advantage.
+
+def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[str, float]:
+    """Rewards, lengths, finish reasons and staleness of a batch of groups that the policy `version` is trained on.
+
+    Lengths are split into completions above their group's mean reward (_better) and the others (_worse). Staleness is
+    in versions: of a completion that of its oldest token (mean, max), and of each token (tokens_mean).
     """
-    ratio, weight, advantages = (tokens[k].double() for k in ("ratio", "weight", "advantages"))
+    trajectories = [t for group in groups for t in group.trajectories]
+    if not trajectories:
+        return {}
+    metrics = {
+        "reward/mean": _mean([t.reward for t in trajectories]),
+        "truncation_frac": _mean([t.finish_reason is FinishReason.LENGTH for t in trajectories]),
+        "repetition_stop_frac": _mean([t.finish_reason is FinishReason.REPETITION for t in trajectories]),
+    }
+    sides: dict[str, list[Trajectory]] = {"": trajectories, "_better": [], "_worse": []}
+    for group in groups:
+        mean = _mean([t.reward for t in group.trajectories])
+        for t in group.trajectories:
+            sides["_better" if t.reward > mean else "_worse"].append(t)
+    for side, some in sides.items():
+        if some:
+            lengths = sorted(t.length for t in some)
+            metrics[f"length/mean{side}"] = _mean(lengths)
+            metrics[f"length/p99{side}"] = float(lengths[math.ceil(0.99 * len(lengths)) - 1])
+    by_turn = [turn.completion.versions for t in trajectories for turn in t.turns]
+    stale = [version - min(versions) for versions in by_turn]
+    metrics |= {
+        "staleness/mean": _mean(stale),
+        "staleness/max": float(max(stale)),
+        "staleness/tokens_mean": version - sum(map(sum, by_turn)) / sum(map(len, by_turn)),
+    }
+    names = dict.fromkeys(name for t in trajectories for name in t.rewards)
+    for name in names:
+        metrics[f"reward/{name}"] = _mean([t.rewards[name] for t in trajectories if name in t.rewards])
+    return metrics
+
+
+def group_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """Shares of groups with equal rewards: all, those at the batch's highest reward, and the others."""
+    if not groups:
+        return {}
+    constant = [g.trajectories[0].reward for g in groups if len({t.reward for t in g.trajectories}) == 1]
+    highest = max(t.reward for g in groups for t in g.trajectories)
+    return {
+        "zero_variance_frac": len(constant) / len(groups),
+        "zero_variance_right_frac": sum(r == highest and r > 0 for r in constant) / len(groups),
+        "zero_variance_wrong_frac": sum(r != highest or r <= 0 for r in constant) / len(groups),
+    }
+
+
+def pass_at_k(right: int, total: int, k: int) -> float:
+    """Unbiased chance that k of `total` completions, `right` of them correct, hold a correct one (arXiv 2107.03374)."""
+    if total - right < k:
+        return 1.0
+    return 1.0 - math.prod((total - right - i) / (total - i) for i in range(k))
+
+
+# Updates
+
+
+@dataclass(slots=True, kw_only=True)
+class Updates:
+    """The optimizer steps of one batch: [updates][ranks]."""
+
+    policy: list[list[UpdateResult]] = field(default_factory=list)
+    critic: list[list[CriticResult]] = field(default_factory=list)
+    lr: float = 0.0
+    """Learning rate of the policy's last step."""
+
+    @property
+    def taken(self) -> list[list[UpdateResult]]:
+        """The policy's steps but for skipped ones, which may hold values that are not finite."""
+        return [ranks for ranks in self.policy if ranks[0].taken]
+
+    def tokens(self) -> TokenStats | None:
+        """The trained tokens of all steps that were taken, None where none was."""
+        return _tokens_of(self.taken) if self.taken else None
+
+
+def update_metrics(
+    samples: Sequence[Sample], updates: Updates, tokens: TokenStats | None, *, version: int, balanced: bool
+) -> dict[str, float]:
+    """Metrics of the updates of the policy `version` on a batch; `tokens` is the result of `updates.tokens()`.
+
+    `balanced` says whether the router's balancing loss is trained on.
+    """
+    taken = updates.taken
+    metrics = {
+        "learner/updates": len(updates.policy),
+        "learner/skipped": len(updates.policy) - len(taken),
+        **_critic_metrics(samples, updates.critic),
+    }
+    if tokens is None:
+        return metrics
+    # Before its first step the learner is the policy that sampled: their difference there is the mismatch.
+    first = tokens if tokens.old_logprobs is not None else _tokens_of(taken[:1])
+    learner = first.logprobs if first.old_logprobs is None else first.old_logprobs
+    metrics |= importance_metrics(tokens)
+    metrics |= mismatch_metrics(learner, first.rollout_logprobs, first.versions == version)
+    metrics |= {name: float(values.double().mean()) for name, values in tokens.extra.items()}
+    if balanced:
+        metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in taken[-1])
+    return metrics | {
+        "adv/std": float(tokens.advantages.double().std(correction=0)),
+        "grad_norm": sum(ranks[0].grad_norm for ranks in taken) / len(taken),
+        "tokens_in_loss": len(tokens.advantages),
+        "learner/lr": updates.lr,
+        "learner/loss": sum(r.batch.loss for r in taken[-1]),
+    }
+
+
+def _tokens_of(updates: Sequence[Sequence[UpdateResult]]) -> TokenStats:
+    return TokenStats.concat([r.batch.tokens for ranks in updates for r in ranks if r.batch.tokens is not None])
+
+
+def importance_metrics(tokens: TokenStats) -> dict[str, float]:
+    """Importance ratios, the weights they became, and entropy, over the trained tokens.
+
+    clip_frac counts tokens with a weight below their ratio (capped or dropped), low_frac those lifted by a floor,
+    dropped_frac those without any gradient. BAND_dropped_posadv and BAND_dropped_negadv are the tokens that another
+    algorithm's band would have dropped, as shares of the tokens with that sign of the advantage.
+    """
+    ratio, weight, advantages = tokens.ratio.double(), tokens.weight.double(), tokens.advantages.double()
     positive, negative = advantages > 0, advantages < 0
     clipped, dropped = weight < ratio, weight == 0
-    others = {
-        f"is/{name}": _share(column[positive if name.endswith("posadv") else negative])
-        for name, column in would_drop.items()
-    }
     return {
         "is/ratio_mean": float(ratio.mean()),
         "is/ratio_max": float(ratio.max()),
@@ -54,15 +180,18 @@ def importance_metrics(tokens: Mapping[str, Tensor], would_drop: Mapping[str, Te
         "is/dropped_frac": _share(dropped),
         "is/dropped_frac_posadv": _share(dropped[positive]),
         "is/dropped_frac_negadv": _share(dropped[negative]),
-        **others,
-        "entropy": float(tokens["entropy"].double().mean()),
+        **{
+            f"is/{name}": _share(mask[positive if name.endswith("posadv") else negative])
+            for name, mask in would_drop(tokens.ratio, tokens.advantages).items()
+        },
+        "entropy": float(tokens.entropy.double().mean()),
     }
 
 
 def mismatch_metrics(learner: Tensor, engine: Tensor, fresh: Tensor) -> dict[str, float]:
-    """How far the learner's log-probabilities are from the engine's for the same policy and tokens, [N] each.
+    """Distance of the learner's log-probabilities from the engine's for the same policy and tokens, [N] each.
 
-    `fresh` says which tokens the engine sampled from the learner's version; others differ because the policy moved.
+    `fresh` marks the tokens that the engine sampled from the learner's version; others differ because the policy moved.
     Without any there are no metrics.
 
     logprob_mean and logprob_max are of |difference|, token_mult_prob_error is the mean of its exponential. k1 and k3
@@ -82,82 +211,42 @@ def mismatch_metrics(learner: Tensor, engine: Tensor, fresh: Tensor) -> dict[str
     }
 
 
+def _critic_metrics(samples: Sequence[Sample], updates: Sequence[Sequence[CriticResult]]) -> dict[str, float]:
+    """The critic's losses, and how well its values before this batch's updates predicted the returns."""
+    if not updates:
+        return {}
+    values, returns = (torch.cat([getattr(s, name)[s.loss_mask] for s in samples]) for name in ("values", "returns"))
+    return value_metrics(values, returns) | {
+        "critic/loss": sum(r.loss for r in updates[-1]),
+        "critic/grad_norm": sum(u[0].grad_norm for u in updates) / len(updates),
+        "critic/skipped": sum(not u[0].taken for u in updates),
+    }
+
+
 def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
-    """How well a critic's values [N] predicted the returns [N]; explained variance 1 is perfect, 0 no better than a
-    constant (and what is reported where all returns are equal)."""
+    """How well a critic's values [N] predicted the returns [N].
+
+    Explained variance 1 is perfect, 0 no better than a constant; it is 0 also where all returns are equal.
+    """
     values, returns = values.double(), returns.double()
-    spread = float(returns.var(correction=0))
-    left = float((returns - values).var(correction=0))
+    variance = float(returns.var(correction=0))
+    unexplained = float((returns - values).var(correction=0))
     return {
-        "critic/explained_variance": 1 - left / spread if spread > 0 else 0.0,
+        "critic/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
         "critic/value_mean": float(values.mean()),
         "critic/return_mean": float(returns.mean()),
     }
 
 
-def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[str, float]:
-    """Rewards, lengths, finish reasons and staleness of a batch of groups that the policy `version` is trained on.
-
-    Lengths are split into completions above their group's mean reward (_better) and the others (_worse). Staleness is
-    in versions: of a completion that of its oldest token (mean, max), and of each token (tokens_mean).
-    """
-    everyone = [t for group in groups for t in group.trajectories]
-    if not everyone:
-        return {}
-    metrics = {
-        "reward/mean": _mean([t.reward for t in everyone]),
-        "truncation_frac": _mean([t.finish_reason is FinishReason.LENGTH for t in everyone]),
-        "repetition_stop_frac": _mean([t.finish_reason is FinishReason.REPETITION for t in everyone]),
-    }
-    sides: dict[str, list[Trajectory]] = {"": everyone, "_better": [], "_worse": []}
-    for group in groups:
-        mean = _mean([t.reward for t in group.trajectories])
-        for t in group.trajectories:
-            sides["_better" if t.reward > mean else "_worse"].append(t)
-    for side, some in sides.items():
-        if some:
-            lengths = sorted(t.length for t in some)
-            metrics[f"length/mean{side}"] = _mean(lengths)
-            metrics[f"length/p99{side}"] = float(lengths[math.ceil(0.99 * len(lengths)) - 1])
-    by_turn = [turn.completion.versions for t in everyone for turn in t.turns]
-    stale = [version - min(versions) for versions in by_turn]
-    metrics |= {
-        "staleness/mean": _mean(stale),
-        "staleness/max": float(max(stale)),
-        "staleness/tokens_mean": version - sum(map(sum, by_turn)) / sum(map(len, by_turn)),
-    }
-    names = dict.fromkeys(name for t in everyone for name in t.rewards)
-    for name in names:
-        metrics[f"reward/{name}"] = _mean([t.rewards[name] for t in everyone if name in t.rewards])
-    return metrics
-
-
-def group_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-    """How many groups have nothing to compare, split by whether all went well or badly."""
-    if not groups:
-        return {}
-    constant = [g.trajectories[0].reward for g in groups if len({t.reward for t in g.trajectories}) == 1]
-    highest = max(t.reward for g in groups for t in g.trajectories)
-    return {
-        "zero_variance_frac": len(constant) / len(groups),
-        "zero_variance_right_frac": sum(r == highest and r > 0 for r in constant) / len(groups),
-        "zero_variance_wrong_frac": sum(r != highest or r <= 0 for r in constant) / len(groups),
-    }
-
-
-def pass_at_k(right: int, total: int, k: int) -> float:
-    """Unbiased chance that k of `total` completions, `right` of them correct, hold a correct one (arXiv 2107.03374)."""
-    if total - right < k:
-        return 1.0
-    return 1.0 - math.prod((total - right - i) / (total - i) for i in range(k))
+# Arithmetic
 
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _share(which: Tensor) -> float:
-    return float(which.double().mean()) if len(which) else 0.0
+def _share(mask: Tensor) -> float:
+    return float(mask.double().mean()) if len(mask) else 0.0
 
 
 def _quantile(values: Tensor, share: float) -> float:
@@ -169,93 +258,3 @@ def _pearson(a: Tensor, b: Tensor) -> float:
     a, b = a - a.mean(), b - b.mean()
     scale = float((a.square().sum() * b.square().sum()).sqrt())
     return float((a * b).sum()) / scale if scale > 0 else 1.0
-
-
-# What the learner reports of every token; further columns are the objective's own.
-_TOKEN_COLUMNS = frozenset(
-    ("targets", "logprobs", "old_logprobs", "rollout_logprobs", "versions", "advantages", "ratio", "weight", "entropy")
-)
-
-
-@dataclass(slots=True, kw_only=True)
-class Updates:
-    """What the optimizer steps of one batch did: [updates][ranks]."""
-
-    policy: list[list[UpdateResult]] = field(default_factory=list)
-    critic: list[list[CriticResult]] = field(default_factory=list)
-    lr: float = 0.0
-    """Learning rate of the last one."""
-
-    @property
-    def taken(self) -> list[list[UpdateResult]]:
-        """A skipped update says nothing but that it was skipped: its values need not be finite."""
-        return [r for r in self.policy if r[0].taken]
-
-    def tokens(self) -> dict[str, Tensor]:
-        """Per-token values of all updates that were taken, {} where none was."""
-        return _merged(self.taken) if self.taken else {}
-
-
-def sampling_metrics(rollouts: Rollouts, rewards: RewardRunner, *, version: int) -> dict[str, float]:
-    """Of a batch of rollouts that the policy `version` is trained on."""
-    return (
-        rollout_metrics(rollouts.groups, version=version)
-        | group_metrics(rollouts.groups)
-        | {
-            "reward/dropped_groups": rollouts.dropped,
-            "reward/errors": rewards.errors,
-            "reward/timeouts": rewards.timeouts,
-            "rollout/rounds": rollouts.rounds,
-        }
-    )
-
-
-def update_metrics(
-    samples: Sequence[Sample], updates: Updates, tokens: Mapping[str, Tensor], *, version: int, balanced: bool
-) -> dict[str, float]:
-    """Of the updates of the policy `version` on a batch; `tokens` is what `updates.tokens()` gave.
-
-    `balanced` says whether the experts' load counts.
-    """
-    metrics = {
-        "learner/updates": len(updates.policy),
-        "learner/skipped": len(updates.policy) - len(updates.taken),
-        **_critic_metrics(samples, updates.critic),
-    }
-    taken = updates.taken
-    if not taken:
-        return metrics
-    others = would_drop(tokens["ratio"], tokens["advantages"])
-    # Before the first update the learner is the policy that sampled, so what differs there is the mismatch.
-    mismatch = tokens if "old_logprobs" in tokens else _merged(taken[:1])
-    learner = mismatch.get("old_logprobs", mismatch["logprobs"])
-    fresh = mismatch["versions"] == version
-    metrics |= importance_metrics(tokens, others) | mismatch_metrics(learner, mismatch["rollout_logprobs"], fresh)
-    metrics |= {name: float(tokens[name].double().mean()) for name in tokens if name not in _TOKEN_COLUMNS}
-    if balanced:
-        metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in taken[-1])
-    return metrics | {
-        "adv/std": float(tokens["advantages"].double().std(correction=0)),
-        "grad_norm": sum(r[0].grad_norm for r in taken) / len(taken),
-        "tokens_in_loss": len(tokens["advantages"]),
-        "learner/lr": updates.lr,
-        "learner/loss": sum(r.batch.loss for r in taken[-1]),
-    }
-
-
-def _merged(results: Sequence[Sequence[UpdateResult]]) -> dict[str, Tensor]:
-    """Per-token values of all ranks and updates in one tensor a name."""
-    parts = [result.batch.tokens for ranks in results for result in ranks if result.batch.tokens]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _critic_metrics(samples: Sequence[Sample], updates: Sequence[Sequence[CriticResult]]) -> dict[str, float]:
-    """The critic's losses, and how well its values before this batch's updates predicted the returns."""
-    if not updates:
-        return {}
-    values, returns = (torch.cat([getattr(s, name)[s.loss_mask] for s in samples]) for name in ("values", "returns"))
-    return value_metrics(values, returns) | {
-        "critic/loss": sum(r.loss for r in updates[-1]),
-        "critic/grad_norm": sum(u[0].grad_norm for u in updates) / len(updates),
-        "critic/skipped": sum(not u[0].taken for u in updates),
-    }

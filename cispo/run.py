@@ -1,4 +1,4 @@
-"""One run, from a recipe to a filled run folder: what `cispo train`, `cispo sft` and each arm of `cispo compare` do.
+"""One run, from a recipe to a filled run folder, for `cispo train`, `cispo sft` and each arm of `cispo compare`.
 
 load_task(recipe) -> Task (prompts, demonstrations ...)      read and checked before anything is written
 Run(recipe, task, folder, screen, interrupts).train()
@@ -43,7 +43,7 @@ from cispo.workers import Workers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a recipe reads: tokenizer, prompts and demonstrations. Runs on the same task share it."""
+    """The inputs of a recipe: tokenizer, prompts and demonstrations. Runs on the same task share them."""
 
     renderer: Renderer
     demonstrations: Sequence[Sample]
@@ -52,7 +52,7 @@ class Task:
 
 
 def load_task(recipe: Recipe) -> Task:
-    """Loads what the recipe names; raises UserError before anything is written or started."""
+    """Loads and checks every input of the recipe. Raises UserError; nothing is written or started yet."""
     check_output_dir(recipe.output_dir)
     if recipe.policy.model is not None:
         chosen_policy(recipe, None)
@@ -83,7 +83,7 @@ class Run:
         checkpoint: Path | None = None,
         alone: bool = True,
     ) -> None:
-        """Writes the resolved recipe, and the first policy of a run that does not go on from a `checkpoint`.
+        """Writes the resolved recipe and, without a `checkpoint` to resume from, the first policy.
 
         A run that is not `alone` is an arm of a comparison: it ends without a summary.
         """
@@ -94,7 +94,7 @@ class Run:
         self.checkpoints = CheckpointFolder(folder, recipe.train.keep)
         self.started = time.perf_counter()
         self.step = -1 if checkpoint is None else step_of(checkpoint)
-        """What the run goes on after; -1 is its start."""
+        """The last completed step; -1 before the start."""
         self.checkpoints.forget_after(self.step)
         with disk_errors(folder):
             write_text(folder / "recipe.yaml", dump_yaml(recipe))
@@ -110,10 +110,10 @@ class Run:
             self.screen.print(f"[yellow]warning:[/] {sentence}")
 
     async def train(self) -> None:
-        """The warm-up, if the recipe has one, and the training, or what is left of it.
+        """The warm-up, if the recipe has one, and the training, or their rest after a resume.
 
-        An interrupt ends it after a step, with a checkpoint. Raises RunError, which says what to go on from, where a
-        process that cannot be replaced died, nothing moved any more, or the disk refused.
+        An interrupt ends it after a step, with a checkpoint. Raises RunError, which names the step to resume from, where
+        an irreplaceable process died, the watchdog fired, or the disk refused.
         """
         try:
             with only_user_of(self.folder):
@@ -181,10 +181,10 @@ class Run:
             await warm_up(self.recipe, workers, self.task.demonstrations, log, self.screen)
 
     def _finish(self, log: RunLog, controller: Controller) -> None:
-        """The summary and the picture, also of a run that was interrupted."""
+        """The summary and the picture, of interrupted runs too."""
         if len(log.history) < 2:
             return
-        # With special tokens: the end of a completion is one that a clip can drop.
+        # Special tokens included: a clip can drop the end-of-sequence token.
         dropped = controller.dropped_tokens.rows(lambda token: str(self.task.renderer.tokenizer.decode([token])))
         log.dropped_tokens(dropped)
         picture = self.folder / "learning_curve.png"

@@ -1,4 +1,4 @@
-"""From a recipe to the parts that run it: everything a recipe names is loaded and checked before a process starts."""
+"""Start of a run's processes: the first policy, learner ranks, critic ranks and engines, placed by the recipe."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import math
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from cispo.engines.handle import EngineHandle
 from cispo.engines.serving import make_engine
 from cispo.errors import UserError
 from cispo.learner.critic import Critic
+from cispo.learner.handle import CriticHandle, LearnerHandle
 from cispo.learner.learner import Learner
 from cispo.output.checkpoint import check_checkpoint
 from cispo.policies.loading import init_policy, local_folder, save_policy, weight_files
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
-from cispo.runtime.actors import Handle, LocalRuntime, RayRuntime, Runtime, Seat
+from cispo.runtime.actors import Closable, Handle, LocalRuntime, RayRuntime, Resources, Runtime
 from cispo.runtime.placement import Placement, placement_of
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
@@ -27,18 +29,18 @@ from cispo.weights.buckets import Transport
 from cispo.weights.publish import shared_weights_folder, weights_folder
 from cispo.workers import Workers
 
-# More sequences than this at once gain nothing on one engine and cost cache memory.
+# More concurrent sequences gain nothing on one engine and cost cache memory.
 _MAX_SEQUENCES = 512
 
 
-def new_config(recipe: Recipe, renderer: Renderer) -> dict[str, Any]:
+def new_config(recipe: Recipe, renderer: Renderer) -> dict[str, object]:
     """The config of a policy that starts from random weights; its vocabulary is the tokenizer's unless given."""
     assert recipe.policy.config is not None
     return {"vocab_size": len(renderer.tokenizer), **recipe.policy.config}
 
 
 def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
-    """Where learner and engines load the first weights from: the recipe's model, or new weights in `folder`."""
+    """The folder of the first weights, for learner and engines: the recipe's model, or new weights in `folder`."""
     if recipe.policy.model is not None:
         return str(local_folder(recipe.policy.model))
     policy = init_policy(new_config(recipe, renderer), seed=seed_of(recipe.seed, "policy"))
@@ -47,6 +49,23 @@ def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
             f"policy.config.vocab_size {policy.vocab_size} is smaller than the tokenizer's {len(renderer.tokenizer)}"
         )
     save_policy(policy, folder)
+    return str(folder)
+
+
+def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
+    """The policy folder of a command: its checkpoint, else the recipe's model. Raises UserError where it holds none."""
+    if checkpoint is None:
+        if recipe.policy.model is None:
+            raise UserError("the recipe starts from random weights: name a policy with --checkpoint DIR")
+        # A folder must hold a policy; anything else is taken for a hub id.
+        if Path(recipe.policy.model).exists():
+            check_checkpoint(recipe.policy.model)
+        folder = local_folder(recipe.policy.model)
+        weight_files(folder)
+        return str(folder)
+    folder = check_checkpoint(checkpoint)
+    weight_files(folder)
+    check_same_shape(recipe, folder)
     return str(folder)
 
 
@@ -72,44 +91,41 @@ def make_runtime(recipe: Recipe, processes: int, activity: Activity) -> Runtime:
     return LocalRuntime() if recipe.runtime == "local" else RayRuntime(processes=processes, activity=activity)
 
 
-async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
-    temperature = recipe.rollout.temperature
-    return await _start_ranks(
-        recipe, runtime, placement, Learner, folder, recipe.learner, name="learner", temperature=temperature
-    )
+async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[LearnerHandle]:
+    build = partial(Learner, folder, recipe.learner, temperature=recipe.rollout.temperature)
+    return [LearnerHandle(rank) for rank in await _start_ranks(recipe, runtime, placement, build, "learner")]
 
 
-async def start_critics(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[Handle]:
-    return await _start_ranks(recipe, runtime, placement, Critic, folder, recipe.critic, recipe.learner, name="critic")
+async def start_critics(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[CriticHandle]:
+    build = partial(Critic, folder, recipe.critic, recipe.learner)
+    return [CriticHandle(rank) for rank in await _start_ranks(recipe, runtime, placement, build, "critic")]
 
 
 async def _start_ranks(
-    recipe: Recipe,
-    runtime: Runtime,
-    placement: Placement,
-    build: Callable[..., Any],
-    *args: Any,
-    name: str,
-    **kwargs: Any,
+    recipe: Recipe, runtime: Runtime, placement: Placement, build: Callable[..., Closable], name: str
 ) -> list[Handle]:
-    """As many ranks as the learner has, each on its device."""
-    ranks, dtype = recipe.learner.ranks, recipe.policy.dtype
-    seats = [Seat(gpus=placement.rank_gpus, bundle=placement.bundle_of_rank(rank)) for rank in range(ranks)]
+    """`learner.ranks` objects, each on its device."""
+    resources = [
+        Resources(gpus=placement.rank_gpus, bundle=placement.bundle_of_rank(rank))
+        for rank in range(recipe.learner.ranks)
+    ]
     return await runtime.start_ranks(
-        build, *args, name=name, seats=seats, dtype=dtype, device=placement.device, **kwargs
+        build, name=name, resources=resources, dtype=recipe.policy.dtype, device=placement.device
     )
 
 
-async def start_engine(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement, number: int) -> Handle:
+async def start_engine(
+    recipe: Recipe, runtime: Runtime, folder: str, placement: Placement, number: int
+) -> EngineHandle:
     rollout = recipe.rollout
     prompts = rollout.prompts_per_step * (1 + recipe.control.max_staleness)
     sequences = math.ceil(prompts / rollout.engines) * rollout.group_size
-    return await runtime.start(
+    engine = await runtime.start(
         make_engine,
         rollout.engine,
         folder,
         name=f"engine-{number}",
-        seat=Seat(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number)),
+        resources=Resources(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number)),
         concurrent=True,
         dtype=recipe.policy.dtype,
         max_context=rollout.max_context,
@@ -119,12 +135,13 @@ async def start_engine(recipe: Recipe, runtime: Runtime, folder: str, placement:
         sleeps=placement.sleeps,
         engine_args=rollout.engine_args,
     )
+    return EngineHandle(engine)
 
 
 def transport_of(recipe: Recipe, placement: Placement, *, home: bool = True) -> Transport | Literal["shared_memory"]:
-    """How weights reach the engines; `home` says that learners and engines are all on this machine.
+    """The transport of weights to the engines; `home`: learners and engines are all on this machine.
 
-    Raises UserError where the recipe's way does not fit the placement.
+    Raises UserError where the recipe's transport does not fit the placement.
     """
     wanted, on_gpu = recipe.rollout.weight_sync, placement.device == "cuda"
     if wanted == "auto":
@@ -149,7 +166,7 @@ async def running_workers(
     learners: bool = True,
     critic: bool = False,
 ) -> AsyncIterator[tuple[Workers, asyncio.Task[None]]]:
-    """Learners, and the task in which engines start meanwhile; all of them end with the block."""
+    """Workers with started learners, and the task that starts the engines meanwhile; all end with the block."""
     runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines), activity)
     tasks: list[asyncio.Task[None]] = []
     with contextlib.ExitStack() as stack:
@@ -174,7 +191,7 @@ async def running_workers(
             sleeps=placement.sleeps,
             tensor_parallel=recipe.rollout.tensor_parallel,
             on_update=recipe.control.on_update,
-            # In this process a debugger should see what an engine dies of.
+            # In this process a debugger should see the error of an engine.
             max_restarts=0 if recipe.runtime == "local" else recipe.control.max_restarts,
             say=say,
         )
@@ -192,20 +209,3 @@ async def running_workers(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
-    """The folder of the policy that a command works with: a checkpoint, else the recipe's model."""
-    if checkpoint is None:
-        if recipe.policy.model is None:
-            raise UserError("the recipe starts from random weights: name a policy with --checkpoint DIR")
-        # A folder must hold a policy; anything else is taken for a hub id.
-        if Path(recipe.policy.model).exists():
-            check_checkpoint(recipe.policy.model)
-        folder = local_folder(recipe.policy.model)
-        weight_files(folder)
-        return str(folder)
-    folder = check_checkpoint(checkpoint)
-    weight_files(folder)
-    check_same_shape(recipe, folder)
-    return str(folder)

@@ -1,35 +1,36 @@
 """Every object that travels between the parts of CISPO, with shapes and one example each.
 
     Prompt -> Completion -> Turn -> Trajectory -> TrajectoryGroup        the sampling side
-           -> Sample -> MicroBatch -> LossInputs                         the training side
+           -> Sample -> MicroBatch -> LossInputs -> TokenStats           the training side
 
 Axis letters: P prompts of a step, G trajectories of a prompt (the group), N = P * G trajectories, S sequences in
-a micro-batch, L tokens of one sequence, T packed tokens of a micro-batch, V vocabulary.
+a micro-batch, L tokens of one sequence, T packed tokens of a micro-batch, N also the trained tokens among them, V
+vocabulary.
 
-Four log-probabilities, four names, never "old" for two things:
+Four log-probabilities, four names, "old" for one of them only:
 
-    logprobs          the policy now (learner, with gradient)
+    logprobs          the current policy (learner, with gradient)
     old_logprobs      the learner before the first update on this batch
-    rollout_logprobs  the engine when it sampled
+    rollout_logprobs  the engine at sampling time
     ref_logprobs      a frozen reference policy
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Message = Mapping[str, Any]
-
+Message = Mapping[str, object]
+"""A chat message: role, content, and further keys that the chat template reads."""
 
 OnUpdate = Literal["wait", "keep", "recompute", "abort"]
-"""What an engine does with unfinished completions when new weights arrive: finish them first; go on with the old keys,
-values and states; compute those anew under the new weights; or begin the completions anew."""
+"""Treatment of unfinished completions when new weights reach an engine: finish them first; go on with the old keys,
+values and states; recompute those under the new weights; or sample the completions anew."""
 
 
 class FinishReason(StrEnum):
@@ -55,16 +56,14 @@ class Prompt:
     id: int
     """Position in the dataset: the identity that seeds are derived from."""
     messages: tuple[Message, ...]
-    """What is rendered for the policy."""
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Rendered for the policy with its chat template."""
+    columns: Mapping[str, object] = field(default_factory=dict)
     """The dataset row: rewards receive its columns by name."""
-    env: str = "single_turn"
-    """Which environment runs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepetitionStop:
-    """When a completion is cut for repeating itself.
+    """The rule that cuts a completion which repeats itself.
 
     Example: RepetitionStop(run_length=3000, probability=0.99) is the rule of MiniMax-M1 (arXiv 2506.13585, section 5):
     stop after 3,000 consecutive tokens that each had a probability above 0.99.
@@ -77,12 +76,12 @@ class RepetitionStop:
     pattern_size: int = 0
     """Longest repeated pattern, in tokens, that vLLM's own detection looks for; 0 switches it off."""
     pattern_count: int = 4
-    """How often the pattern must repeat."""
+    """Repetitions of the pattern that stop the completion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How completions are drawn.
+    """The distribution completions are drawn from, and their ends.
 
     Example: Sampling(max_tokens=16, eos_ids=(2,))
     """
@@ -99,7 +98,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the engine sampled after one prompt, token by token.
+    """The tokens an engine sampled after one prompt.
 
     Example: Completion(token_ids=(5, 9), logprobs=(-0.1, -0.7), finish_reason=FinishReason.LENGTH, versions=(3, 4))
     was under way when version 4 of the weights arrived.
@@ -110,18 +109,15 @@ class Completion:
     """Log-probability of each sampled token under the distribution it was drawn from; finite."""
     finish_reason: FinishReason
     versions: tuple[int, ...]
-    """The policy version that sampled each token; they never fall."""
-    routed_experts: Any = None
-    """Expert ids per token and layer, where the engine records them."""
+    """The policy version that sampled each token, never falling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One exchange: the rendered prompt, what the policy answered, what the environment said back."""
+    """One exchange: the rendered prompt and the policy's answer."""
 
     prompt_ids: tuple[int, ...]
     completion: Completion
-    observation: tuple[Message, ...] = ()
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Rewards for this turn by name (a tool error, the time it took), already weighted; they land on its last token."""
 
@@ -135,7 +131,7 @@ class Trajectory:
 
     group_id: int
     index: int
-    """Which of the G attempts."""
+    """Of the G attempts, from 0."""
     turns: tuple[Turn, ...]
     text: str
     """The last completion, decoded."""
@@ -143,8 +139,8 @@ class Trajectory:
     """Weighted sum of `rewards`, plus any shaping."""
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Each reward function's value; one that does not apply is absent."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Columns that reward functions asked to log."""
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Further values that reward functions return for the log of samples."""
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -184,12 +180,12 @@ class Sample:
     advantages: Tensor | None = None
     """[L] float32: per token, so that reward-to-go and GAE need no other type; None until they are estimated."""
     old_logprobs: Tensor | None = None
-    """[L] float32, like those below: 0 where loss_mask is False, None where the algorithm has no use for them."""
+    """[L] float32, like those below: 0 where loss_mask is False, None where the algorithm does not use them."""
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     """The critic's value of the state in which each token was sampled."""
     returns: Tensor | None = None
-    """What the critic is trained towards."""
+    """The critic's targets."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -214,13 +210,13 @@ class MicroBatch:
     positions: Tensor
     """[T] int64, restarting at 0 with each sequence."""
     cu_seqlens: Tensor
-    """[S + 1] int32: where each sequence starts; the last is T."""
+    """[S + 1] int32: the start of each sequence, then T."""
     max_seqlen: int
-    """Tokens of the longest sequence. Known here, where it costs nothing: a GPU would have to be waited for."""
+    """Tokens of the longest sequence. Computed while packing, on the host: on a GPU its reader would have to wait."""
     loss_mask: Tensor
     """[T] bool."""
     loss_index: Tensor
-    """[N] int64: where `loss_mask` is True."""
+    """[N] int64: the positions where `loss_mask` is True."""
     rollout_logprobs: Tensor
     """[T] float32."""
     versions: Tensor
@@ -232,26 +228,30 @@ class MicroBatch:
     sample_index: tuple[int, ...] = ()
     """[S]: the position of each sequence's Sample in the list that was packed; `unpack` puts values back there."""
     unique_index: Tensor | None = None
-    """[C] int64: the tokens that the policy reads, where equal prompts are read once; None: all."""
+    """[C] int64: positions of the tokens that the policy reads, where equal prompts are read once; None: all."""
     inverse: Tensor | None = None
-    """[T] int64: which of the unique tokens gives each token's hidden state."""
+    """[T] int64: for each token the entry of `unique_index` that gives its hidden state."""
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
 
 
+RankBatches = Sequence[Sequence[MicroBatch]]
+"""[ranks][micro-batches] of one pass or optimizer step; a rank may have none."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """What a loss function sees: per-token tensors of one micro-batch, [T] each.
+    """Arguments of a loss function: per-token tensors of one micro-batch, [T] each.
 
     Values at positions where `mask` is False are arbitrary (NaN included) and must not reach the result.
     """
 
     logprobs: Tensor
-    """Of the policy now: the only one with a gradient."""
+    """Of the current policy: the only tensor with a gradient."""
     anchor_logprobs: Tensor
-    """What the ratio divides by: rollout_logprobs or old_logprobs, as `ratio_anchor` says."""
+    """Denominator of the ratio: rollout_logprobs or old_logprobs, as `ratio_anchor` says."""
     rollout_logprobs: Tensor
     advantages: Tensor
     mask: Tensor
@@ -259,3 +259,38 @@ class LossInputs:
     """[S + 1]; empty for a loss that is declared `per_token`, which may be given some tokens of a micro-batch only."""
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStats:
+    """The trained tokens of micro-batches with the values that metrics are made of, [N] each, without gradient."""
+
+    targets: Tensor
+    """int64: the token ids."""
+    logprobs: Tensor
+    rollout_logprobs: Tensor
+    versions: Tensor
+    """int32: the policy version that sampled each token."""
+    advantages: Tensor
+    ratio: Tensor
+    """The importance ratio."""
+    weight: Tensor
+    """The factor of advantage * grad logprob in the ascent direction; 0 is a dropped token."""
+    entropy: Tensor
+    """Of the policy's distribution at each token, in nats."""
+    old_logprobs: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """The objective's own values by metric name, logged as means."""
+
+    @classmethod
+    def concat(cls, parts: Sequence[TokenStats]) -> TokenStats:
+        """The tokens of all parts (at least one), in order and on the host; `extra` has the same names in each."""
+        import torch
+
+        def joined(tensors: list[Tensor]) -> Tensor:
+            return torch.cat(tensors).cpu()
+
+        first = parts[0]
+        names = [f.name for f in fields(cls) if f.name != "extra" and getattr(first, f.name) is not None]
+        extra = {name: joined([part.extra[name] for part in parts]) for name in first.extra}
+        return cls(**{name: joined([getattr(part, name) for part in parts]) for name in names}, extra=extra)

@@ -1,4 +1,7 @@
-"""Supervised warm-up before the first training step, with the learner's own update."""
+"""Supervised warm-up before the first training step.
+
+rows --demonstrations_of--> samples --demonstration_batches--> the learner's own update with -logprob as the loss
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 
-from cispo.algorithms.losses import negative_log_likelihood
+from cispo.algorithms.losses import NegativeLogLikelihood
 from cispo.algorithms.objective import Objective
 from cispo.batch import demonstration, pack_for
 from cispo.errors import UserError
@@ -20,46 +23,26 @@ from cispo.seeds import seed_of
 from cispo.types import Sample
 from cispo.workers import Workers
 
-_SFT = Objective(loss=negative_log_likelihood)
-
-
-async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], log: RunLog, screen: Screen) -> None:
-    """Supervised fine-tuning on demonstrations with the learner's own update, then a fresh optimizer."""
-    assert recipe.sft is not None
-    keys = recipe.sft
-    batches = demonstration_batches(samples, batch_size=keys.batch_size, seed=seed_of(recipe.seed, "sft"))
-    screen.phase("warm-up", keys.steps)
-    for step in range(1, keys.steps + 1):
-        columns = pack_for(recipe, next(batches), "token")
-        lr = learning_rate(step - 1, steps=keys.steps, peak=keys.lr, warmup=keys.warmup_steps)
-        started = time.perf_counter()
-        results = await workers.update(columns, _SFT, lr)
-        speed = sum(mb.tokens.numel() for column in columns for mb in column) / (time.perf_counter() - started)
-        loss = sum(r.batch.loss for r in results)
-        if not results[0].taken:
-            raise UserError(f"sft: the gradient of step {step} is not finite; sft.lr {keys.lr} is too high")
-        log.metrics(step, {"sft/loss": loss, "sft/grad_norm": results[0].grad_norm, "sft/tokens_per_s": speed})
-        screen.step(step, {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"})
-    screen.done()
-    await workers.reset_optimizer()
+_SFT = Objective(loss=NegativeLogLikelihood())
 
 
 def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe) -> list[Sample]:
-    """The demonstrations of the supervised warm-up."""
+    """The demonstrations of `sft.data`. Raises UserError naming a row that has no completion or is too long."""
     key = "sft.data"
     rows = load_rows(data.source, data.split, data.args, data.limit, key)
     samples = []
     for index, (row, prompt) in enumerate(zip(rows, build_prompts(rows, data.prompt, key), strict=True)):
-        if not isinstance(row.get("completion"), str):
+        completion = row.get("completion")
+        if not isinstance(completion, str):
             raise UserError(f"{key}: row {index} has no text in column 'completion' (it has {', '.join(row)})")
-        prompt_ids, completion_ids = renderer.render_demonstration(prompt.messages, row["completion"])
+        prompt_ids, completion_ids = renderer.render_demonstration(prompt.messages, completion)
         check_length(len(prompt_ids) + len(completion_ids) - 1, recipe, f"{key}: row {index}")
         samples.append(demonstration(prompt_ids, completion_ids, index))
     return samples
 
 
 def demonstration_batches(samples: Sequence[Sample], *, batch_size: int, seed: int) -> Iterator[list[Sample]]:
-    """Batches without end: every demonstration once an epoch, in an order that only the seed decides."""
+    """Batches without end: every demonstration once an epoch, in an order given by the seed."""
     epoch = 0
     queue: list[Sample] = []
     while True:
@@ -70,3 +53,24 @@ def demonstration_batches(samples: Sequence[Sample], *, batch_size: int, seed: i
             epoch += 1
         yield queue[:batch_size]
         del queue[:batch_size]
+
+
+async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], log: RunLog, screen: Screen) -> None:
+    """Supervised fine-tuning on demonstrations, then a fresh optimizer. Raises UserError where a gradient diverges."""
+    assert recipe.sft is not None
+    keys = recipe.sft
+    demonstrations = demonstration_batches(samples, batch_size=keys.batch_size, seed=seed_of(recipe.seed, "sft"))
+    screen.phase("warm-up", keys.steps)
+    for step in range(1, keys.steps + 1):
+        batches = pack_for(recipe, next(demonstrations), "token")
+        lr = learning_rate(step - 1, steps=keys.steps, peak=keys.lr, warmup=keys.warmup_steps)
+        started = time.perf_counter()
+        results = await workers.update(batches, _SFT, lr)
+        speed = sum(mb.tokens.numel() for of_rank in batches for mb in of_rank) / (time.perf_counter() - started)
+        loss = sum(r.batch.loss for r in results)
+        if not results[0].taken:
+            raise UserError(f"sft: the gradient of step {step} is not finite; sft.lr {keys.lr} is too high")
+        log.metrics(step, {"sft/loss": loss, "sft/grad_norm": results[0].grad_norm, "sft/tokens_per_s": speed})
+        screen.step(step, {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"})
+    screen.done()
+    await workers.reset_optimizer()

@@ -1,9 +1,9 @@
-"""Asynchronous beside synchronous: the same recipe, seeds and prompts, throughput and what is learned.
+"""Asynchronous against synchronous training: throughput and accuracy with the same recipe, seeds and prompts.
 
     scripts/bench_async.py recipes/quickstart.yaml --seeds 3
     scripts/bench_async.py recipes/lightning_30m.yaml --staleness 1,2 --seeds 3 train.steps=60
 
-Runs `cispo compare` on the recipe with control.max_staleness 0 and others, one run at a time, and reads their metrics.
+Runs `cispo compare` on the recipe with control.max_staleness 0 and others, one run at a time, and prints a table.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 
 import yaml
 
-# Steps at the start that are left out of the times: graphs, caches and the first allocations.
+# First steps, excluded from the times: graph capture, caches and first allocations.
 _WARM = 2
 
 
-def rows_of(run: Path) -> list[dict[str, float]]:
+def steps_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def figures(runs: Sequence[Path]) -> dict[str, float]:
-    """Medians and means over the seeds of one arm."""
-    histories = [rows_of(run) for run in runs]
+    """Medians and means over the runs (seeds) of one bound."""
+    histories = [steps_of(run) for run in runs]
     steps = [[row for row in rows if row["step"] > _WARM] for rows in histories]
 
     def mean(name: str) -> float:
@@ -73,7 +73,7 @@ def main() -> None:
     values = yaml.safe_load(args.recipe.read_text())
     recipes = []
     for bound in (0, *map(int, args.staleness.split(","))):
-        # Beside the recipe, so that its paths and its base mean the same.
+        # In the recipe's folder: its relative paths and its base stay valid.
         file = args.recipe.with_name(f"{args.recipe.stem}-staleness-{bound}.yaml")
         file.write_text(yaml.safe_dump({**values, "control": {**values.get("control", {}), "max_staleness": bound}}))
         recipes.append(file)

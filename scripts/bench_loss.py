@@ -3,7 +3,7 @@
     python scripts/bench_loss.py [--hidden 2048] [--vocabulary 151936] [--tokens 8192] [--skip-peer]
 
 bfloat16 hidden states and weight; times are medians. The floor is three matrix products of the whole; extra memory is
-the peak above what the inputs take, gradients included. Errors are |gradient - exact| / |exact| against the plain
+the peak above the memory of the inputs, gradients included. Errors are |gradient - exact| / |exact| against the plain
 formula in float32.
 """
 

@@ -4,16 +4,16 @@
     python scripts/bench_step.py --device cuda --model FOLDER --prompts 64 --group 8 --tokens 512     a GPU
 
 Ours is `Controller.step` of a recipe: an engine samples, reward functions score, the learner updates, the engine gets
-the weights, metrics and samples are logged. Theirs is what `GRPOTrainer.train` does between two steps. Each side lives
-in a process of its own, and all get the same environment, initial weights, prompts, reward and number of tokens. On a
-CPU ours is measured twice, "vllm" as a recipe has it by default and "torch" with `rollout.engine: torch` and
+the weights, metrics and samples are logged. Theirs is one step of `GRPOTrainer.train`. Each side runs in a process of
+its own, and all get the same environment, initial weights, prompts, reward and number of tokens. On a CPU ours is
+measured twice, "vllm" as a recipe has it by default and "torch" with `rollout.engine: torch` and
 `learner.share_prompts: true`, and the sides take turns, step by step; on a GPU one side ends before the other starts,
 so that each has the card to itself.
 
-Completions have the same lengths on both sides. A policy with random weights would end where it likes, so the end of a
-sequence ends nothing and completion i has `lengths[i]` tokens in every step. Ours: `limits` of `ServedEngine.generate`.
-TRL on a CPU: a logits processor bans the token until the length is reached and forces it there; on a GPU, where TRL
-samples with vLLM too, `ignore_eos`.
+Completions have the same lengths on both sides. A policy with random weights ends its completions at random, so the
+end-of-sequence token is ignored and completion i has `lengths[i]` tokens in every step. Ours: `limits` of
+`ServedEngine.generate`. TRL on a CPU: a logits processor bans the token until the length is reached and forces it
+there; on a GPU, where TRL samples with vLLM too, `ignore_eos`.
 
 Generation includes the update of the engine's weights, learning everything from advantages to the optimizer's step; the
 rest of a step is rewards and logging. The first step warms up and is left out.
@@ -38,17 +38,22 @@ import statistics
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from bench_jobs import Clock, Job, Seconds
+
+if TYPE_CHECKING:
+    from cispo.recipe.schema import Recipe
+    from cispo.runtime.actors import Handle
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "recipes" / "tokenizers" / "chars"
 
-COMMON: dict[str, Any] = {
+COMMON: dict[str, object] = {
     "vocab_size": 128,
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -60,7 +65,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-POLICIES: dict[str, dict[str, Any]] = {
+POLICIES: dict[str, dict[str, object]] = {
     "dense": {"model_type": "qwen3", "intermediate_size": 384, "tie_word_embeddings": True, **COMMON},
     "hybrid": {
         "model_type": "minimax",
@@ -75,96 +80,28 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-class Seconds(NamedTuple):
-    """What one step took."""
-
-    step: float
-    generation: float
-    learning: float
-    processor: float
-    """Processor time of the step: what a busy machine does not stretch."""
-    sync: float = math.nan
-    """Of the generation, putting the weights into the engines; TRL does not tell."""
-    mismatch: float = math.nan
-    """Mean |sampler - learner| log-probability of the sampled tokens; on a CPU, TRL does not tell."""
-
-
-class Clock:
-    """Starts when it is made."""
-
-    def __init__(self) -> None:
-        self.wall, self.processor = time.perf_counter(), time.process_time()
-
-    def read(self, generation: float, learning: float) -> Seconds:
-        step = time.perf_counter() - self.wall
-        return Seconds(step, generation, learning, time.process_time() - self.processor)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What both sides are given."""
-
-    model: str
-    """Folder with the first weights and a tokenizer."""
-    device: str
-    prompts: int
-    group: int
-    lengths: tuple[int, ...]
-    """Tokens of each completion of a step, [prompts * group]."""
-    steps: int
-    lr: float
-    folder: str
-    """Where a side may write."""
-    memory: float
-    """Share of a GPU's memory for the engine."""
-    peer_batch: int
-    """Completions of one forward pass of TRL's trainer."""
-    engines: int
-    """Ours, on a GPU; each a process beside the learner's."""
-    engine: str = "vllm"
-    """Ours: rollout.engine."""
-    share_prompts: bool = False
-    """Ours: learner.share_prompts."""
-
-    @property
-    def context(self) -> int:
-        """Longest prompt, about 14 tokens, and completion."""
-        return max(self.lengths) + 32
-
-
-def problems(size: int) -> list[dict[str, str]]:
-    """Prompts of 9 to 13 characters."""
-    rng = random.Random(0)
-    return [{"prompt": f"count {rng.randint(1, 10 ** rng.randint(1, 5))}: "} for _ in range(size)]
-
-
-def digit_share(completion: str, **_: Any) -> float:
-    """The share of digits: it varies from one random completion to the next."""
-    return sum(c.isdigit() for c in completion) / max(len(completion), 1)
-
-
 # Ours
 
 
 class Limited:
-    """An engine's handle that asks for completions of the given lengths."""
+    """A runtime's handle to an engine that asks it for completions of the given lengths."""
 
-    def __init__(self, engine: Any, lengths: Sequence[int]) -> None:
-        self.engine, self.lengths = engine, lengths
+    def __init__(self, remote: Handle, lengths: Sequence[int]) -> None:
+        self.remote, self.lengths = remote, lengths
 
-    async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def call(self, method: str, *args: object, **kwargs: object) -> object:
         if method == "generate":
             kwargs["limits"] = self.lengths
-        return await self.engine.call(method, *args, **kwargs)
+        return await self.remote.call(method, *args, **kwargs)
 
-    async def ask(self, method: str) -> Any:
-        return await self.engine.ask(method)
+    async def ask(self, method: str) -> object:
+        return await self.remote.ask(method)
 
     def kill(self) -> None:
-        self.engine.kill()
+        self.remote.kill()
 
 
-def recipe_of(job: Job) -> Any:
+def recipe_of(job: Job) -> Recipe:
     from cispo.recipe.load import parse_recipe
 
     cuda = job.device == "cuda"
@@ -183,8 +120,8 @@ def recipe_of(job: Job) -> Any:
             "device": job.device,
             "runtime": "ray" if cuda else "local",
             "policy": {"model": job.model, "dtype": "bfloat16" if cuda else "float32"},
-            "data": {"source": "bench_step:problems", "args": {"size": 512}},
-            "reward": {"functions": [{"fn": "bench_step:digit_share"}]},
+            "data": {"source": "bench_jobs:problems", "args": {"size": 512}},
+            "reward": {"functions": [{"fn": "bench_jobs:digit_share"}]},
             "rollout": rollout,
             "algorithm": {"name": "cispo", "ratio_max": 5.0, "zero_variance": "keep"},
             "learner": {
@@ -197,7 +134,7 @@ def recipe_of(job: Job) -> Any:
 
 
 def run_ours(job: Job, pipe: Connection) -> None:
-    """Steps of the controller, one for each message."""
+    """Steps of the controller, one for each message of the pipe."""
     asyncio.run(_steps(job, pipe))
 
 
@@ -206,6 +143,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
 
     from cispo.algorithms.choice import algorithm_of
     from cispo.controller import Controller
+    from cispo.engines.handle import EngineHandle
     from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter
     from cispo.output.folder import RunLog
     from cispo.output.screen import Screen
@@ -224,7 +162,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
         async with running_workers(recipe, job.model, activity=Activity()) as (workers, engines):
             await engines
             if job.device == "cpu":
-                workers.engines[:] = [Limited(engine, job.lengths) for engine in workers.engines]
+                workers.engines[:] = [EngineHandle(Limited(engine.remote, job.lengths)) for engine in workers.engines]
             controller = Controller(
                 recipe=recipe,
                 algorithm=algorithm_of(recipe),
@@ -260,7 +198,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
 
 
 class Side(NamedTuple):
-    """Who runs a job."""
+    """One way to run a job."""
 
     run: Callable[[Job, Connection], None]
     engine: str = "vllm"
@@ -288,7 +226,7 @@ class Contestant:
 
 
 class MemoryWatch:
-    """The most memory that a GPU was seen to give out, asked every fifth of a second."""
+    """The most GPU memory in use, polled every fifth of a second."""
 
     def __init__(self) -> None:
         self.peak = 0.0
@@ -311,7 +249,7 @@ class MemoryWatch:
 
 
 def measure(sides: dict[str, Side], job: Job) -> dict[str, list[Seconds]]:
-    """Every side's steps but the first: in turns on a CPU, one side after the other on a GPU."""
+    """Every side's steps without the first: in turns on a CPU, one side after the other on a GPU."""
     turns = [[name] for name in sides] if job.device == "cuda" else [list(sides)]
     seconds: dict[str, list[Seconds]] = {name: [] for name in sides}
     for names in turns:
@@ -364,8 +302,8 @@ def lengths_of(text: str, count: int) -> tuple[int, ...]:
     return tuple(rng.randint(int(low), int(high or low)) for _ in range(count))
 
 
-def prepare_model(source: Path | None, config: dict[str, Any], folder: Path) -> Path:
-    """The source, or a copy that has what it lacks: random weights, and a tokenizer of one token a character."""
+def prepare_model(source: Path | None, config: dict[str, object], folder: Path) -> Path:
+    """The source, or a copy completed by random weights and a tokenizer of one token a character."""
     from cispo.policies.loading import init_policy, save_policy
 
     if source is None or not any(source.glob("*.safetensors")):

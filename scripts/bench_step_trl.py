@@ -1,17 +1,20 @@
-"""TRL's side of `bench_step.py`: GRPOTrainer, held before each step until it is its turn."""
+"""TRL's side of `bench_step.py`: GRPOTrainer, which waits for its turn before each step."""
 
 from __future__ import annotations
 
 import math
 import time
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench_step import Clock, Job, digit_share, problems
+from bench_jobs import Clock, Job, digit_share, problems
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def run_peer(job: Job, pipe: Connection) -> None:
-    """TRL's trainer, held before each step until there is a message."""
+    """Steps of TRL's trainer, one for each message of the pipe."""
     from datasets import Dataset
     from trl import GRPOConfig  # pyright: ignore[reportMissingImports]
 
@@ -19,7 +22,7 @@ def run_peer(job: Job, pipe: Connection) -> None:
 
     cuda = job.device == "cuda"
     completions = len(job.lengths)
-    own: dict[str, Any] = {"use_cpu": True, "bf16": False}
+    own: dict[str, object] = {"use_cpu": True, "bf16": False}
     if cuda:
         assert len(set(job.lengths)) == 1, "TRL hands vLLM one length for all completions"
         own = {
@@ -63,12 +66,12 @@ def run_peer(job: Job, pipe: Connection) -> None:
 
 
 def _timed_trainer(pipe: Connection) -> type[Any]:
-    """GRPOTrainer that waits before each step and reports what the last one took."""
+    """GRPOTrainer that waits before each step and reports the last one's duration."""
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOTrainer  # pyright: ignore[reportMissingImports]
 
     class Timed(GRPOTrainer):
-        def __init__(self, **kwargs: Any) -> None:
+        def __init__(self, **kwargs: object) -> None:
             super().__init__(**kwargs)
             self.remove_callback(PrinterCallback)
             self.clock: Clock | None = None
@@ -82,13 +85,13 @@ def _timed_trainer(pipe: Connection) -> type[Any]:
                 mismatch = last.get("sampling/sampling_logp_difference/mean", math.nan)
                 pipe.send(seconds._replace(learning=seconds.step - self.sampling, mismatch=mismatch))
 
-        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        def _generate_single_turn(self, *args: object, **kwargs: object) -> object:
             started = time.perf_counter()
             result = super()._generate_single_turn(*args, **kwargs)
             self.generating += time.perf_counter() - started
             return result
 
-        def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        def _generate_and_score_completions(self, *args: object, **kwargs: object) -> object:
             started = time.perf_counter()
             result = super()._generate_and_score_completions(*args, **kwargs)
             self.sampling += time.perf_counter() - started
@@ -98,7 +101,7 @@ def _timed_trainer(pipe: Connection) -> type[Any]:
         def __init__(self, trainer: Timed) -> None:
             self.trainer = trainer
 
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_begin(self, *args: object, **kwargs: object) -> None:
             self.trainer.report()
             pipe.recv()
             self.trainer.generating = self.trainer.sampling = 0.0
@@ -107,8 +110,8 @@ def _timed_trainer(pipe: Connection) -> type[Any]:
     return Timed
 
 
-def _peer_model(job: Job) -> Any:
-    """The model in float32; on a CPU, of a class whose `generate` gives completion i its length."""
+def _peer_model(job: Job) -> PreTrainedModel:
+    """The model in float32; on a CPU its `generate` gives completion i its length."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LogitsProcessor, LogitsProcessorList
 
@@ -131,7 +134,7 @@ def _peer_model(job: Job) -> Any:
                 scores[ends, self.eos] = end[ends]
             return scores
 
-    def generate(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    def generate(self: PreTrainedModel, input_ids: torch.Tensor, **kwargs: object) -> object:
         processor = Lengths(input_ids.shape[1], self.config.eos_token_id)
         return plain.generate(self, input_ids, logits_processor=LogitsProcessorList([processor]), **kwargs)
 

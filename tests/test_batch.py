@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cispo.algorithms import ALGORITHMS
-from cispo.algorithms.choice import Changes, resolve
+from cispo.algorithms.choice import resolve
 from cispo.batch import informative, minibatches, to_samples, token_rewards, with_advantages
+from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
 
 
@@ -29,7 +30,7 @@ def group(id: int, *trajectories: tuple[float, list[Turn]]) -> TrajectoryGroup:
 
 
 def advantages(samples: list[Sample]) -> list[list[float]]:
-    """Of the sampled tokens of each sample; masked ones must have none."""
+    """Advantages of the sampled tokens of each sample; masked ones must have none."""
     for s in samples:
         assert s.advantages is not None and bool((s.advantages[~s.loss_mask] == 0).all())
     return [s.advantages[s.loss_mask].tolist() for s in samples if s.advantages is not None]
@@ -38,7 +39,7 @@ def advantages(samples: list[Sample]) -> list[list[float]]:
 def test_turns_have_rewards_of_their_own():
     """Two turns of 2 and 1 tokens: the first turn's tool error counts for its tokens, the outcome for all."""
     agent = group(0, (1.0, [turn(2, tool_error=-0.5), turn(1)]), (0.0, [turn(3)]))
-    samples = with_advantages([agent], to_samples(agent), resolve(ALGORITHMS["cispo_agent"], Changes()))
+    samples = with_advantages([agent], to_samples(agent), resolve(ALGORITHMS["cispo_agent"], AlgorithmSection()))
     # Totals .5 and 0, baseline .25; reward-to-go of the first: .5 .5 | 1, of the second 0.
     assert advantages(samples) == [[0.25, 0.25], [0.75], [-0.25] * 3]
     streams = token_rewards(agent.trajectories[0], to_samples(agent)[:2], ALGORITHMS["cispo"]).streams
@@ -46,7 +47,7 @@ def test_turns_have_rewards_of_their_own():
 
 
 def test_kl_as_a_reward_is_a_stream_of_every_token():
-    algorithm = resolve(ALGORITHMS["reinforce_pp"], Changes(kl_coef=0.1, kl_in="reward", kl="k1"))
+    algorithm = resolve(ALGORITHMS["reinforce_pp"], AlgorithmSection(kl_coef=0.1, kl_in="reward", kl="k1"))
     one = group(0, (1.0, [turn(2)]), (0.0, [turn(2)]))
     samples = [
         replace(s, old_logprobs=torch.tensor([0.0, 0, -1, -2]), ref_logprobs=torch.tensor([0.0, 0, -2, -2]))
@@ -65,7 +66,7 @@ def test_a_critic_gets_its_returns():
     one = group(0, (1.0, [turn(2)]), (0.0, [turn(1)]))
     samples = [replace(s, values=torch.full((len(s.token_ids),), 0.25) * s.loss_mask) for s in to_samples(one)]
     done = with_advantages([one], samples, ALGORITHMS["ppo"])
-    # gamma = lam = 1: the return is what came in the end.
+    # gamma = lam = 1: the return is the final reward.
     assert [s.returns.tolist() for s in done] == [[0, 0, 1, 1], [0, 0, 0]]  # type: ignore[union-attr]
     flat = torch.tensor([a for row in advantages(done) for a in row])
     assert float(flat.mean()) == pytest.approx(0, abs=1e-6) and float(flat.std(correction=0)) == pytest.approx(1)

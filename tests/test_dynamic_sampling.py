@@ -6,27 +6,28 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from rich.console import Console
 
 from cispo.algorithms import ALGORITHMS
-from cispo.algorithms.choice import Changes, resolve
+from cispo.algorithms.choice import resolve
 from cispo.batch import informative
 from cispo.controller import Controller
 from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
 from cispo.recipe.load import parse_recipe
+from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.recipe.schema import Recipe
 from cispo.rollout.prompt_source import PromptSource
 from cispo.rollout.prompts import build_prompts
-from cispo.rollout.renderer import renderer_of
+from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.rollout.rollout import Rollouts, sampling_of
 from cispo.runtime.interrupts import Interrupts
-from cispo.types import Completion, FinishReason
+from cispo.types import Completion, FinishReason, Sampling
 from cispo.workers import Workers
 
 ROOT = Path(__file__).parents[1]
@@ -36,13 +37,13 @@ GROUP = 4
 class ScriptedWorkers:
     """Answers a prompt N> right in every attempt where `mixed(N)` is False, else in every other attempt."""
 
-    def __init__(self, renderer: Any, mixed: Callable[[int], bool]) -> None:
+    def __init__(self, renderer: Renderer, mixed: Callable[[int], bool]) -> None:
         self.renderer, self.mixed = renderer, mixed
         self.version = 1
         self.calls: list[int] = []
         self.seeds: list[int] = []
 
-    async def generate(self, prompts: list[list[int]], sampling: Any, seed: int) -> list[Completion]:
+    async def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
         self.calls.append(len(prompts) // GROUP)
         self.seeds.append(seed)
         return [self._answer(ids, index % GROUP) for index, ids in enumerate(prompts)]
@@ -82,7 +83,7 @@ def sampled(
     with contextlib.closing(rewards), contextlib.closing(RunLog(tmp_path)) as log:
         controller = Controller(
             recipe=keys,
-            algorithm=resolve(ALGORITHMS["dapo"], Changes(dynamic_sampling=rounds)),
+            algorithm=resolve(ALGORITHMS["dapo"], AlgorithmSection(dynamic_sampling=rounds)),
             workers=cast(Workers, workers),
             renderer=renderer,
             sampling=sampling_of(keys, renderer),
@@ -103,7 +104,7 @@ def sampled(
 
 
 def test_the_batch_is_full(tmp_path: Path):
-    """One in three prompts has something to compare: further rounds ask for as many as that share needs, at most P."""
+    """One in three groups is informative: further rounds ask for as many prompts as that share needs, at most P."""
     rollouts, kept, controller, calls = sampled(tmp_path, lambda n: n % 3 == 0, rounds=10)
     assert len(kept) == 6 and all(map(informative, kept))
     assert [g.prompt.id for g in kept] == [0, 3, 6, 9, 12, 15], "in the order of the data, none skipped"

@@ -1,27 +1,32 @@
-"""The learner: one gradient whatever the micro-batches, ranks and order; skipped steps; the balancing loss; sft."""
+"""The learner: one gradient for any micro-batches, ranks and order; skipped steps; the balancing loss; sft."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import socket
 from dataclasses import replace
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from cispo.algorithms.losses import cispo, clipped_surrogate, negative_log_likelihood
+from cispo.algorithms import Reduction
+from cispo.algorithms.losses import Cispo, ClippedSurrogate, NegativeLogLikelihood
 from cispo.algorithms.objective import Objective
 from cispo.batch import demonstration, pack, unpack
 from cispo.errors import UserError
+from cispo.learner.critic import Critic
+from cispo.learner.handle import CriticHandle, LearnerHandle, RankHandle
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.optim import Optimizer, learning_rate
 from cispo.policies.loading import init_policy, load_policy, save_policy
 from cispo.recipe.schema import Learner as LearnerConfig
-from cispo.types import Sample
+from cispo.types import MicroBatch, Sample, TokenStats
 from cispo.warmup import demonstration_batches
 
 TINY = {
@@ -40,7 +45,7 @@ TINY = {
 }
 DENSE = {k: v for k, v in TINY.items() if k not in ("model_type", "layer_types") and "experts" not in k}
 AUX = LearnerConfig(router_aux_coef=0.5)
-CISPO = Objective(loss=cispo, settings={"ratio_max": 5.0})
+CISPO = Objective(loss=Cispo(ratio_max=5.0))
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +77,34 @@ def samples(count: int = 13) -> list[Sample]:
     return made
 
 
+def packed(given: list[Sample], *, reduction: Reduction = "token", budget: int = 60) -> list[MicroBatch]:
+    """The micro-batches of a single rank."""
+    (mbs,) = pack(given, reduction=reduction, max_tokens=16, tokens_per_micro_batch=budget)
+    return mbs
+
+
+def tokens_of(batch: BatchLoss) -> TokenStats:
+    assert batch.tokens is not None
+    return batch.tokens
+
+
 def gradient_of(
-    learner: Learner, given: list[Sample], *, budget: int, rank: int = 0, world: int = 1, reduction: Any = "prompt"
+    learner: Learner,
+    given: list[Sample],
+    *,
+    budget: int,
+    rank: int = 0,
+    world: int = 1,
+    reduction: Reduction = "prompt",
 ) -> tuple[Tensor, BatchLoss]:
-    columns = pack(given, reduction=reduction, max_tokens=16, tokens_per_micro_batch=budget, ranks=world)
-    result = learner.forward_backward(columns[rank], Objective(loss=cispo, settings={"ratio_max": 1.5}))
-    flat = torch.cat([g.flatten() for g in learner.optimizer.gradients()])
+    batches = pack(given, reduction=reduction, max_tokens=16, tokens_per_micro_batch=budget, ranks=world)
+    result = learner.forward_backward(batches[rank], Objective(loss=Cispo(ratio_max=1.5)))
+    flat = torch.cat([g.flatten() for g in learner.rank.optimizer.gradients()])
     assert bool(flat.isfinite().all()) and float(flat.abs().max()) > 1e-4
     return flat, result
 
 
-def _rank(rank: int, folder: str, address: str, queue: Any) -> None:
+def _rank(rank: int, folder: str, address: str, queue: Queue) -> None:
     torch.set_num_threads(1)
     learner = Learner(folder, AUX, rank=rank, world=2, address=address)
     flat, result = gradient_of(learner, samples(), budget=40, rank=rank, world=2)
@@ -99,8 +121,7 @@ def test_one_gradient_for_any_micro_batches_ranks_and_order(policy_folder: Path)
         assert float((other - whole).abs().max()) <= 1e-6 * max(scale, 1.0)
         assert loss == pytest.approx(result.loss, abs=1e-6) and aux == pytest.approx(result.aux_loss, abs=1e-6)
 
-    columns = pack(samples(), reduction="prompt", max_tokens=16, tokens_per_micro_batch=40)
-    assert len(columns[0]) >= 4
+    assert len(packed(samples(), reduction="prompt", budget=40)) >= 4
     split, split_result = gradient_of(Learner(str(policy_folder), AUX), samples(), budget=40)
     close(split, split_result.loss, split_result.aux_loss)
     backwards, backwards_result = gradient_of(Learner(str(policy_folder), AUX), samples()[::-1], budget=40)
@@ -123,7 +144,7 @@ def test_one_gradient_for_any_micro_batches_ranks_and_order(policy_folder: Path)
 
 @pytest.mark.parametrize("config", [TINY, {"model_type": "qwen3", **DENSE}], ids=["lightning", "dense"])
 @pytest.mark.parametrize("budget", [40, 10_000])
-def test_a_prompt_read_once_gives_the_same_gradient(tmp_path: Path, config: dict[str, Any], budget: int):
+def test_a_prompt_read_once_gives_the_same_gradient(tmp_path: Path, config: dict[str, object], budget: int):
     """Loss, gradient, log-probabilities and the balancing loss over all tokens, copies of a prompt included."""
     save_policy(init_policy(config, seed=0), tmp_path)
     coefficient = 0.5 if config is TINY else 0.0
@@ -133,13 +154,12 @@ def test_a_prompt_read_once_gives_the_same_gradient(tmp_path: Path, config: dict
     for s in samples():
         prompt, answer = prompts[s.group_id], s.token_ids[s.loss_mask]
 
-        def column(values: Tensor, prompt: Tensor = prompt, mask: Tensor = s.loss_mask) -> Tensor:
+        def moved(values: Tensor, prompt: Tensor = prompt, mask: Tensor = s.loss_mask) -> Tensor:
             return torch.cat([torch.zeros(len(prompt), dtype=values.dtype), values[mask]])
 
-        columns = {
-            name: column(getattr(s, name)) for name in ("loss_mask", "rollout_logprobs", "advantages", "versions")
-        }
-        given.append(replace(s, token_ids=torch.cat([prompt, answer]), **columns))
+        names = ("loss_mask", "rollout_logprobs", "advantages", "versions")
+        values = {name: moved(getattr(s, name)) for name in names}
+        given.append(replace(s, token_ids=torch.cat([prompt, answer]), **values))
     results = []
     for shared in (False, True):
         learner = Learner(str(tmp_path), settings)
@@ -147,7 +167,7 @@ def test_a_prompt_read_once_gives_the_same_gradient(tmp_path: Path, config: dict
         assert any(mb.unique_index is not None for mb in mbs) == shared
         logprobs = torch.cat(learner.logprobs(mbs))
         batch = learner.forward_backward(mbs, CISPO)
-        results.append((torch.cat([g.flatten() for g in learner.optimizer.gradients()]), logprobs, batch))
+        results.append((torch.cat([g.flatten() for g in learner.rank.optimizer.gradients()]), logprobs, batch))
     (gradient, logprobs, batch), (shared_gradient, shared_logprobs, shared_batch) = results
     assert float(gradient.abs().max()) > 1e-3
     assert float((gradient - shared_gradient).abs().max()) <= 1e-6 * max(1.0, float(gradient.abs().max()))
@@ -177,23 +197,23 @@ def test_gradient_is_that_of_the_formula(policy_folder: Path):
 
 
 def with_logprobs(learner: Learner, given: list[Sample], name: str, **which: bool) -> list[Sample]:
-    columns = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=60)
-    rows = unpack(columns, [learner.logprobs(column, **which) for column in columns], len(given))
+    batches = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=60)
+    rows = unpack(batches, [learner.logprobs(mbs, **which) for mbs in batches], len(given))
     return [replace(sample, **{name: row}) for sample, row in zip(given, rows, strict=True)]
 
 
 def test_old_anchor_starts_at_ratio_one(policy_folder: Path):
     learner = Learner(str(policy_folder), LearnerConfig())
     given = with_logprobs(learner, samples(), "old_logprobs")
-    (column,) = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=60)
-    objective = Objective(loss=clipped_surrogate, settings={"clip_low": 0.2, "clip_high": 0.2}, anchor="old")
-    result = learner.update(column, objective, lr=1e-2)
-    assert torch.equal(result.batch.tokens["ratio"], torch.ones_like(result.batch.tokens["ratio"]))
-    versions = result.batch.tokens["versions"]
-    assert torch.equal(versions, torch.cat([mb.versions[mb.loss_mask] for mb in column]))
+    mbs = packed(given)
+    objective = Objective(loss=ClippedSurrogate(clip_low=0.2, clip_high=0.2), ratio_anchor="old")
+    first = tokens_of(learner.update(mbs, objective, lr=1e-2).batch)
+    assert torch.equal(first.ratio, torch.ones_like(first.ratio))
+    versions = first.versions
+    assert torch.equal(versions, torch.cat([mb.versions[mb.loss_mask] for mb in mbs]))
     assert set(versions.tolist()) == {1, 2, 3}
-    again = learner.update(column, objective, lr=1e-2)
-    assert float((again.batch.tokens["ratio"] - 1).abs().max()) > 1e-3
+    again = tokens_of(learner.update(mbs, objective, lr=1e-2).batch)
+    assert float((again.ratio - 1).abs().max()) > 1e-3
 
 
 def test_the_reference_stays_where_the_policy_was(policy_folder: Path):
@@ -201,28 +221,29 @@ def test_the_reference_stays_where_the_policy_was(policy_folder: Path):
     learner = Learner(str(policy_folder), LearnerConfig())
     learner.freeze_reference()
     given = with_logprobs(learner, samples(), "ref_logprobs", reference=True)
-    (column,) = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=60)
-    objective = Objective(loss=cispo, settings={"ratio_max": 5.0}, kl_coef=0.5)
-    first = learner.update(column, objective, lr=1e-2).batch.tokens["kl/reference"]
+    mbs = packed(given)
+    objective = Objective(loss=Cispo(ratio_max=5.0), kl_coef=0.5)
+    first = tokens_of(learner.update(mbs, objective, lr=1e-2).batch).extra["kl/reference"]
     assert float(first.abs().max()) <= 1e-6
-    away = learner.update(column, objective, lr=1e-2).batch.tokens["kl/reference"]
+    away = tokens_of(learner.update(mbs, objective, lr=1e-2).batch).extra["kl/reference"]
     assert float(away.mean()) > 1e-3
     again = with_logprobs(learner, samples(), "ref_logprobs", reference=True)
     assert all(torch.equal(a.ref_logprobs, b.ref_logprobs) for a, b in zip(given, again, strict=True))  # type: ignore
-    only_kl = Objective(loss=cispo, settings={"ratio_max": 0.0}, kl_coef=0.5)
-    kls = [float(learner.update(column, only_kl, lr=3e-3).batch.tokens["kl/reference"].mean()) for _ in range(8)]
+    only_kl = Objective(loss=Cispo(ratio_max=0.0), kl_coef=0.5)
+    batches = [learner.update(mbs, only_kl, lr=3e-3).batch for _ in range(8)]
+    kls = [float(tokens_of(batch).extra["kl/reference"].mean()) for batch in batches]
     assert kls[-1] < 0.5 * kls[0]
 
 
 def test_non_finite_gradients_skip_the_step(policy_folder: Path):
     learner = Learner(str(policy_folder), LearnerConfig())
     before = {n: p.detach().clone() for n, p in learner.policy.named_parameters()}
-    (column,) = pack(samples(), reduction="token", max_tokens=16, tokens_per_micro_batch=60)
-    column[0].advantages[column[0].loss_mask.nonzero()[0]] = math.inf
-    result = learner.update(column, CISPO, lr=1e-2)
+    mbs = packed(samples())
+    mbs[0].advantages[mbs[0].loss_mask.nonzero()[0]] = math.inf
+    result = learner.update(mbs, CISPO, lr=1e-2)
     assert not result.taken and not math.isfinite(result.grad_norm)
     assert all(torch.equal(before[n], p) for n, p in learner.policy.named_parameters())
-    (good,) = pack(samples(), reduction="token", max_tokens=16, tokens_per_micro_batch=60)
+    good = packed(samples())
     assert learner.update(good, CISPO, lr=1e-2).taken
     assert any(not torch.equal(before[n], p) for n, p in learner.policy.named_parameters())
 
@@ -235,12 +256,11 @@ def test_nothing_to_train_on_changes_nothing(policy_folder: Path):
 
 
 @pytest.mark.parametrize("tokens", ["completion", "all"])
-def test_balancing_loss_is_its_definition(policy_folder: Path, tokens: Any):
+def test_balancing_loss_is_its_definition(policy_folder: Path, tokens: Literal["completion", "all"]):
     config = LearnerConfig(router_aux_coef=1.0, router_aux_tokens=tokens)
     _, result = gradient_of(Learner(str(policy_folder), config), samples(), budget=30)
     policy = load_policy(str(policy_folder))
-    (column,) = pack(samples(), reduction="prompt", max_tokens=16, tokens_per_micro_batch=10_000)
-    (mb,) = column
+    (mb,) = packed(samples(), reduction="prompt", budget=10_000)
     mask = mb.loss_mask if tokens == "completion" else torch.ones_like(mb.loss_mask)
     layers = []
     for router in policy(mb.tokens, mb.positions, mb.cu_seqlens).router:
@@ -260,8 +280,8 @@ def test_sft_learns_a_constant_answer(policy_folder: Path):
     batches = demonstration_batches([demonstration([n, 5], [7, 8, 2], n) for n in range(9, 30)], batch_size=8, seed=0)
     losses = []
     for _ in range(30):
-        (column,) = pack(next(batches), reduction="token", max_tokens=8, tokens_per_micro_batch=512)
-        losses.append(learner.update(column, Objective(loss=negative_log_likelihood), lr=1e-2).batch.loss)
+        (mbs,) = pack(next(batches), reduction="token", max_tokens=8, tokens_per_micro_batch=512)
+        losses.append(learner.update(mbs, Objective(loss=NegativeLogLikelihood()), lr=1e-2).batch.loss)
     assert losses[-1] < 0.05 < 2 < losses[0]
 
 
@@ -296,9 +316,17 @@ def test_tied_and_untied_policies_round_trip_through_a_step(tmp_path: Path):
     """One head gradient however the head is stored: a step of a tied policy moves the embedding and is saved."""
     save_policy(init_policy({**TINY, "tie_word_embeddings": True}, seed=0), tmp_path)
     learner = Learner(str(tmp_path), LearnerConfig())
-    (column,) = pack(samples(), reduction="token", max_tokens=16, tokens_per_micro_batch=60)
-    learner.update(column, CISPO, lr=1e-2)
+    mbs = packed(samples())
+    learner.update(mbs, CISPO, lr=1e-2)
     learner.save(str(tmp_path / "after"))
     saved = load_policy(tmp_path / "after")
     assert torch.equal(saved.lm_head_weight, learner.policy.lm_head_weight)
     assert not torch.equal(saved.lm_head_weight, load_policy(tmp_path).lm_head_weight)
+
+
+@pytest.mark.parametrize(("handle", "rank"), [(LearnerHandle, Learner), (CriticHandle, Critic)])
+def test_a_handle_has_the_signatures_of_its_rank(handle: type[RankHandle], rank: type):
+    methods = [name for name, _ in inspect.getmembers(handle, inspect.isfunction) if not name.startswith("_")]
+    assert {"update", "start_save", "saved", "restore", "release_memory"} <= set(methods)
+    for name in methods:
+        assert inspect.signature(getattr(handle, name)) == inspect.signature(getattr(rank, name)), name

@@ -1,7 +1,7 @@
-"""The learner on a GPU against the same learner on a CPU in float32: losses, gradients, columns, steps; no waits.
+"""The learner on a GPU against the same learner on a CPU in float32: losses, gradients, tokens, steps; no waits.
 
 In float32 a GPU sums in another order (1e-4 of a gradient's norm). In bfloat16 activations are rounded to 8 bits at
-every layer: the bounds are twice what that does to the same policies on a CPU.
+every layer: the bounds are twice the error of the same policies in bfloat16 on a CPU.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.algorithms.losses import LossOutput, cispo, clipped_surrogate, gspo
+from cispo.algorithms.losses import Cispo, ClippedSurrogate, Gspo, LossOutput
 from cispo.algorithms.objective import Objective
 from cispo.batch import pack
 from cispo.learner.learner import BatchLoss, Learner
@@ -29,12 +29,15 @@ from cispo.policies.loading import init_policy, save_policy
 from cispo.policies.moe import MoE
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import LossInputs, MicroBatch, Sample
+from tests.test_learner_loss import by_name
 from tests.tiny_policies import bounds
 
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-SHAPE: dict[str, Any] = {
+Dtype = Literal["float32", "bfloat16"]
+
+SHAPE: dict[str, object] = {
     "vocab_size": 320,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -59,20 +62,18 @@ CONFIGS = {
 }
 
 
-def whole(x: LossInputs, *, ratio_max: float) -> LossOutput:
+def whole(x: LossInputs) -> LossOutput:
     """CISPO that does not say that it is per token."""
-    return cispo(x, ratio_max=ratio_max)
+    return Cispo(ratio_max=1.5)(x)
 
 
 OBJECTIVES = {
-    "fused": Objective(loss=cispo, settings={"ratio_max": 1.5}),
-    "whole": Objective(loss=whole, settings={"ratio_max": 1.5}),
-    "fused, kl": Objective(
-        loss=clipped_surrogate, settings={"clip_low": 0.2, "clip_high": 0.2}, anchor="old", kl_coef=0.1
-    ),
+    "fused": Objective(loss=Cispo(ratio_max=1.5)),
+    "whole": Objective(loss=whole),
+    "fused, kl": Objective(loss=ClippedSurrogate(clip_low=0.2, clip_high=0.2), ratio_anchor="old", kl_coef=0.1),
 }
 
-GSPO = Objective(loss=gspo, settings={"clip_low": 3e-4, "clip_high": 4e-4}, anchor="old")
+GSPO = Objective(loss=Gspo(clip_low=3e-4, clip_high=4e-4), ratio_anchor="old")
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -110,21 +111,22 @@ def samples(longest: int = 150, count: int = 12) -> list[Sample]:
 def micro_batches(budget: int = 300) -> list[MicroBatch]:
     """Several packs; the last has nothing to train on."""
     given = samples()
-    (columns,) = pack(given, reduction="prompt", max_tokens=150, tokens_per_micro_batch=budget)
+    (mbs,) = pack(given, reduction="prompt", max_tokens=150, tokens_per_micro_batch=budget)
     (empty,) = pack([given[5]], reduction="prompt", max_tokens=150, tokens_per_micro_batch=budget)
-    assert len(columns) > 2 and not len(empty[0].loss_index)
-    return [*columns, *empty]
+    assert len(mbs) > 2 and not len(empty[0].loss_index)
+    return [*mbs, *empty]
 
 
 def trained(
-    folder: Path, objective: Objective, dtype: Any, device: str, **config: Any
+    folder: Path, objective: Objective, dtype: Dtype, device: str, config: LearnerConfig
 ) -> tuple[BatchLoss, dict[str, Tensor]]:
-    learner = Learner(str(folder), LearnerConfig(**config), dtype=dtype, device=device)
+    learner = Learner(str(folder), config, dtype=dtype, device=device)
     batch = learner.forward_backward(micro_batches(), objective)
-    learner.optimizer.gradients()
+    optimizer = learner.rank.optimizer
+    optimizer.gradients()
     grads = {
         name: m.grad.cpu()
-        for (name, _), m in zip(learner.policy.named_parameters(), learner.optimizer.masters, strict=True)
+        for (name, _), m in zip(learner.policy.named_parameters(), optimizer.masters, strict=True)
         if m.grad is not None
     }
     return batch, grads
@@ -138,35 +140,39 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_gpu_learns_what_a_cpu_does(folder: Path, dtype: Any, objective: str):
-    checked_against_cpu(folder, dtype, objective)
+def test_a_gpu_learns_what_a_cpu_does(folder: Path, dtype: Dtype, objective: str):
+    checked_against_cpu(folder, dtype, objective, LearnerConfig())
 
 
-@pytest.mark.parametrize("config", [{"gradient_checkpointing": True}, {"router_aux_coef": 0.1}], ids=["again", "aux"])
-def test_a_gpu_learns_what_a_cpu_does_with(folder: Path, config: dict[str, Any]):
-    if "router_aux_coef" in config and '"minimax"' not in (folder / "config.json").read_text():
+@pytest.mark.parametrize(
+    "config", [LearnerConfig(gradient_checkpointing=True), LearnerConfig(router_aux_coef=0.1)], ids=["again", "aux"]
+)
+def test_a_gpu_learns_what_a_cpu_does_with(folder: Path, config: LearnerConfig):
+    if config.router_aux_coef > 0 and '"minimax"' not in (folder / "config.json").read_text():
         pytest.skip("a dense policy has no experts to balance")
-    checked_against_cpu(folder, "float32", "fused", **config)
+    checked_against_cpu(folder, "float32", "fused", config)
 
 
-def checked_against_cpu(folder: Path, dtype: Any, objective: str, **config: Any) -> None:
-    expected, grads = trained(folder, OBJECTIVES[objective], "float32", "cpu", **config)
-    batch, actual = trained(folder, OBJECTIVES[objective], dtype, GPU, **config)
+def checked_against_cpu(folder: Path, dtype: Dtype, objective: str, config: LearnerConfig) -> None:
+    expected, grads = trained(folder, OBJECTIVES[objective], "float32", "cpu", config)
+    batch, actual = trained(folder, OBJECTIVES[objective], dtype, GPU, config)
     exact = dtype == "float32"
     assert batch.loss == pytest.approx(expected.loss, rel=1e-4 if exact else 0.02, abs=1e-5 if exact else 5e-3)
     assert batch.aux_loss == pytest.approx(expected.aux_loss, rel=1e-4)
-    assert batch.tokens.keys() == expected.tokens.keys()
-    assert all(column.device.type == "cpu" for column in batch.tokens.values())
+    assert batch.tokens is not None and expected.tokens is not None
+    tokens, wanted = by_name(batch.tokens), by_name(expected.tokens)
+    assert tokens.keys() == wanted.keys()
+    assert all(values.device.type == "cpu" for values in tokens.values())
     for name in ("targets", "rollout_logprobs", "versions", "advantages", "old_logprobs"):
-        assert torch.equal(batch.tokens[name], expected.tokens[name]), name
+        assert torch.equal(tokens[name], wanted[name]), name
     for name in ("logprobs", "entropy"):
-        difference = (batch.tokens[name] - expected.tokens[name]).abs()
+        difference = (tokens[name] - wanted[name]).abs()
         assert float(difference.max()) <= (1e-4 if exact else 0.12), name
         assert float(difference.mean()) <= (1e-5 if exact else 0.01), name
     if exact:
         # A token at the edge of a clip may fall on either side.
-        for name in batch.tokens.keys() - {"weight"}:
-            assert error(batch.tokens[name].float(), expected.tokens[name].float()) <= 1e-4, name
+        for name in tokens.keys() - {"weight"}:
+            assert error(tokens[name].float(), wanted[name].float()) <= 1e-4, name
     together = error(*(torch.cat([g[name].flatten() for name in grads]) for g in (actual, grads)))
     assert together <= (1e-4 if exact else 0.04), together
     for name, gradient in grads.items():
@@ -176,12 +182,13 @@ def checked_against_cpu(folder: Path, dtype: Any, objective: str, **config: Any)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_steps_move_weights_and_masters_alike(folder: Path, dtype: Any):
+def test_steps_move_weights_and_masters_alike(folder: Path, dtype: Dtype):
     learner = Learner(str(folder), LearnerConfig(), dtype=dtype, device=GPU)
     before = [p.detach().clone() for p in learner.policy.parameters()]
     results = [learner.update(micro_batches(), OBJECTIVES["fused"], lr=1e-2) for _ in range(2)]
     assert all(result.taken and result.grad_norm > 0 for result in results)
-    for parameter, master, old in zip(learner.optimizer.parameters, learner.optimizer.masters, before, strict=True):
+    optimizer = learner.rank.optimizer
+    for parameter, master, old in zip(optimizer.parameters, optimizer.masters, before, strict=True):
         assert master.dtype == torch.float32 and torch.equal(parameter, master.to(parameter.dtype))
         assert not torch.equal(parameter, old)
 
@@ -243,7 +250,7 @@ def test_padded_attention_in_float32():
 
 
 def test_norm_rounds_once():
-    """bfloat16 in and out, float32 between: what the same norm gives in float32, rounded."""
+    """bfloat16 in and out, float32 between: the rounded result of the same norm in float32."""
     torch.manual_seed(0)
     norm = RMSNorm(576, 1e-5)
     torch.nn.init.normal_(norm.weight)
@@ -251,12 +258,12 @@ def test_norm_rounds_once():
     x = torch.randn(300, 576).bfloat16()
     expected = F.rms_norm(x.float(), (576,), norm.weight.float(), 1e-5).bfloat16()
     actual = norm.to(GPU)(x.to(GPU)).cpu()
-    assert float((actual == expected).float().mean()) > 0.99, "only what is halfway between two numbers may differ"
+    assert float((actual == expected).float().mean()) > 0.99, "only values halfway between two numbers may differ"
     torch.testing.assert_close(actual, expected, rtol=0.01, atol=0)
 
 
 def test_experts_fit_into_a_graph():
-    """No shape, launch or wait depends on what is chosen: a captured forward pass is right for other tokens."""
+    """No shape, launch or wait depends on the chosen experts: a captured forward pass is right for other tokens."""
     torch.manual_seed(0)
     moe = MoE(128, 96, 8, 2)
     for parameter in moe.parameters():
@@ -308,7 +315,7 @@ def test_experts_equal_those_of_a_cpu():
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Whatever reads from the GPU raises."""
+    """A read from the GPU raises."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -320,20 +327,20 @@ def no_waiting() -> Iterator[None]:
 def test_a_micro_batch_is_queued_without_waiting(folder: Path, objective: Objective):
     """Forward, loss, backward and collection of a pack above 4,096 tokens, in bfloat16."""
     learner = Learner(str(folder), LearnerConfig(), dtype="bfloat16", device=GPU)
-    (columns,) = pack(samples(500, 40), reduction="token", max_tokens=500, tokens_per_micro_batch=16384)
-    assert len(columns[0].tokens) > 4096
+    (mbs,) = pack(samples(500, 40), reduction="token", max_tokens=500, tokens_per_micro_batch=16384)
+    assert len(mbs[0].tokens) > 4096
     for attempt in range(2):
         # The first one compiles kernels and moves the decay slopes.
         torch.cuda.synchronize()
         with no_waiting() if attempt else nullcontext():
-            mb = to_device(columns[0], learner.ranks.device)
+            mb = to_device(mbs[0], learner.rank.mesh.device)
             output = learner.policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.max_seqlen)
-            loss, reported = micro_batch_loss(
+            loss, tokens = micro_batch_loss(
                 output.hidden, learner.policy.lm_head_weight, mb, objective, temperature=1.0
             )
             loss.backward()
-            learner.optimizer.collect()
-    assert all(bool(column.isfinite().all()) for column in reported.values())
+            learner.rank.optimizer.collect()
+    assert all(bool(values.isfinite().all()) for values in by_name(tokens).values())
 
 
 def test_logprobs_of_a_gpu(folder: Path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cispo.algorithms.dropped_tokens import DroppedTokens, would_drop
+from cispo.algorithms.dropped_tokens import DroppedTokens
 from cispo.metrics import (
     group_metrics,
     importance_metrics,
@@ -14,18 +14,29 @@ from cispo.metrics import (
     rollout_metrics,
     value_metrics,
 )
-from cispo.types import Completion, FinishReason, Prompt, Trajectory, TrajectoryGroup, Turn
+from cispo.types import Completion, FinishReason, Prompt, TokenStats, Trajectory, TrajectoryGroup, Turn
 
 
-def tokens(**columns: list[float]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+def tokens(
+    *, ratio: list[float], weight: list[float], advantages: list[float], targets: tuple[int, ...] | None = None
+) -> TokenStats:
+    """Tokens with an entropy of 1; values that the tests do not read are zeros."""
+    zeros = torch.zeros(len(ratio), dtype=torch.float64)
+    return TokenStats(
+        targets=torch.tensor(targets or [0] * len(ratio)),
+        logprobs=zeros,
+        rollout_logprobs=zeros,
+        versions=zeros.int(),
+        advantages=torch.tensor(advantages, dtype=torch.float64),
+        ratio=torch.tensor(ratio, dtype=torch.float64),
+        weight=torch.tensor(weight, dtype=torch.float64),
+        entropy=zeros + 1,
+    )
 
 
 def test_importance_metrics():
-    columns = tokens(
-        ratio=[12, 1.2, 0.5, 0.5, 1], weight=[5, 1.2, 0.8, 0.5, 0], advantages=[1, 1, -1, -1, -1], entropy=[1] * 5
-    )
-    m = importance_metrics(columns, would_drop(columns["ratio"], columns["advantages"]))
+    trained = tokens(ratio=[12, 1.2, 0.5, 0.5, 1], weight=[5, 1.2, 0.8, 0.5, 0], advantages=[1, 1, -1, -1, -1])
+    m = importance_metrics(trained)
     assert m["is/ratio_max"] == 12 and m["is/ratio_min"] == 0.5 and m["is/ratio_mean"] == pytest.approx(15.2 / 5)
     assert m["is/clip_frac"] == pytest.approx(2 / 5)  # one capped, one dropped
     assert m["is/clip_frac_posadv"] == 0.5 and m["is/clip_frac_negadv"] == pytest.approx(1 / 3)
@@ -39,10 +50,8 @@ def test_importance_metrics():
 def test_dropped_tokens_are_counted_by_token_and_sign():
     """Over two steps: token 7 is dropped twice by PPO's band (once more than by DAPO's), token 3 once with A < 0."""
     table = DroppedTokens()
-    ids = torch.tensor([7, 7, 3, 5])
-    columns = tokens(ratio=[12, 1.25, 0.5, 1], weight=[5, 1.25, 0, 1], advantages=[1, 1, -1, 1])
-    table.add({"targets": ids, **columns})
-    table.add({"targets": torch.tensor([9]), **tokens(ratio=[1.0], weight=[1], advantages=[1])})
+    table.add(tokens(targets=(7, 7, 3, 5), ratio=[12, 1.25, 0.5, 1], weight=[5, 1.25, 0, 1], advantages=[1, 1, -1, 1]))
+    table.add(tokens(targets=(9,), ratio=[1.0], weight=[1], advantages=[1]))
     assert table.rows(str) == [
         {
             "token": "7", "id": 7, "ppo_dropped": 2, "count": 2, "kept": 2,

@@ -20,7 +20,7 @@ def version_of(token: int) -> int:
 
 
 def sample(group: int, index: int, prompt: int, completion: int, advantage: float = 1.0) -> Sample:
-    """A sample whose tokens say where they are from."""
+    """A sample with token ids that encode their origin."""
     base = 10_000 * group + 100 * index
     ids = tuple(range(base, base + prompt + completion))
     turn = Turn(
@@ -39,8 +39,7 @@ def sample(group: int, index: int, prompt: int, completion: int, advantage: floa
 
 
 def test_the_shift():
-    (column,) = pack([sample(0, 0, 2, 2, 0.5)], reduction="token", max_tokens=8, tokens_per_micro_batch=64)
-    (mb,) = column
+    ((mb,),) = pack([sample(0, 0, 2, 2, 0.5)], reduction="token", max_tokens=8, tokens_per_micro_batch=64)
     assert mb.tokens.tolist() == [0, 1, 2] and mb.targets.tolist() == [1, 2, 3]
     assert mb.loss_mask.tolist() == [False, True, True]
     assert mb.rollout_logprobs.tolist() == pytest.approx([0, -0.02, -0.03])
@@ -77,14 +76,14 @@ REDUCTIONS: list[Reduction] = ["token", "prompt", "sequence", "sequence_sum", "c
     st.randoms(use_true_random=False),
 )
 def test_every_token_keeps_its_weight(shapes: list, reduction: Reduction, budget: int, ranks: int, rng: random.Random):
-    """Whatever the order, budget and ranks: the same tokens with the same weights, within the budget."""
+    """For any order, budget and ranks: the same tokens with the same weights, within the budget."""
     samples = [sample(group, number, prompt, completion) for number, (group, prompt, completion) in enumerate(shapes)]
 
     def weight_by_token(given: list[Sample], budget: int, ranks: int) -> dict[int, float]:
-        columns = pack(given, reduction=reduction, max_tokens=32, tokens_per_micro_batch=budget, ranks=ranks)
-        assert len(columns) == ranks
+        batches = pack(given, reduction=reduction, max_tokens=32, tokens_per_micro_batch=budget, ranks=ranks)
+        assert len(batches) == ranks
         found: dict[int, float] = {}
-        for mb in (mb for column in columns for mb in column):
+        for mb in (mb for of_rank in batches for mb in of_rank):
             assert len(mb.tokens) <= budget or len(mb.cu_seqlens) == 2
             assert int(mb.cu_seqlens[-1]) == len(mb.tokens)
             kept = mb.loss_mask.nonzero()[:, 0].tolist()
@@ -103,11 +102,11 @@ def test_every_token_keeps_its_weight(shapes: list, reduction: Reduction, budget
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=12), st.integers(8, 64))
 def test_unpack_undoes_pack(shapes: list, budget: int):
-    """What a pass says beside the token to predict comes back at that token, in the order of the samples."""
+    """A value beside the token to predict comes back at that token, in the order of the samples."""
     samples = [sample(0, number, prompt, completion) for number, (prompt, completion) in enumerate(shapes)]
-    columns = pack(samples, reduction="token", max_tokens=32, tokens_per_micro_batch=budget, ranks=2)
-    values = [[mb.targets.float() * mb.loss_mask for mb in column] for column in columns]
-    for s, row in zip(samples, unpack(columns, values, len(samples)), strict=True):
+    batches = pack(samples, reduction="token", max_tokens=32, tokens_per_micro_batch=budget, ranks=2)
+    values = [[mb.targets.float() * mb.loss_mask for mb in of_rank] for of_rank in batches]
+    for s, row in zip(samples, unpack(batches, values, len(samples)), strict=True):
         assert torch.equal(row, s.token_ids.float() * s.loss_mask)
 
 
@@ -117,7 +116,7 @@ def test_unpack_undoes_pack(shapes: list, budget: int):
     st.integers(8, 64),
 )
 def test_shared_prompts_are_read_once(shapes: list, budget: int):
-    """Distinct tokens give back all tokens and places; as many are left out as the copies of prompts have tokens."""
+    """The unique tokens give back all tokens and positions; the copies of prompts are left out."""
     samples = []
     for number, (group, prompt, completion) in enumerate(shapes):
         made = sample(group, number, prompt, completion)
@@ -127,26 +126,26 @@ def test_shared_prompts_are_read_once(shapes: list, budget: int):
     plain, shared = pack(samples, **options), pack(samples, **options, share_prompts=True)
     for before, mb in zip(sum(plain, []), sum(shared, []), strict=True):
         assert torch.equal(mb.tokens, before.tokens) and before.unique_index is None
-        prompts = [shapes[place][:2] for place in mb.sample_index]
+        prompts = [shapes[index][:2] for index in mb.sample_index]
         saved = sum(length for _, length in prompts) - sum(length for _, length in set(prompts))
         assert (mb.unique_index is None) == (saved == 0)
         if mb.unique_index is not None and mb.inverse is not None:
             assert len(mb.unique_index) == len(mb.tokens) - saved
-            for column in (mb.tokens, mb.positions):
-                assert torch.equal(column[mb.unique_index][mb.inverse], column)
+            for values in (mb.tokens, mb.positions):
+                assert torch.equal(values[mb.unique_index][mb.inverse], values)
 
 
 def test_ranks_are_balanced():
     rng = random.Random(0)
     samples = [sample(0, i, 4, rng.randint(1, 60)) for i in range(64)]
-    columns = pack(samples, reduction="token", max_tokens=64, tokens_per_micro_batch=512, ranks=4)
-    loads = [sum(len(mb.tokens) for mb in column) for column in columns]
+    batches = pack(samples, reduction="token", max_tokens=64, tokens_per_micro_batch=512, ranks=4)
+    loads = [sum(len(mb.tokens) for mb in of_rank) for of_rank in batches]
     assert max(loads) - min(loads) <= 64
 
 
 def test_a_rank_may_have_nothing():
-    columns = pack([sample(0, 0, 2, 3)], reduction="token", max_tokens=8, tokens_per_micro_batch=64, ranks=2)
-    assert [len(column) for column in columns] == [1, 0]
+    batches = pack([sample(0, 0, 2, 3)], reduction="token", max_tokens=8, tokens_per_micro_batch=64, ranks=2)
+    assert [len(of_rank) for of_rank in batches] == [1, 0]
 
 
 def test_demonstration():

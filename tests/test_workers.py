@@ -1,14 +1,15 @@
-"""Engines that fail are started again with the weights of the moment, whatever they were at, so many times at most."""
+"""Engines that fail in any call are restarted with the current weights, at most max_restarts times."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
+from cispo.engines.handle import EngineHandle
 from cispo.errors import Diverged, ProcessDied, RunError, UserError
+from cispo.learner.handle import LearnerHandle
 from cispo.types import Sampling
 from cispo.workers import Workers
 
@@ -16,7 +17,7 @@ SAMPLING = Sampling(max_tokens=4, eos_ids=(1,))
 
 
 class Engine:
-    """Answers with its own name; fails at the verbs in `fails`, once and for all."""
+    """Answers with its own name. Fails in the methods of `fails`, and in every call after that."""
 
     def __init__(self, name: str, fails: dict[str, Exception]) -> None:
         self.name, self.fails = name, fails
@@ -58,29 +59,35 @@ class Learner:
             self.worlds.append(args[0])
         return {"num_buckets": 1, "publish": "weights", "stage_bucket": Bucket()}.get(method)
 
+    async def ask(self, method: str) -> Any:
+        raise AssertionError("a learner is not asked")
+
+    def kill(self) -> None:
+        raise AssertionError("a learner is not killed")
+
 
 class Bucket:
     handles = None
 
 
 def workers(fails: list[list[dict[str, Exception]]], **keys: Any) -> tuple[Workers, list[list[Engine]]]:
-    """`fails[n]` are those of the engines that are started as number n, one after another; then all is well."""
+    """`fails[n][k]`: failing methods of the k-th engine that is started as number n; later engines do not fail."""
     made: list[list[Engine]] = [[] for _ in fails]
 
-    async def start(number: int) -> Engine:
+    async def start(number: int) -> EngineHandle:
         place = made[number]
         plan = fails[number][len(place)] if len(place) < len(fails[number]) else {}
         place.append(Engine(f"{number}.{len(place)}", plan))
         if "start" in plan:
             raise plan["start"]
-        return place[-1]
+        return EngineHandle(place[-1])
 
     return (
         Workers(
-            learners=cast(Any, [Learner()]),
+            learners=[LearnerHandle(Learner())],
             critics=[],
             engines=[],
-            start_engine=cast(Callable[[int], Any], start),
+            start_engine=start,
             weights_folder="",
             group_size=2,
             say=lambda _: None,
@@ -125,14 +132,14 @@ def test_of_several_calls_that_lose_an_engine_one_starts_it_again() -> None:
 
 @pytest.mark.parametrize("verb", ["join_broadcast", "receive_weights"])
 def test_a_broadcast_that_loses_both_engines_meets_anew(verb: str) -> None:
-    """Each is started again once, though each of them is found dead."""
+    """Each is restarted once, though the broadcast finds both dead."""
 
     async def run() -> None:
         group, made = workers([[{verb: DIED}], [{verb: DIED}]], transport="broadcast")
         await started(group, version=2)
         assert group.restarts == 2 and [len(place) for place in made] == [2, 2]
         assert [place[1].version for place in made] == [2, 2]
-        assert cast(Any, group.learners[0]).worlds[-1] == 3 and group.joined
+        assert cast(Learner, group.learners[0].remote).worlds[-1] == 3 and group.joined
 
     asyncio.run(run())
 

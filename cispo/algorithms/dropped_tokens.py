@@ -1,18 +1,19 @@
-"""Which tokens PPO's and DAPO's clip would have dropped: the "However, Wait, Aha" table of CISPO's paper, for any run.
+"""Tokens that PPO's and DAPO's clip would have dropped: the "However, Wait, Aha" table of CISPO's paper, for any run.
 
-A token is dropped where the clip gives it no gradient: a ratio beyond the band on the side of its advantage. The counts
-are of trained tokens (one for each time an update saw it), by token id, over a whole run.
+A token is dropped where the clip gives it no gradient: a ratio beyond the band on the side of its advantage. Trained
+tokens are counted by token id over a whole run, once for each update in which they took part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cispo.algorithms.losses import ppo_drops
+from cispo.types import TokenStats
 
 BANDS: dict[str, tuple[float, float]] = {"ppo": (0.2, 0.2), "dapo": (0.2, 0.28)}
 """Name -> (clip_low, clip_high)."""
@@ -30,26 +31,23 @@ def would_drop(ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
 
 @dataclass(slots=True)
 class DroppedTokens:
-    """Counts over a run, one row a vocabulary entry."""
+    """Counts over a run, indexed by token id."""
 
     counts: dict[str, Tensor] = field(default_factory=dict)
-    """Column -> [largest token id + 1] int64."""
+    """Name -> [largest token id + 1] int64."""
 
-    def add(self, tokens: Mapping[str, Tensor]) -> None:
-        """Takes the trained tokens [N] of a step: targets, ratio, weight and advantages."""
-        targets = tokens["targets"]
-        columns = {
-            "count": torch.ones_like(targets, dtype=torch.bool),
-            "kept": tokens["weight"] != 0,
-            **would_drop(tokens["ratio"], tokens["advantages"]),
+    def add(self, tokens: TokenStats) -> None:
+        """Counts the trained tokens of a step."""
+        masks = {
+            "count": torch.ones_like(tokens.targets, dtype=torch.bool),
+            "kept": tokens.weight != 0,
+            **would_drop(tokens.ratio, tokens.advantages),
         }
-        for name, chosen in columns.items():
-            new = torch.bincount(targets[chosen])
+        for name, mask in masks.items():
+            new = torch.bincount(tokens.targets[mask])
             old = self.counts.get(name, new.new_zeros(0))
             size = max(len(new), len(old))
-            self.counts[name] = torch.nn.functional.pad(old, (0, size - len(old))) + torch.nn.functional.pad(
-                new, (0, size - len(new))
-            )
+            self.counts[name] = _padded(old, size) + _padded(new, size)
 
     def rows(self, decode: Callable[[int], str], limit: int = 200) -> list[dict[str, int | str]]:
         """The tokens that PPO's clip would have dropped most often, with all counts, at most `limit`.
@@ -59,7 +57,7 @@ class DroppedTokens:
         if not self.counts:
             return []
         size = max(map(len, self.counts.values()))
-        table = {name: torch.nn.functional.pad(c, (0, size - len(c))) for name, c in self.counts.items()}
+        table = {name: _padded(counts, size) for name, counts in self.counts.items()}
         dropped = table["ppo_dropped_posadv"] + table["ppo_dropped_negadv"]
         order = dropped.argsort(descending=True, stable=True)[:limit].tolist()
         return [
@@ -67,8 +65,13 @@ class DroppedTokens:
                 "token": decode(i),
                 "id": i,
                 "ppo_dropped": int(dropped[i]),
-                **{name: int(column[i]) for name, column in table.items()},
+                **{name: int(counts[i]) for name, counts in table.items()},
             }
             for i in order
             if dropped[i] > 0
         ]
+
+
+def _padded(counts: Tensor, size: int) -> Tensor:
+    """Counts with zeros for the ids up to `size`."""
+    return torch.nn.functional.pad(counts, (0, size - len(counts)))

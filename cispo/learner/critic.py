@@ -1,4 +1,4 @@
-"""The critic: the learner's twin for PPO's value function, one data-parallel rank of it.
+"""The critic: one data-parallel rank of PPO's value function.
 
 micro-batches -> backbone and value head -> clipped value loss -> sum over ranks -> AdamW
 """
@@ -7,40 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cispo.algorithms.losses import value_loss
-from cispo.files import BackgroundSave, load_tensors, save_tensors
-from cispo.learner.optim import Optimizer
-from cispo.learner.parallel import join, leave, release_memory, to_device
-from cispo.policies.loading import load_policy
+from cispo.learner.parallel import join
+from cispo.learner.rank import Rank, total, trainable_policy
 from cispo.policies.value import ValueModel
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch
 from cispo.weights.publish import mapped_weights
 
-# Before the names of the value model's own tensors in a checkpoint.
-_MODEL = "model/"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CriticResult:
-    """What one optimizer step of the critic did."""
+    """One rank's report of an optimizer step."""
 
     loss: float
     """This rank's share; the ranks' shares add up."""
     grad_norm: float
     taken: bool
+    """False where the step was skipped because a gradient was not finite."""
 
 
 class Critic:
-    """One rank: a value model on a backbone of its own, and its optimizer."""
+    """One rank: a value model on a backbone of its own."""
 
     def __init__(
         self,
@@ -54,70 +48,50 @@ class Critic:
         world: int = 1,
         address: str = "",
     ) -> None:
-        self.config = config
-        self.max_grad_norm = learner.max_grad_norm
-        self._save: BackgroundSave | None = None
-        self.ranks = join(rank=rank, world=world, device=torch.device(device), address=address)
-        backbone = load_policy(folder, dtype=getattr(torch, dtype)).to(self.ranks.device)
-        backbone.gradient_checkpointing = learner.gradient_checkpointing
-        self.model = ValueModel(backbone).to(self.ranks.device).train()
-        self.optimizer = Optimizer(
-            self.model.named_parameters(),
-            betas=learner.betas,
-            eps=learner.eps,
-            weight_decay=learner.weight_decay,
-        )
+        self.value_clip = config.value_clip
+        mesh = join(rank=rank, world=world, device=torch.device(device), address=address)
+        self.model = ValueModel(trainable_policy(folder, learner, mesh, dtype)).to(mesh.device).train()
+        self.rank = Rank(self.model, learner, mesh, state_file="critic.safetensors", with_model=True)
 
     def load_backbone(self, path: str) -> None:
         """Takes the policy's published weights as the backbone: a critic starts from the policy after its warm-up."""
         self.model.backbone.load_hf(mapped_weights(path))
-        self.optimizer.reload_masters()
+        self.rank.optimizer.reload_masters()
 
-    @torch.no_grad()
     def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """V of the state in which each trained token was sampled, [T] a micro-batch, 0 where masked."""
-        batches = [to_device(mb, self.ranks.device) for mb in micro_batches]
-        values = [torch.where(mb.loss_mask, self._forward(mb), 0.0) for mb in batches]
-        return [column.cpu() for column in values]
+        batches = self.rank.to_device(micro_batches)
+        return self.rank.forward(batches, lambda mb: torch.where(mb.loss_mask, self._values(mb), 0.0))
 
     def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> CriticResult:
         """One optimizer step on this rank's micro-batches; every rank must call it, also with none."""
-        shares = []
-        for mb in (to_device(mb, self.ranks.device) for mb in micro_batches):
-            assert mb.values is not None and mb.returns is not None, "values and returns are not attached"
-            losses = value_loss(self._forward(mb), mb.values, mb.returns, mb.loss_mask, clip=self.config.value_clip)
-            loss = (losses * mb.loss_weights).sum()
-            loss.backward()
-            self.optimizer.collect()
-            shares.append(loss.detach())
-        self.ranks.sum(self.optimizer.gradients())
-        norm, taken = self.optimizer.step(lr, max_grad_norm=self.max_grad_norm)
-        total = float(torch.stack(shares).double().sum()) if shares else 0.0
-        return CriticResult(loss=total, grad_norm=norm, taken=taken)
+        losses = self.rank.backward(self.rank.to_device(micro_batches), self._loss)
+        norm, taken = self.rank.step(lr)
+        return CriticResult(loss=total(losses), grad_norm=norm, taken=taken)
 
     def start_save(self, folder: str) -> None:
-        """As the learner's: copies value model and optimizer, and writes them in the background."""
-        state = {f"{_MODEL}{name}": p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
-        state |= self.optimizer.state()
-        self._save = BackgroundSave(partial(save_tensors, state, Path(folder) / "training" / "critic.safetensors"))
+        """Copies value model and optimizer; a thread writes them."""
+        self.rank.start_save(folder)
 
     def saved(self, *, wait: bool) -> bool:
-        return self._save is None or self._save.done(wait=wait)
+        return self.rank.saved(wait=wait)
 
-    @torch.no_grad()
     def restore(self, checkpoint: str) -> None:
-        """Takes value model and optimizer from a checkpoint."""
-        state = load_tensors(Path(checkpoint) / "training" / "critic.safetensors")
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(state.pop(f"{_MODEL}{name}"))
-        self.optimizer.reload_masters()
-        self.optimizer.restore(state)
+        """Reads value model and optimizer from a checkpoint."""
+        self.rank.restore(checkpoint)
 
     def release_memory(self) -> None:
-        release_memory(self.ranks.device)
+        self.rank.mesh.release_memory()
 
     def close(self) -> None:
-        leave(self.ranks)
+        self.rank.mesh.leave()
 
-    def _forward(self, mb: MicroBatch) -> Tensor:
+    def _loss(self, mb: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss, with and without gradient."""
+        assert mb.values is not None and mb.returns is not None, "values and returns are not attached"
+        losses = value_loss(self._values(mb), mb.values, mb.returns, mb.loss_mask, clip=self.value_clip)
+        loss = (losses * mb.loss_weights).sum()
+        return loss, loss.detach()
+
+    def _values(self, mb: MicroBatch) -> Tensor:
         return self.model(mb.tokens, mb.positions, mb.cu_seqlens, mb.max_seqlen)

@@ -1,14 +1,15 @@
-"""From the hidden states of one micro-batch to its loss: in the LM head's own pass where no token looks at another.
+"""From the hidden states of one micro-batch to its loss, inside the LM head's own pass where the loss allows it.
 
-    hidden [T, d] --trained rows--> [N, d] --LM head--> logprobs --objective, loss_weights--> loss, columns [N]
+    hidden [T, d] --trained rows--> [N, d] --LM head--> logprobs --objective, loss_weights--> loss, TokenStats [N]
 
-Both ways give the same numbers. The fused one takes a loss that is declared `per_token`, some rows at a time, while
-their logits are alive: three products with the head. Any other loss gets all tokens of all sequences, for a fourth.
+Two forms with equal numbers. The fused one takes a loss that is declared `per_token` in chunks of rows, while their
+logits are alive: three products with the head. Any other loss gets all tokens of all sequences at the price of a
+fourth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +19,7 @@ from cispo.algorithms.objective import Objective
 from cispo.ops.logprobs import fused_token_loss, token_logprobs
 from cispo.policies.attention import Documents, SharedPrompts
 from cispo.policies.policy import Policy, PolicyOutput, RouterOutput
-from cispo.types import LossInputs, MicroBatch
-
-Columns = Mapping[str, Tensor]
-"""Name -> [N] over the trained tokens of a micro-batch, without gradient."""
+from cispo.types import LossInputs, MicroBatch, TokenStats
 
 
 def read(policy: Policy, mb: MicroBatch) -> PolicyOutput:
@@ -37,18 +35,18 @@ def read(policy: Policy, mb: MicroBatch) -> PolicyOutput:
 
 def micro_batch_loss(
     hidden: Tensor, head: Tensor, mb: MicroBatch, objective: Objective, *, temperature: float
-) -> tuple[Tensor, Columns]:
-    """This micro-batch's share of the loss, and what it reports: logprobs, entropy, ratio, weight and extras.
+) -> tuple[Tensor, TokenStats]:
+    """This micro-batch's share of the loss, and its trained tokens.
 
-    hidden [T, d] and head [V, d], which get the loss's gradient.
+    hidden [T, d] and head [V, d] get the loss's gradient.
     """
-    # With nothing to train on, only the whole form tells which columns the objective has.
-    take = _fused if objective.per_token and len(mb.loss_index) else _whole
-    return take(hidden, head, mb, objective, temperature)
+    # Without trained tokens the fused form never calls the objective, which alone knows the names of its `extra`.
+    form = _fused if objective.per_token and len(mb.loss_index) else _whole
+    return form(hidden, head, mb, objective, temperature)
 
 
 def trained_logprobs(hidden: Tensor, head: Tensor, mb: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of the trained tokens, [N] each; the head runs for no other."""
+    """Log-probability and entropy of the trained tokens, [N] each; the head runs on these rows only."""
     rows, targets = hidden.index_select(0, mb.loss_index), mb.targets.index_select(0, mb.loss_index)
     return token_logprobs(rows, head, targets, temperature=temperature)
 
@@ -60,43 +58,38 @@ def spread(values: Tensor, mb: MicroBatch) -> Tensor:
 
 def _whole(
     hidden: Tensor, head: Tensor, mb: MicroBatch, objective: Objective, temperature: float
-) -> tuple[Tensor, Columns]:
+) -> tuple[Tensor, TokenStats]:
     logprobs, entropy = trained_logprobs(hidden, head, mb, temperature=temperature)
-    result = objective(_loss_inputs(mb, spread(logprobs, mb), objective, lambda column: column, mb.cu_seqlens))
-    reported = {name: column.index_select(0, mb.loss_index) for name, column in _reported(result).items()}
+    result = objective(_loss_inputs(mb, spread(logprobs, mb), objective, lambda values: values, mb.cu_seqlens))
     loss = (result.loss * mb.loss_weights).sum()
-    return loss, {"logprobs": logprobs.detach(), "entropy": entropy, **reported}
+    trained = _each(result, lambda values: values.detach().index_select(0, mb.loss_index))
+    return loss, _stats(mb, logprobs.detach(), entropy, [trained])
 
 
 def _fused(
     hidden: Tensor, head: Tensor, mb: MicroBatch, objective: Objective, temperature: float
-) -> tuple[Tensor, Columns]:
-    parts: list[Columns] = []
+) -> tuple[Tensor, TokenStats]:
+    parts: list[LossOutput] = []
 
     def part_loss(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
         index = mb.loss_index[part]
-        # Without sequences: a loss that looks for them though it is declared per_token fails, and is not wrong.
-        none = mb.cu_seqlens[:0]
-        result = objective(_loss_inputs(mb, logprobs, objective, lambda column: column.index_select(0, index), none))
-        parts.append(_reported(result))
+        # Empty, so that a loss which reads sequences though it is declared per_token fails instead of being wrong.
+        no_sequences = mb.cu_seqlens[:0]
+        inputs = _loss_inputs(mb, logprobs, objective, lambda values: values.index_select(0, index), no_sequences)
+        result = objective(inputs)
+        parts.append(_each(result, Tensor.detach))
         return result.loss * mb.loss_weights.index_select(0, index)
 
     rows, targets = hidden.index_select(0, mb.loss_index), mb.targets.index_select(0, mb.loss_index)
     loss, logprobs, entropy = fused_token_loss(rows, head, targets, part_loss, temperature=temperature)
-    reported = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return loss, {"logprobs": logprobs, "entropy": entropy, **reported}
-
-
-def _reported(result: LossOutput) -> Columns:
-    columns = {"ratio": result.ratio, "weight": result.weight, **result.extra}
-    return {name: column.detach() for name, column in columns.items()}
+    return loss, _stats(mb, logprobs, entropy, parts)
 
 
 def _loss_inputs(
     mb: MicroBatch, logprobs: Tensor, objective: Objective, pick: Callable[[Tensor], Tensor], cu_seqlens: Tensor
 ) -> LossInputs:
-    """The objective's view of the tokens that `pick` takes of each column, [T] to as many as `logprobs` has."""
-    anchor = mb.rollout_logprobs if objective.anchor == "rollout" else mb.old_logprobs
+    """Arguments of the objective for `logprobs` [n]; `pick` maps a tensor [T] to the same n tokens."""
+    anchor = mb.rollout_logprobs if objective.ratio_anchor == "rollout" else mb.old_logprobs
     assert anchor is not None, "old_logprobs are not attached"
     return LossInputs(
         logprobs=logprobs,
@@ -107,4 +100,30 @@ def _loss_inputs(
         cu_seqlens=cu_seqlens,
         old_logprobs=None if mb.old_logprobs is None else pick(mb.old_logprobs),
         ref_logprobs=None if mb.ref_logprobs is None else pick(mb.ref_logprobs),
+    )
+
+
+def _each(result: LossOutput, function: Callable[[Tensor], Tensor]) -> LossOutput:
+    """The function applied to every tensor."""
+    extra = {name: function(values) for name, values in result.extra.items()}
+    return LossOutput(function(result.loss), function(result.ratio), function(result.weight), extra)
+
+
+def _stats(mb: MicroBatch, logprobs: Tensor, entropy: Tensor, results: Sequence[LossOutput]) -> TokenStats:
+    """The micro-batch's trained tokens; `results` are the objective's, one or several that follow each other."""
+
+    def trained(values: Tensor) -> Tensor:
+        return values.index_select(0, mb.loss_index)
+
+    return TokenStats(
+        targets=trained(mb.targets),
+        logprobs=logprobs,
+        rollout_logprobs=trained(mb.rollout_logprobs),
+        versions=trained(mb.versions),
+        advantages=trained(mb.advantages),
+        ratio=torch.cat([result.ratio for result in results]),
+        weight=torch.cat([result.weight for result in results]),
+        entropy=entropy,
+        old_logprobs=None if mb.old_logprobs is None else trained(mb.old_logprobs),
+        extra={name: torch.cat([result.extra[name] for result in results]) for name in results[0].extra},
     )

@@ -1,7 +1,7 @@
 """AdamW on float32 master weights, and the learning-rate schedule."""
 
 # pyright: reportPrivateImportUsage=false
-# torch has its operations on lists of tensors under names with an underscore, and documents them.
+# torch documents its operations on lists of tensors (_foreach_*) though their names begin with an underscore.
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def learning_rate(
     schedule: Literal["constant", "linear", "cosine"] = "constant",
     final_ratio: float = 0.0,
 ) -> float:
-    """Learning rate of update `step` (from 0) of `steps`: linear warm-up to peak, then to final_ratio * peak."""
+    """Learning rate of update `step` (from 0) of `steps`: linear warm-up to peak, then decay to final_ratio * peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
     progress = (step - warmup) / max(steps - 1 - warmup, 1)
-    fall = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (final_ratio + (1 - final_ratio) * fall)
+    remaining = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (final_ratio + (1 - final_ratio) * remaining)
 
 
 class Optimizer:
-    """AdamW with decay on matrices only, whose step is skipped where a gradient is not finite.
+    """AdamW with weight decay on matrices only; a step with a gradient that is not finite is skipped.
 
-    Gradients are collected in float32 over micro-batches. Weights of a lower precision are copies of float32 masters:
-    a learning rate of 1e-6 is far below the spacing of bfloat16 numbers and would change nothing.
+    Gradients are summed in float32 over micro-batches. Weights of a lower precision are copies of float32 masters: a
+    learning rate of 1e-6 is far below the spacing of bfloat16 numbers and would change nothing.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Optimizer:
         eps: float,
         weight_decay: float,
     ) -> None:
-        """`parameters` have names, under which their state is saved."""
+        """`parameters` are (name, parameter) pairs; the state is saved under the names."""
         named = list(parameters)
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
@@ -66,36 +66,36 @@ class Optimizer:
 
     @torch.no_grad()
     def reload_masters(self) -> None:
-        """Takes the weights that were put into the parameters from outside."""
+        """Copies the parameters into their masters, after new weights were loaded into the parameters."""
         if self.copies:
             torch._foreach_copy_([m for _, m in self.copies], [p for p, _ in self.copies])
 
     def state(self) -> dict[str, Tensor]:
-        """Moments, step counts and float32 masters under "name/what": copies on the CPU, which no later step changes.
+        """Moments, step counts and float32 masters under "parameter/entry": copies on the CPU.
 
         A parameter without an update has no moments yet.
         """
         found: dict[str, Tensor] = {}
         copied = {id(m) for _, m in self.copies}
         for name, master in zip(self.names, self.masters, strict=True):
-            found |= {f"{name}/{what}": value for what, value in self.adam.state[master].items()}
+            found |= {f"{name}/{entry}": value for entry, value in self.adam.state[master].items()}
             if id(master) in copied:
                 found[f"{name}/master"] = master
         return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from what `state` gave. Raises UserError where it belongs to other parameters."""
-        places = dict(zip(self.names, self.masters, strict=True))
+        """Sets moments, step counts and masters from a result of `state`. Raises UserError for other parameters'."""
+        masters = dict(zip(self.names, self.masters, strict=True))
         for key, value in state.items():
-            name, _, what = key.rpartition("/")
-            if name not in places or (what != "step" and value.shape != places[name].shape):
+            name, _, entry = key.rpartition("/")
+            if name not in masters or (entry != "step" and value.shape != masters[name].shape):
                 raise UserError(f"the checkpoint's optimizer has {key} {list(value.shape)}, which this policy has not")
-            master = places[name]
-            if what == "master":
+            master = masters[name]
+            if entry == "master":
                 master.copy_(value)
             else:
-                self.adam.state[master][what] = value.to(master.device, copy=True)
+                self.adam.state[master][entry] = value.to(master.device, copy=True)
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -114,7 +114,7 @@ class Optimizer:
             torch._foreach_add_(sums, addends)
 
     def gradients(self) -> list[Tensor]:
-        """Every master's gradient, zeros where a parameter had no part in the loss."""
+        """Every master's gradient; zeros where the loss does not depend on the parameter."""
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -123,7 +123,7 @@ class Optimizer:
     def step(self, lr: float, *, max_grad_norm: float) -> tuple[float, bool]:
         """One update; returns the gradient norm before clipping and whether the step was taken.
 
-        The norm is the only thing that is read from the device.
+        Only the norm is read from the device.
         """
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
         taken = math.isfinite(norm)

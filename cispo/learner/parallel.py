@@ -1,4 +1,4 @@
-"""Device and process group of a learner rank: the one place that knows whether this is a CPU or a GPU."""
+"""Process group and device of the learner ranks; no other file of the learner knows whether this is a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """One rank's place among the data-parallel learners.
+class Mesh:
+    """The ranks that train one model, from the view of one of them: all data-parallel, each with a whole copy.
 
-    Example: Ranks(rank=0, world=2, device=torch.device("cpu"))
+    Example: Mesh(rank=0, world=2, device=torch.device("cpu"))
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
     host: str = LOOPBACK
-    """Rank 0's machine, as the others reach it."""
+    """Address of rank 0's machine."""
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its sum over the ranks, in one collective."""
@@ -39,8 +39,18 @@ class Ranks:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def leave(self) -> None:
+        """Ends this rank's membership in the process group."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
-def join(*, rank: int, world: int, device: torch.device, address: str) -> Ranks:
+    def release_memory(self) -> None:
+        """Returns cached memory of torch's allocator to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def join(*, rank: int, world: int, device: torch.device, address: str) -> Mesh:
     """Enters the process group at `address` (tcp://host:port of rank 0's machine): gloo on a CPU, nccl on a GPU."""
     host, port = host_and_port(address, 0) if address else (LOOPBACK, 0)
     if world > 1:
@@ -50,23 +60,13 @@ def join(*, rank: int, world: int, device: torch.device, address: str) -> Ranks:
             store = TCPStore(host, port, world, False, timeout=_TIMEOUT)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_TIMEOUT)
-    return Ranks(rank=rank, world=world, device=device, host=host)
-
-
-def leave(ranks: Ranks) -> None:
-    if ranks.world > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+    return Mesh(rank=rank, world=world, device=device, host=host)
 
 
 def to_device(mb: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on the device; itself on a CPU. A GPU gets them without being waited for."""
+    """The micro-batch with its tensors on the device, itself on a CPU; copies to a GPU do not block the host."""
     if device.type == "cpu":
         return mb
-    columns = {field.name: getattr(mb, field.name) for field in fields(mb)}
-    moved = {k: v.pin_memory().to(device, non_blocking=True) for k, v in columns.items() if isinstance(v, Tensor)}
+    values = {field.name: getattr(mb, field.name) for field in fields(mb)}
+    moved = {k: v.pin_memory().to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
     return replace(mb, **moved)
-
-
-def release_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -1,14 +1,14 @@
-"""Where rollouts wait for the learner: how far sampling may run ahead, and in which order its results are taken.
+"""The queue between sampling and learning: the bound on staleness, and the order of batches.
 
     submit --> [ ticket 7 | ticket 8 | ticket 9 ... ] --> take(P) --> one batch
                each a prompt (or a whole batch) being sampled and scored, with the version it was submitted under
 
-A ticket that is submitted under version v is trained on under version v + max_staleness at the latest. With
-max_staleness 0 nothing runs ahead: a batch is one ticket, submitted when it is asked for, so a run repeats bit for bit.
+A ticket submitted under version v is trained on under version v + max_staleness at the latest. With max_staleness 0
+nothing runs ahead: a batch is one ticket, submitted when it is taken, so a run repeats bit for bit.
 
-Order is first in, first out inside a window: a finished ticket may overtake at most `window` prompts that were
-submitted before it. Without the window the slowest completion holds everybody up; without its bound the batches would
-be made of what is quick to sample, and long completions would come late and stale (windowed FIFO in MiniMax's Forge).
+The order is first in, first out inside a window: a finished ticket may overtake at most `window` prompts submitted
+before it. Without the window the slowest completion would hold up every batch; without its bound, batches would consist
+of short completions, and long ones would come late and stale (windowed FIFO of MiniMax's Forge).
 """
 
 from __future__ import annotations
@@ -16,14 +16,30 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypedDict
 
-from cispo.rollout.rollout import Rollouts
-from cispo.rollout.stored import rollouts_from_json, rollouts_to_json
+from cispo.rollout.rollout import Rollouts, rollouts_from_json, rollouts_to_json
 from cispo.types import Prompt
 
-Produce = Callable[[Sequence[Prompt], int], Coroutine[Any, Any, Rollouts]]
+Produce = Callable[[Sequence[Prompt], int], Coroutine[object, None, Rollouts]]
 """(prompts, number of the ticket) -> their scored groups."""
+
+
+class FinishedTicket(TypedDict):
+    """A finished ticket in a checkpoint."""
+
+    deadline: int
+    prompts: list[int]
+    rollouts: Mapping[str, object]
+
+
+class BufferState(TypedDict):
+    """A buffer in a checkpoint; prompts are named by their ids."""
+
+    submitted: int
+    finished: list[FinishedTicket]
+    unfinished: list[list[int]]
+    """The prompts of each ticket still being sampled: a resumed run samples them anew."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +47,7 @@ class Ticket:
     """Prompts that are sampled and scored together."""
 
     number: int
-    """Since the start of the run: its place in the order; seeds come from it."""
+    """Its place in the order, from the start of the run; its seed is derived from it."""
     prompts: list[Prompt]
     deadline: int
     """The last version that may train on it."""
@@ -44,12 +60,12 @@ class Buffer:
 
     produce: Produce
     next_prompts: Callable[[int], list[Prompt]]
-    """Takes so many prompts from the stream, or none once it has ended."""
+    """The next n prompts of the stream; none once it has ended."""
     batch: int
-    """P: the prompts that one version trains on."""
+    """P: prompts that one version trains on."""
     max_staleness: int = 0
     window: int = 0
-    """How many prompts a finished one may overtake, at most max_staleness * batch."""
+    """Prompts that a finished one may overtake, at most max_staleness * batch."""
     tickets: list[Ticket] = field(default_factory=list)
     """Submitted and not yet taken, in order."""
     submitted: int = 0
@@ -57,24 +73,25 @@ class Buffer:
 
     @property
     def ahead(self) -> int:
-        """Prompts that are sampled beyond those that are asked for.
+        """Prompts submitted beyond the batch being taken.
 
-        max_staleness batches less the window: a prompt that is overtaken is trained on that much later.
+        max_staleness batches less the window: being overtaken delays a prompt by up to the window.
         """
         return self.max_staleness * self.batch - self.window
 
     @property
     def waiting(self) -> int:
-        """Prompts that are submitted and not yet taken."""
+        """Prompts submitted and not yet taken."""
         return sum(len(t.prompts) for t in self.tickets)
 
     async def take(self, count: int, *, version: int, left: int) -> Rollouts:
-        """The next `count` prompts' groups, to be trained on under `version`; `left` prompts may be taken in all.
+        """The groups of the next `count` prompts, to be trained on under `version`.
 
-        Raises what sampling or scoring raised, also of a ticket that is not due yet.
+        At most `left` prompts are taken from here to the end of the run, this batch included. An exception of sampling
+        or scoring is raised as soon as its ticket fails, due or not.
         """
         self._submit(min(count + self.ahead, left) - self.waiting, version)
-        # What was submitted is on its way to the engines before the driver is busy with what is finished already.
+        # New tickets reach the engines before the driver is busy with finished ones.
         await asyncio.sleep(0)
         taken: list[Ticket] = []
         missing = count
@@ -94,7 +111,7 @@ class Buffer:
     def _submit(self, count: int, version: int) -> None:
         if count <= 0:
             return
-        # A synchronous batch is sampled as a whole; ahead of the learner every prompt goes its own way.
+        # A synchronous batch is one ticket; ahead of the learner every prompt is a ticket of its own.
         size = count if self.max_staleness == 0 else 1
         prompts = self.next_prompts(count)
         for start in range(0, len(prompts), size):
@@ -109,7 +126,7 @@ class Buffer:
         self.submitted += 1
 
     def _next(self, version: int, missing: int) -> Ticket | None:
-        """The first finished ticket inside the window that leaves enough time for what is due earlier."""
+        """The first finished ticket inside the window that leaves enough time for tickets with earlier deadlines."""
         for ticket in self.tickets:
             if ticket.number > self.tickets[0].number + self.window:
                 return None
@@ -118,9 +135,9 @@ class Buffer:
         return None
 
     def _leaves_time(self, ticket: Ticket, version: int, missing: int) -> bool:
-        """Whether all that is due earlier can still be trained on in time once this ticket has taken its place.
+        """Whether every ticket with an earlier deadline can still meet it once this one has been taken.
 
-        The first ticket always does: deadlines never fall along the order.
+        Always true of the first ticket: deadlines never fall along the order.
         """
         room, due = missing - len(ticket.prompts), 0
         for other in self.tickets:
@@ -135,8 +152,8 @@ class Buffer:
             if ticket.result.done():
                 ticket.result.result()
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: finished groups whole, and which prompts were being sampled."""
+    def state(self) -> BufferState:
+        """JSON for a checkpoint: finished groups whole, and the prompts being sampled."""
         return {
             "submitted": self.submitted,
             "finished": [
@@ -151,8 +168,8 @@ class Buffer:
             "unfinished": [[p.id for p in t.prompts] for t in self.tickets if not t.result.done()],
         }
 
-    def restore(self, state: Mapping[str, Any], *, prompts: Sequence[Prompt], version: int) -> None:
-        """Goes on from a checkpoint: what was unfinished is sampled anew, under the weights of `version`."""
+    def restore(self, state: BufferState, *, prompts: Sequence[Prompt], version: int) -> None:
+        """Continues from a checkpoint; unfinished tickets are sampled anew, under the weights of `version`."""
         self.submitted = state["submitted"]
         loop = asyncio.get_running_loop()
         for entry in state["finished"]:
@@ -163,7 +180,7 @@ class Buffer:
             self._start([prompts[i] for i in ids], version + self.max_staleness)
 
     async def close(self) -> None:
-        """Gives up what is still being sampled."""
+        """Cancels all tickets."""
         for ticket in self.tickets:
             ticket.result.cancel()
         await asyncio.gather(*(t.result for t in self.tickets), return_exceptions=True)

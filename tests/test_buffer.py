@@ -1,6 +1,6 @@
-"""The buffer between sampling and learning: the bound on staleness, the order, and what a checkpoint keeps of it.
+"""The buffer between sampling and learning: the bound on staleness, the order, and its state in a checkpoint.
 
-Time is simulated: moments at which sampling ends take the place of waiting, so that thousands of schedules run.
+Time is simulated: the ends of sampling are moments on a clock, without waiting, so that thousands of schedules run.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ class Simulation:
         return rollouts(prompts, version)
 
     async def drive(self, until: asyncio.Future | None, at: float | None = None) -> None:
-        """Lets time pass until a future is done, or until a moment."""
+        """Moves the clock until a future is done, or to a moment."""
         while True:
-            for _ in range(6):  # lets everything that can run, run
+            for _ in range(6):  # yields to all tasks that are ready
                 await asyncio.sleep(0)
             if until is not None and until.done():
                 return
@@ -146,7 +146,7 @@ def test_staleness_never_exceeds_the_bound(seed: int, batch: int, max_staleness:
 
 
 def test_sampling_does_run_ahead_and_short_ones_do_overtake():
-    """What the bound allows is used: lags above 0, and with a window another order than without."""
+    """The freedom within the bound is used: lags above 0, and with a window another order than without."""
 
     async def order(window: int) -> tuple[list[int], float, float]:
         simulation = Simulation(random.Random(3), 4, 2, window)
@@ -187,7 +187,7 @@ def test_a_checkpoint_keeps_what_is_finished_and_samples_the_rest_again():
 
 
 def test_an_error_ends_the_wait_at_once():
-    """Also that of a prompt that is not due yet, while the one that is due takes for ever."""
+    """Also the error of a ticket that is not due, while the one due never ends."""
 
     async def produce(prompts: Sequence[Prompt], ticket: int) -> Rollouts:
         if ticket == 3:

@@ -1,4 +1,4 @@
-"""Curricula: length stages and thresholds as functions, what `show` says, and whole runs that follow them."""
+"""Curricula: length stages and thresholds as functions, the words of `show`, and whole runs that follow them."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def test_a_run_follows_the_stages_and_draws_by_difficulty(tmp_path: Path):
     for row in rows[1:]:
         assert row["length/p99"] <= row["curriculum/max_tokens"] and row["grad_norm"] > 0
         assert row["curriculum/pass_rate"] == 0 and row["curriculum/dropped_frac"] == 0
-        # A prompt that was tried in vain counts for less than one that was not tried.
+        # A prompt tried in vain has a smaller weight than one not tried.
         assert 18 < row["curriculum/effective_prompts"] < 20
-    # So short a policy ends hardly any completion by itself: the limit shows, and an evaluation has none of it.
+    # After so short a warm-up hardly any completion ends by itself: the limit of the stage shows in training alone.
     longest = [row["length/p99"] for row in rows[1:]]
     assert longest[:3] == [2, 5, 5] and longest[3] > 5 and rows[0]["eval/length"] > 5
     for step, most in enumerate((2, 5, 5, 16), start=1):

@@ -1,4 +1,4 @@
-"""The stream of prompts: equal observations give equal streams, restored or not; what is dropped stays away."""
+"""The stream of prompts: equal observations give equal streams, restored or not; dropped prompts stay away."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompts(n: int, text: str = "") -> list[Prompt]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What a run does to its source: takes (a number) and observations (prompt, right of GROUP attempts)."""
+    """A run's calls of its source: takes (a number) and observations (prompt, right of GROUP attempts)."""
 
     size: int
     keys: dict[str, Any]
@@ -41,7 +41,7 @@ class Script:
 
 
 def play(source: PromptSource, events: Sequence[int | tuple[int, int]], *, piece: int = 100) -> list[int]:
-    """Ids of what the takes of `events` gave; a take is split into pieces of at most `piece`."""
+    """Ids taken by the takes of `events`; a take is split into pieces of at most `piece`."""
     taken: list[int] = []
     for event in events:
         if isinstance(event, tuple):
@@ -66,10 +66,10 @@ def scripts(draw: st.DrawFn, weightings: Sequence[Weighting] = ("uniform", "diff
     return Script(size=size, keys=keys, events=events)
 
 
-# Today's order, to which every run without a curriculum can be compared
+# The order of every run without a curriculum
 
 
-def test_plain_epochs_are_those_of_earlier_runs():
+def test_plain_epochs_have_a_fixed_order():
     ids = [p.id for p in PromptSource(prompts(8), 3).take(20)]
     assert ids == [3, 7, 2, 5, 1, 0, 4, 6, 4, 2, 7, 3, 5, 0, 1, 6, 1, 7, 2, 5]
 
@@ -105,7 +105,7 @@ def test_a_restored_source_goes_on_as_if_nothing_had_happened(script: Script, da
     cut = data.draw(st.integers(0, len(script.events)))
     source, restored = script.source(), script.source()
     play(source, script.events[:cut])
-    # The other one has a past of its own, of which nothing must stay.
+    # The other source has a past of its own, and no trace of it may stay.
     play(restored, script.events[cut:])
     text = json.dumps(source.state_dict())
     restored.load_state_dict(json.loads(text))
@@ -117,7 +117,7 @@ def test_a_restored_source_goes_on_as_if_nothing_had_happened(script: Script, da
 
 @given(script=scripts())
 def test_dropped_prompts_never_come_back(script: Script):
-    """Whatever a later group says; and a source without prompts gives none."""
+    """Later groups do not bring them back; and a source with every prompt dropped gives none."""
     source, dropped = script.source(), set[int]()
     for event in script.events:
         if isinstance(event, tuple):
@@ -167,7 +167,7 @@ def test_epochs_with_drops_against_a_loop_over_every_position(script: Script):
 
 
 def test_epochs_with_nearly_everything_dropped():
-    """More prompts than are looked at together; three are left."""
+    """More prompts than one window holds; three are left."""
     size = 10_000
     source = PromptSource(prompts(size), seed=5, drop_above=1.0)
     for index in set(range(size)) - {17, 4711, 9999}:
@@ -182,7 +182,7 @@ def test_epochs_with_nearly_everything_dropped():
 
 @given(script=scripts(weightings=["difficulty"]))
 def test_draws_against_one_sort_a_pass(script: Script):
-    """Each pass sorts the arrivals of all prompts that are left, with the weights of its first draw."""
+    """Each pass sorts the arrivals of all remaining prompts, with the weights of its first draw."""
     keys, last, dropped = script.keys, dict[int, int](), set[int]()
     expected: list[int] = []
     queue: list[int] = []

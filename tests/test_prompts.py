@@ -7,7 +7,6 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -43,14 +42,14 @@ def user_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "user_tasks"
 
 
-def load(source: object, args: Mapping[str, Any] | None = None, *, split: str = "train", limit: int | None = None):
+def load(source: object, args: Mapping[str, object] | None = None, *, split: str = "train", limit: int | None = None):
     return load_rows(str(source), split, args or {}, limit, "data")
 
 
-def refusal(source: object, args: Mapping[str, Any] | None = None, **options: Any) -> str:
+def refusal(source: object, args: Mapping[str, object] | None = None, *, split: str = "train") -> str:
     """The sentence of the UserError that loading a source gives."""
     with pytest.raises(UserError) as raised:
-        load(source, args, **options)
+        load(source, args, split=split)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 

@@ -42,7 +42,7 @@ def variant(folder: Path, config: dict[str, object], post_processor: object = No
 
 @given(text=printable)
 def test_every_printable_text_survives(renderer: Renderer, text: str) -> None:
-    text = text.replace("<", "")  # the name of a special token in a text is that token
+    text = text.replace("<", "")  # the name of a special token is read as that token
     ids = renderer.render([{"role": "user", "content": text}])
     assert len(ids) == len(text)
     assert renderer.decode(ids) == text

@@ -151,7 +151,7 @@ def test_names_tell_functions_apart() -> None:
         ("crashes", "crashed its process (SIGSEGV) on prompt 17, completion 1"),
         ("nan", "returned nan on prompt 17, completion 1"),
         ("text", "returned '1.0', which is not a number but a str on prompt 17, completion 1"),
-        ("pair", "returned a tuple that is not (number, dict of extra columns) on prompt 17, completion 1"),
+        ("pair", "returned a tuple that is not (number, dict of extra values) on prompt 17, completion 1"),
         ("short", "returned 2 values for 3 completions on prompt 17"),
         ("number_for_group", "returned a float, not a list of 3 numbers on prompt 17"),
         ("async_raises", "raised ZeroDivisionError: division by zero on prompt 17, completion 1 (user_code.py, line "),
@@ -350,11 +350,20 @@ def test_no_process_outlives_its_driver(
     assert gone(worker) and gone(child)
 
 
-def test_driver_side_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, cispo.rollout.rewards, cispo.rollout.prompts, cispo.rollout.renderer\n"
-        "print({'torch', 'transformers', 'datasets', 'reasoning_gym', 'numpy'} & set(sys.modules))"
-    )
+HEAVY = {"torch", "transformers", "datasets", "reasoning_gym", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (["rewards", "prompts", "renderer"], HEAVY),
+        (["reward_worker"], HEAVY | {"pydantic", "rich", "cispo.recipe.schema", "cispo.types"}),
+    ],
+    ids=["driver", "worker"],
+)
+def test_both_sides_import_nothing_heavy(modules: list[str], heavy: set[str]) -> None:
+    names = ", ".join(f"cispo.rollout.{module}" for module in modules)
+    code = f"import sys, {names}\nprint({heavy} & set(sys.modules))"
     root = Path(__file__).parents[1]
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.strip() == "set()"

@@ -156,9 +156,9 @@ async def _logprob_gap(
         trajectory = Trajectory(group_id=number, index=0, turns=(turn,), text="", reward=0.0)
         group = TrajectoryGroup(prompt=prompts[number // 4], trajectories=(trajectory,))
         samples += to_samples(group)
-    columns = pack_for(recipe, samples, "token")
-    values = await workers.logprobs(columns)
-    pairs = [(mb, v) for column, vs in zip(columns, values, strict=True) for mb, v in zip(column, vs, strict=True)]
+    batches = pack_for(recipe, samples, "token")
+    logprobs = await workers.logprobs(batches)
+    pairs = [(mb, v) for own, vs in zip(batches, logprobs, strict=True) for mb, v in zip(own, vs, strict=True)]
     return torch.cat([(v - mb.rollout_logprobs)[mb.loss_mask] for mb, v in pairs])
 
 

@@ -21,7 +21,7 @@ from cispo.recipe.schema import Recipe
 from cispo.rollout.prompts import prompts_of
 from cispo.rollout.renderer import load_tokenizer, renderer_of
 from cispo.rollout.rewards import rewards_of
-from cispo.rollout.rollout import roll_out, sampling_of
+from cispo.rollout.rollout import RolloutSetup, roll_out, sampling_of
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
 from cispo.start import chosen_policy, running_workers
@@ -30,7 +30,7 @@ from cispo.workers import Workers
 
 
 def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | None) -> None:
-    """`cispo evaluate`: sampling accuracy of one policy on the held-out prompts, as a table and one JSON line."""
+    """`cispo evaluate`: sampling accuracy of one policy on the held-out prompts, as one JSON line."""
     recipe = load_recipe(path, overrides)
     need(recipe, "eval", "reward")
     policy = chosen_policy(recipe, checkpoint)
@@ -43,10 +43,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
         async with _engines_only(recipe, policy) as workers:
             metrics, _ = await evaluate(
                 prompts,
+                RolloutSetup(generate=workers.generate, renderer=renderer, rewards=rewards),
                 samples=recipe.train.eval_samples,
-                generate=workers.generate,
-                renderer=renderer,
-                rewards=rewards,
                 sampling=sampling_of(recipe, renderer),
                 seed=seed_of(recipe.seed, "eval"),
             )
@@ -87,10 +85,8 @@ def generate(
         async with _engines_only(recipe, policy) as workers:
             rollouts = await roll_out(
                 [asked],
+                RolloutSetup(generate=workers.generate, renderer=renderer, rewards=rewards),
                 group_size=number,
-                generate=workers.generate,
-                renderer=renderer,
-                rewards=rewards,
                 sampling=sampling_of(recipe, renderer),
                 seed=seed_of(recipe.seed, "generate"),
             )

@@ -1,4 +1,4 @@
-"""`cispo show`: what a recipe will do."""
+"""`cispo show`: a recipe resolved, its algorithm in words, its processes and memory."""
 
 from __future__ import annotations
 

@@ -1,53 +1,54 @@
-"""What a curriculum computes: how often a prompt is drawn, when it is dropped, how long a completion may be."""
+"""The arithmetic of a curriculum: weights of prompts, the threshold that drops them, stages of completion length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cispo.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from cispo.recipe.schema import Curriculum
+from cispo.recipe.schema import Curriculum, Recipe
 
 
 def difficulty_weights(right: NDArray[np.int64], attempts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[N]: p (1 - p) with p = (right + 1) / (attempts + 2), the mean of a uniform prior after these attempts.
+    """[N]: p (1 - p) with p = (right + 1) / (attempts + 2), the posterior mean under a uniform prior.
 
-    p (1 - p) is the variance of a right-or-wrong reward: what a group of such a prompt has to compare. The prior keeps
-    every weight above 0, and gives a prompt without attempts the largest, 1/4.
+    p (1 - p) is the variance of a right-or-wrong reward, the signal in a group of the prompt. The prior keeps every
+    weight above 0 and gives a prompt without attempts the largest, 1/4.
     """
     p = (right + 1) / (attempts + 2)
     return p * (1 - p)
 
 
 def effective_number(weights: NDArray[np.float64]) -> float:
-    """(sum w)^2 / sum w^2: of how many prompts equally weighted draws would be as spread out; 0 without prompts."""
+    """(sum w)^2 / sum w^2 (Kish's effective sample size): the number of equal weights as spread out; 0 for none."""
     return float(weights.sum() ** 2 / np.square(weights).sum()) if len(weights) else 0.0
 
 
 def enough(right: int, attempts: int, drop_above: float) -> bool:
     """Whether a group's pass rate is at or above the threshold.
 
-    A quotient is rounded as the recipe's decimal number is, so 7 of 10 is at 0.7; 0.7 * 10 need not be 7.
+    The quotient is rounded as the recipe's decimal number is, so 7 of 10 is at 0.7; 0.7 * 10 need not be 7.
     """
     return right / attempts >= drop_above
 
 
 def max_tokens_at(step: int, *, stages: Sequence[tuple[int, int]], max_tokens: int) -> int:
-    """Most tokens of a completion that is sampled for a training step: the last stage that has begun by then.
+    """Most tokens of a completion sampled for a training step: the last stage begun by then.
 
-    `stages` are (first step, tokens) pairs in ascending order, the first at step 0; without any it is `max_tokens`.
+    `stages` are (first step, tokens) pairs in ascending order, the first at step 0; without stages it is `max_tokens`.
     """
     begun = [tokens for start, tokens in stages if start <= step]
     return begun[-1] if begun else max_tokens
 
 
+def max_tokens_of(recipe: Recipe, step: int) -> int:
+    """`max_tokens_at` a training step (the first is 1) with the recipe's stages."""
+    return max_tokens_at(step, stages=recipe.curriculum.length_stages, max_tokens=recipe.rollout.max_tokens)
+
+
 def describe_curriculum(keys: Curriculum, *, group_size: int, max_tokens: int) -> list[tuple[str, str]]:
-    """(item, words) rows: what each key that is set does to a run; none where none is set."""
+    """(item, words) rows: the effect on a run of each key that is set."""
     rows = []
     if keys.weighting == "difficulty":
         rows.append(
@@ -70,8 +71,3 @@ def describe_curriculum(keys: Curriculum, *, group_size: int, max_tokens: int) -
         stages = ", ".join(f"{tokens} tokens from step {start}" for start, tokens in keys.length_stages)
         rows.append(("longest completion", f"{stages}; in evaluations {max_tokens}"))
     return rows
-
-
-def max_tokens_of(recipe: Recipe, step: int) -> int:
-    """Most tokens of a completion that is sampled for a training step (the first is 1)."""
-    return max_tokens_at(step, stages=recipe.curriculum.length_stages, max_tokens=recipe.rollout.max_tokens)

@@ -1,9 +1,9 @@
-"""The order in which a run meets its prompts: shuffled epochs or draws by difficulty, and which never come back.
+"""The order of a run's prompts: shuffled epochs or draws by difficulty, without the dropped ones.
 
-    take(n) -> prompts -> rollouts -> observe(prompt, right, attempts) -> pass rates -> what is taken next
+    take(n) -> prompts -> rollouts -> observe(prompt, right, attempts) -> pass rates -> the next take
 
-All of it is a function of the seed, the takes and the observations, in their order: the same ones give the same
-prompts, and a state restores them.
+The stream is a function of the seed and of the sequence of takes and observations: the same sequence gives the same
+prompts, and a saved state continues it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,14 +26,14 @@ from cispo.types import Prompt
 
 Weighting = Literal["uniform", "difficulty"]
 
-# Positions looked at together: most prompts of a long run may be dropped, and none is worth a Python step.
+# Positions examined together by numpy: most prompts of a long run may be dropped, too many for a Python loop.
 _WINDOW = 4096
 
 
 class PassRates:
-    """What the last group of every prompt gave, [N] each, and the prompts that are dropped because of it.
+    """Right attempts and attempts in the last group of every prompt, [N] each, and the prompts dropped for them.
 
-    The last group alone: the policy moves, and what an earlier one did on a prompt is no estimate of what it does now.
+    Only the last group counts: the policy moves, and an earlier policy's pass rate does not estimate today's.
     """
 
     def __init__(self, size: int, drop_above: float | None) -> None:
@@ -42,7 +42,7 @@ class PassRates:
         self.attempts = np.zeros(size, dtype=np.int64)
         self.dropped = np.zeros(size, dtype=bool)
         self.left = size
-        """Prompts that are not dropped."""
+        """Prompts not dropped."""
 
     def observe(self, index: int, right: int, attempts: int) -> None:
         self.right[index], self.attempts[index] = right, attempts
@@ -51,7 +51,7 @@ class PassRates:
             self.left -= 1
 
     def mean(self) -> float | None:
-        """Over the prompts that have had a group, dropped ones included."""
+        """Mean pass rate of the prompts that have had a group, dropped ones included."""
         seen = self.attempts > 0
         return float((self.right[seen] / self.attempts[seen]).mean()) if seen.any() else None
 
@@ -74,7 +74,7 @@ class PassRates:
 
 
 class Epochs:
-    """Every epoch is one shuffle that depends on nothing but the seed and the epoch; dropped prompts are skipped."""
+    """Every epoch is one shuffle, a function of seed and epoch alone; dropped prompts are skipped."""
 
     def __init__(self, size: int, seed: int, shuffle: bool) -> None:
         self.size, self.seed, self.shuffle = size, seed, shuffle
@@ -99,27 +99,32 @@ class Epochs:
             self._epoch, self._order = epoch, np.array(order, dtype=np.int64)
         return self._order
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.position = state["position"]
+
+
+class _DrawsState(TypedDict):
+    passes: int
+    pending: list[int]
 
 
 class Draws:
     """Passes of `pass_size` draws by difficulty, without replacement inside a pass.
 
-    A pass is an exponential race: prompt i arrives at E_i / w_i with E_i ~ Exp(1) from (seed, pass), and the first ones
-    are taken in the order of arrival. That is drawing one by one with chances proportional to the weights of those
-    that are left (Efraimidis and Spirakis, 2006). The weights are those at the start of the pass.
+    A pass is an exponential race: prompt i arrives at E_i / w_i with E_i ~ Exp(1) from (seed, pass), and the first
+    `pass_size` are taken in the order of arrival. This equals drawing one by one with probabilities proportional to
+    the weights of the remaining prompts (Efraimidis and Spirakis, 2006). The weights are those at the pass's start.
     """
 
     def __init__(self, size: int, seed: int, pass_size: int) -> None:
         self.size, self.seed, self.pass_size = size, seed, pass_size
         self.passes = 0
-        """How many were begun."""
+        """Passes begun."""
         self.pending: list[int] = []
-        """What is left of the last one, in order."""
+        """The rest of the last pass, in order."""
 
     def take(self, n: int, rates: PassRates) -> list[int]:
         chosen: list[int] = []
@@ -140,15 +145,15 @@ class Draws:
         first = np.argpartition(arrivals, count - 1)[:count]
         return left[first[np.argsort(arrivals[first])]].tolist()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> _DrawsState:
         return {"passes": self.passes, "pending": list(self.pending)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: _DrawsState) -> None:
         self.passes, self.pending = state["passes"], list(state["pending"])
 
 
 class PromptSource:
-    """A stream of prompts: endless, unless `drop_above` takes the last one out of it."""
+    """A stream of prompts, endless unless `drop_above` drops every prompt."""
 
     def __init__(
         self,
@@ -160,7 +165,7 @@ class PromptSource:
         weighting: Weighting = "uniform",
         pass_size: int = 1,
     ) -> None:
-        """`prompts[i].id` must be i. `shuffle` is of the uniform order, `pass_size` of the one by difficulty."""
+        """`prompts[i].id` must be i. `shuffle` applies to uniform weighting, `pass_size` to weighting by difficulty."""
         assert prompts, "load_rows refuses an empty dataset"
         assert all(prompt.id == index for index, prompt in enumerate(prompts)), "an id is a position in the dataset"
         self.prompts, self.seed, self.weighting = prompts, seed, weighting
@@ -179,20 +184,19 @@ class PromptSource:
         return [] if self.exhausted else [self.prompts[index] for index in self._order.take(n, self.rates)]
 
     def observe(self, prompt_id: int, *, right: int, attempts: int) -> None:
-        """Says how many of a finished group's attempts at a prompt were right. Call it once a group, in a fixed order.
+        """Records the right attempts of a finished group. Call it once a group, in a fixed order.
 
-        A prompt whose pass rate, right / attempts of its last group, is at or above `drop_above` is not taken again,
-        whatever a group of it that is still on its way will say.
+        A prompt with a pass rate, right / attempts, at or above `drop_above` is never taken again; later groups of it
+        that were already being sampled do not bring it back.
         """
         assert 0 <= right <= attempts and attempts > 0
         self.rates.observe(prompt_id, right, attempts)
 
     def metrics(self) -> dict[str, float]:
-        """Nothing for plain epochs; else curriculum/...
+        """Empty for plain epochs; else curriculum/...
 
-        dropped_frac: share of the prompts that are dropped. pass_rate: mean over the prompts that have had a group, of
-        the pass rate in their last one. effective_prompts: `effective_number` of the weights with which the prompts
-        that are left are drawn.
+        dropped_frac: share of the prompts that are dropped. pass_rate: mean pass rate in the last group, over the
+        prompts that have had one. effective_prompts: `effective_number` of the weights of the remaining prompts.
         """
         rates = self.rates
         if rates.drop_above is None and self.weighting == "uniform":
@@ -208,19 +212,19 @@ class PromptSource:
         metrics["curriculum/effective_prompts"] = effective_number(weights)
         return metrics
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Plain JSON; its size grows with the number of prompts that have had a group."""
         return {**self._identity(), "order": self._order.state_dict(), "rates": self.rates.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken. UserError if it belongs to another dataset, seed or weighting."""
+        """Continues from `state`, a `state_dict`. UserError if it belongs to another dataset, seed or weighting."""
         for name, here in self._identity().items():
             if state[name] != here:
                 raise UserError(f"the checkpoint's prompts have {name} {state[name]}, this run's have {name} {here}")
         self._order.load_state_dict(state["order"])
         self.rates.load_state_dict(state["rates"])
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, int | str]:
         return {
             "size": len(self.prompts),
             "seed": self.seed,
@@ -230,17 +234,17 @@ class PromptSource:
 
     @functools.cached_property
     def _digest(self) -> str:
-        """Of all messages: a pass rate must not be carried over to another prompt at the same position."""
+        """Hash of all messages: a pass rate must not be carried over to another prompt at the same position."""
         digest = hashlib.blake2b(digest_size=8)
         for prompt in self.prompts:
-            # Content that is not JSON counts by its type, since its text may hold an address.
+            # Content outside of JSON counts by its type: its text may hold a memory address.
             text = json.dumps(prompt.messages, default=lambda value: type(value).__name__, skipkeys=True)
             digest.update(text.encode())
         return digest.hexdigest()
 
 
 def prompt_source_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptSource:
-    """The stream of the training prompts, in the order of the recipe's seed and curriculum."""
+    """The stream of the training prompts, ordered by the recipe's seed and curriculum."""
     return PromptSource(
         prompts,
         seed_of(recipe.seed, "prompts"),

@@ -1,6 +1,6 @@
 """From a dataset's name to prompts.
 
-    source --load_rows--> rows --build_prompts--> prompts --PromptSource.take--> the P prompts of a step
+    source --load_rows--> rows --build_prompts--> prompts --check_length--> prompts --PromptSource--> P prompts a step
 
 A row is a plain dict. Its columns fill the prompt's template and reach the reward functions by name.
 """
@@ -15,7 +15,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Data, Recipe
@@ -23,7 +23,12 @@ from cispo.rollout.renderer import Renderer
 from cispo.types import Message, Prompt
 from cispo.user_code import is_hub_id, load_object
 
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
+
 Row = dict[str, Any]
+Args = Mapping[str, Any]
+"""A dataset's own arguments in the recipe."""
 
 REASONING_GYM = "reasoning_gym:"
 JSON_SUFFIXES = (".jsonl", ".json")
@@ -32,15 +37,32 @@ SEED_STRIDE = 1_000_000
 """reasoning_gym draws item i of seed s from s + i: without a stride, seeds 0 and 1 would share all but one item."""
 
 
-def load_rows(source: str, split: str, args: Mapping[str, Any], limit: int | None, key: str) -> list[Row]:
+def prompts_of(data: Data, key: str, renderer: Renderer, recipe: Recipe) -> list[Prompt]:
+    """The prompts of a recipe section, each short enough for the context."""
+    prompts = build_prompts(load_rows(data.source, data.split, data.args, data.limit, key), data.prompt, key)
+    for prompt in prompts:
+        check_length(len(renderer.render(prompt.messages)), recipe, f"{key}: prompt {prompt.id}")
+    return prompts
+
+
+def check_length(length: int, recipe: Recipe, name: str) -> None:
+    """UserError unless `length` tokens leave room in the context for at least one more."""
+    room = recipe.rollout.max_context - 1
+    if length > room:
+        raise UserError(
+            f"{name} has {length} tokens; rollout.max_context {recipe.rollout.max_context} leaves room for {room}"
+        )
+
+
+def load_rows(source: str, split: str, args: Args, limit: int | None, key: str) -> list[Row]:
     """The rows of a dataset, at most `limit` of them.
 
     `source` is one of
-        module:function        called with `args` (and with `split`, if it has such a parameter); gives dicts
+        module:function        called with `args` (and with `split` if it has that parameter); gives dicts
         reasoning_gym:TASK     a procedural task; `args` are size, seed and the task's own parameters
         FILE                   .jsonl, .json or .parquet
-        FOLDER or OWNER/NAME   whatever `datasets.load_dataset` reads; `args` go to it
-    `key` is the recipe key of the dataset ("data.train"). UserError when it cannot be read, or has no row.
+        FOLDER or OWNER/NAME   read by `datasets.load_dataset` with `args`
+    `key` is the recipe key of the dataset ("data.train"). UserError when it cannot be read or has no rows.
     """
     if source.startswith(REASONING_GYM):
         rows = _reasoning_gym_rows(source.removeprefix(REASONING_GYM), split, args, key)
@@ -70,7 +92,7 @@ def _existing(source: str, key: str) -> Path:
 
 
 def _json_rows(path: Path, key: str) -> Iterator[Row]:
-    """Read by `json`, not by `datasets`: that turns the answer "2024-01-01" into a datetime, and names no line."""
+    """Read by `json`: `datasets` would turn the answer "2024-01-01" into a datetime, and its errors name no line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,7 +107,7 @@ def _json_rows(path: Path, key: str) -> Iterator[Row]:
         for number, value in enumerate(values, start=1):
             yield _as_row(value, f"{key}: row {number} of '{path}'")
         return
-    # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
+    # Not splitlines(), which also splits at U+2028 and its like: JSON strings may hold them unescaped.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -96,8 +118,8 @@ def _json_rows(path: Path, key: str) -> Iterator[Row]:
         yield _as_row(value, f"{key}: '{path}' line {number}")
 
 
-def _local_rows(path: Path, split: str, args: Mapping[str, Any], key: str) -> list[Row]:
-    """A parquet file or a folder, through `datasets` with a cache of its own: nothing is left behind or goes stale."""
+def _local_rows(path: Path, split: str, args: Args, key: str) -> list[Row]:
+    """A parquet file or a folder, through `datasets` with a temporary cache: nothing stays behind or goes stale."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -113,7 +135,7 @@ def _local_rows(path: Path, split: str, args: Mapping[str, Any], key: str) -> li
             raise UserError(f"{key}: cannot read '{path}', split '{split}': {reason}") from error
 
 
-def _hub_rows(source: str, split: str, args: Mapping[str, Any], key: str) -> Iterable[Row]:
+def _hub_rows(source: str, split: str, args: Args, key: str) -> Iterable[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -123,7 +145,7 @@ def _hub_rows(source: str, split: str, args: Mapping[str, Any], key: str) -> Ite
         raise UserError(f"{key}: cannot load '{source}', split '{split}', from the hub: {error}") from error
 
 
-def _function_rows(source: str, split: str, args: Mapping[str, Any], key: str) -> Iterator[Row]:
+def _function_rows(source: str, split: str, args: Args, key: str) -> Iterator[Row]:
     function = load_object(source, key)
     try:
         parameters = inspect.signature(function).parameters
@@ -144,12 +166,12 @@ def _function_rows(source: str, split: str, args: Mapping[str, Any], key: str) -
             yield _as_row(value, f"{key}: row {number} of {source}")
     except UserError:
         raise
-    # This ran the user's code: whatever it raised is the reason to report.
+    # User code may raise anything.
     except Exception as error:
         raise UserError(f"{key}: {source} raised {type(error).__name__}: {error}") from error
 
 
-def _as_row(value: Any, where: str) -> Row:
+def _as_row(value: object, where: str) -> Row:
     if not isinstance(value, Mapping):
         raise UserError(f"{where} is not an object with columns but a {type(value).__name__}")
     return dict(value)
@@ -158,23 +180,23 @@ def _as_row(value: Any, where: str) -> Row:
 def in_split(problem: str, split: str) -> bool:
     """Whether a generated problem belongs to a split: a hash of its text puts it in "train" or in every other split.
 
-    Half of all problems are on each side, so that train and held-out problems are disjoint whatever their seeds are.
+    Half of all problems are on each side, so that train and held-out problems are disjoint for all seeds.
     """
     return hashlib.sha256(problem.encode()).digest()[0] % 2 == (split == "train")
 
 
-def _reasoning_gym_rows(task: str, split: str, args: Mapping[str, Any], key: str) -> Iterator[Row]:
-    """Rows with the columns question and answer, the item's metadata, and what `rewards.gym:score` needs.
+def _reasoning_gym_rows(task: str, split: str, args: Args, key: str) -> Iterator[Row]:
+    """Rows with the columns question and answer, the item's metadata, and those that `rewards.gym:score` takes.
 
-    `item` stays as Python made it, since two tasks (arc_agi, rearc) tell tuples from lists when they score.
+    `item` keeps its Python types: two tasks (arc_agi, rearc) tell tuples from lists when they score.
     """
     params = {name: value for name, value in args.items() if name not in ("size", "seed")}
     size, seed = int(args.get("size", 500)), int(args.get("seed", 0))
-    # A split holds half of the problems, so that this many items are enough unless the task has very few problems.
+    # A split holds half of the problems: this many items are enough unless the task has very few problems.
     items = 4 * size + 100
     if size < 1 or items > SEED_STRIDE or seed < 0:
         raise UserError(f"{key}: {REASONING_GYM}{task} needs a size of 1 to {SEED_STRIDE // 5} and a seed of 0 or more")
-    dataset = reasoning_gym_dataset(task, {**params, "size": items, "seed": seed * SEED_STRIDE}, key)
+    dataset = _reasoning_gym_dataset(task, {**params, "size": items, "seed": seed * SEED_STRIDE}, key)
     found = 0
     for index in range(items):
         item = dataset[index]
@@ -188,7 +210,7 @@ def _reasoning_gym_rows(task: str, split: str, args: Mapping[str, Any], key: str
     raise UserError(f"{key}: {REASONING_GYM}{task} has only {found} problems in split '{split}' among {items} items")
 
 
-def reasoning_gym_dataset(task: str, args: Mapping[str, Any], key: str) -> Any:
+def _reasoning_gym_dataset(task: str, args: Args, key: str) -> ProceduralDataset:
     """reasoning_gym's dataset for a task; UserError when the task or one of its parameters does not exist."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
@@ -212,7 +234,7 @@ def build_prompts(rows: Sequence[Row], template: str | None, key: str) -> list[P
     """One prompt a row; its id is the row's position.
 
     The messages are the column `messages` if there is one, else `template` filled with the columns as one user message,
-    else the column `prompt` (text or messages). UserError naming the column that is missing or has the wrong type.
+    else the column `prompt` (text or messages). UserError names the column that is missing or has the wrong type.
     """
     return [
         Prompt(id=index, messages=_messages(row, template, f"{key}: row {index}"), columns=row)
@@ -238,7 +260,7 @@ def _messages(row: Row, template: str | None, where: str) -> tuple[Message, ...]
     return _checked_messages(row["prompt"], f"{where}: column 'prompt'")
 
 
-def _checked_messages(value: Any, where: str) -> tuple[Message, ...]:
+def _checked_messages(value: object, where: str) -> tuple[Message, ...]:
     messages = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
         raise UserError(f"{where} must be a list of messages with role and content, not {value!r:.80}")
@@ -247,19 +269,3 @@ def _checked_messages(value: Any, where: str) -> tuple[Message, ...]:
 
 def _available(row: Row) -> str:
     return f"its columns are {', '.join(map(str, row)) or 'none'}"
-
-
-def prompts_of(data: Data, key: str, renderer: Renderer, recipe: Recipe) -> list[Prompt]:
-    """A section's prompts, every one of them short enough for the context."""
-    prompts = build_prompts(load_rows(data.source, data.split, data.args, data.limit, key), data.prompt, key)
-    for prompt in prompts:
-        check_length(len(renderer.render(prompt.messages)), recipe, f"{key}: prompt {prompt.id}")
-    return prompts
-
-
-def check_length(length: int, recipe: Recipe, name: str) -> None:
-    room = recipe.rollout.max_context - 1
-    if length > room:
-        raise UserError(
-            f"{name} has {length} tokens; rollout.max_context {recipe.rollout.max_context} leaves room for {room}"
-        )

@@ -1,7 +1,8 @@
 """Between messages and token ids: the one place where text is tokenised.
 
-Prompts and demonstrations are rendered here; what the policy samples stays token ids, and is decoded only to be scored
-and read.
+    messages --render--> prompt ids --engine--> sampled ids --decode--> text for rewards and logs
+
+Sampled tokens are never tokenised again: training uses the ids of the engine.
 """
 
 from __future__ import annotations
@@ -19,37 +20,37 @@ from cispo.user_code import is_hub_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Classes that are nothing but tokenizer.json: loading them by name spares the import of AutoTokenizer (and of torch).
+# Classes fully described by tokenizer.json: loading them by name spares the import of AutoTokenizer (and of torch).
 _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 class Renderer:
-    """Renders with a tokenizer's chat template, or, where it has none, with the messages' plain contents in a row.
+    """Renders with a tokenizer's chat template or, where it has none, by concatenating the messages' contents.
 
     Example: Renderer(load_tokenizer("recipes/tokenizers/chars")).render([{"role": "user", "content": "2,1>"}])
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """UserError when the tokenizer has no end-of-sequence token: nothing would end a completion."""
+        """UserError when the tokenizer has no end-of-sequence token: no completion would end."""
         self.tokenizer = tokenizer
         self.eos_ids = _eos_ids(tokenizer)
-        bos: Any = tokenizer.bos_token_id
-        # Whether a tokenizer adds its bos is a flag here and a post-processor there: asking it is the only sure way.
-        self._prefix = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        bos = tokenizer.bos_token_id
+        # Some tokenizers add their bos by a flag, others by a post-processor: only an encoded text tells.
+        self._prefix = [bos] if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else []
 
     def render(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt as token ids, up to where the policy's turn begins."""
+        """The prompt as token ids, up to the beginning of the policy's turn."""
         if self.tokenizer.chat_template is not None:
             from jinja2 import TemplateError
 
+            # Any: transformers declares string values alone, though contents may be lists.
+            conversation: list[dict[str, Any]] = [dict(message) for message in messages]
             try:
-                text = self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-                )
+                text = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
             except TemplateError as error:
                 name = self.tokenizer.name_or_path
                 raise UserError(f"the chat template of '{name}' refuses a prompt: {error}") from error
-            # The template has written the special tokens already.
+            # The template writes the special tokens.
             return self._encode(str(text))
         return self._prefix + self._encode("".join(_content(message) for message in messages))
 
@@ -67,8 +68,15 @@ class Renderer:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
+def renderer_of(recipe: Recipe) -> Renderer:
+    """The renderer of the policy's tokenizer: policy.tokenizer, else the one of policy.model."""
+    folder = recipe.policy.tokenizer or recipe.policy.model
+    assert folder is not None
+    return Renderer(load_tokenizer(folder))
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or of a model on the hub; UserError when there is none."""
+    """The tokenizer of a folder or of a model on the hub; UserError when there is none."""
     folder = Path(path)
     if not folder.is_dir() and not is_hub_id(str(path)):
         raise UserError(f"the tokenizer folder '{path}' does not exist")
@@ -81,15 +89,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             return PreTrainedTokenizerFast.from_pretrained(str(path))
         from transformers import AutoTokenizer
 
-        # Not even asked for: code in a tokenizer's folder is never run.
+        # Code in a tokenizer's folder is never run, and the user is not asked.
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    # `tokenizers` itself raises a bare Exception for a tokenizer.json that it cannot read.
+    # `tokenizers` raises a bare Exception for a tokenizer.json that it cannot read.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load the tokenizer of '{path}': {reason:.300}") from error
 
 
-def _class_name(folder: Path) -> str:
+def _class_name(folder: Path) -> object:
     config = folder / "tokenizer_config.json"
     return _read_object(config).get("tokenizer_class", "") if config.exists() else ""
 
@@ -105,7 +113,7 @@ def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(dict.fromkeys([eos, *others]))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -118,9 +126,3 @@ def _content(message: Message) -> str:
     if not isinstance(content, str):
         raise UserError(f"a message holds {type(content).__name__} where a tokenizer without chat template needs text")
     return content
-
-
-def renderer_of(recipe: Recipe) -> Renderer:
-    folder = recipe.policy.tokenizer or recipe.policy.model
-    assert folder is not None
-    return Renderer(load_tokenizer(folder))

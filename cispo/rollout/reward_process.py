@@ -1,4 +1,4 @@
-"""The driver's end of one reward worker: starting it, giving it jobs, and finding out what it died of."""
+"""The driver's end of one reward worker: its start, its jobs, and the cause of its death."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from cispo.rollout.reward_worker import (
     frame,
     receive,
     send,
+    unframe,
 )
 
-# Beyond twice the limit of a call: a worker whose own watchdog works has ended itself by then, also on a busy machine.
+# Beyond twice the limit of a call: by then a working watchdog has ended the worker, on a busy machine too.
 _SLACK_SECONDS = 10.0
 
 _BOOT = "import sys; sys.path[:] = {path!r}; from cispo.rollout.reward_worker import main; main({socket}, {black_box})"
 
 
 class WorkerDied(Exception):
-    """The process ended; `suspects` is how many jobs were in it."""
+    """The process ended; `suspects` is the number of jobs in it."""
 
     def __init__(self, process: WorkerProcess, suspects: int) -> None:
         super().__init__(f"reward worker ended with {suspects} jobs")
@@ -47,21 +48,21 @@ class WorkerDied(Exception):
 
     @property
     def killed(self) -> bool:
-        """Whether it was ended from outside, and not for the time that it took."""
+        """Whether it was ended from outside, and not for its run time."""
         return self._exit_code == -signal.SIGKILL and not self._timed_out
 
     def failure(self, job: Job) -> Failure:
-        """What happened, if it was this job."""
+        """The report of the death as a failure of this job."""
         job_id, function, completion = self._last_call
         if job_id != job.id:
             function, completion = job.functions[0], -1
-        what = self.how(self._setup.timeout)
+        problem = self.how(self._setup.timeout)
         if self._timed_out and self._setup.asynchronous:
-            what = f"blocked the event loop of the async rewards for more than {self._setup.timeout:g} s"
-        return Failure(function, completion, what, _line_of_user_code(self._report), self._timed_out)
+            problem = f"blocked the event loop of the async rewards for more than {self._setup.timeout:g} s"
+        return Failure(function, completion, problem, _line_of_user_code(self._report), self._timed_out)
 
     def how(self, limit: float) -> str:
-        """The end of the process as the end of a sentence; `limit` is the time it had, in seconds."""
+        """The end of the process as a predicate; `limit` is its time limit in seconds."""
         if self._timed_out:
             return f"did not finish within {limit:g} s"
         if self._exit_code < 0:
@@ -70,10 +71,13 @@ class WorkerDied(Exception):
 
 
 class WorkerProcess:
-    """A running worker that has imported its functions. Starting one blocks until it has."""
+    """A running worker with imported functions."""
 
     def __init__(self, setup: Setup) -> None:
-        """UserError naming a recipe key when it cannot import them, WorkerDied when it ends while it does."""
+        """Starts the process and blocks until its functions are imported.
+
+        UserError naming a recipe key when an import fails, WorkerDied when the process ends during one.
+        """
         self.setup = setup
         self.alive = True
         self._jobs: dict[int, asyncio.Future[Reply]] = {}
@@ -88,9 +92,9 @@ class WorkerProcess:
                 [sys.executable, "-c", _BOOT.format(path=sys.path, socket=fds[0], black_box=fds[1])],
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
-                # Out of the reach of Ctrl-C, which the driver handles; and a group that can be killed as a whole.
+                # Ctrl-C reaches the driver alone, and the worker's process group can be killed as a whole.
                 start_new_session=True,
-                # The same order of sets and dicts of strings in every worker; one thread, since there are many workers.
+                # The same order of sets of strings in every worker; one thread each, for there are many workers.
                 env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ},
             )
         self.signatures = self._first_answer().signatures
@@ -100,7 +104,7 @@ class WorkerProcess:
         self._socket.settimeout(START_SECONDS)
         try:
             send(self._socket, self.setup)
-            ready: Ready = receive(self._socket)
+            ready = receive(self._socket, Ready)
         except (EOFError, OSError) as error:
             raise self._autopsy() from error
         if ready.error is not None:
@@ -109,7 +113,7 @@ class WorkerProcess:
         return ready
 
     async def run(self, job: Job) -> Reply:
-        """The worker's answer to a job; WorkerDied when it ended instead. Several jobs may be under way at once."""
+        """The worker's answer to a job; WorkerDied when it ended instead. Several jobs may run at once."""
         try:
             message = frame(job)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -120,7 +124,7 @@ class WorkerProcess:
             async with self._sending:
                 await loop.sock_sendall(self._socket, message)
         except OSError:
-            # It died; reading finds that out as well, and what of.
+            # The worker died: reading notices as well, and reports the cause.
             pass
         if self._reader is None or self._reader.done():
             self._reader = loop.create_task(self._read())
@@ -131,7 +135,7 @@ class WorkerProcess:
             self._jobs.pop(job.id, None)
 
     async def _watch(self, answer: asyncio.Future[Reply]) -> None:
-        """Waits for an answer; ends a process that has begun no call for so long that its watchdog must be stuck."""
+        """Waits for an answer; ends a process that has begun no call for longer than a working watchdog allows."""
         before = None
         while not answer.done():
             await asyncio.wait({answer}, timeout=2 * self.setup.timeout + _SLACK_SECONDS)
@@ -143,7 +147,7 @@ class WorkerProcess:
     async def _read(self) -> None:
         while self._jobs:
             try:
-                reply: Reply = pickle.loads(await self._receive(HEADER.unpack(await self._receive(HEADER.size))[0]))
+                reply = unframe(await self._receive(HEADER.unpack(await self._receive(HEADER.size))[0]), Reply)
             except (EOFError, OSError):
                 self._reader = None
                 return self._bury()
@@ -168,26 +172,26 @@ class WorkerProcess:
                 answer.set_exception(death)
 
     def read_black_box(self) -> tuple[tuple[int, int, int], str]:
-        """(job, function, completion) of the last call, and the traceback that was written when it ended, if any."""
+        """(job, function, completion) of the last call, and the traceback written at the process's end, if any."""
         content = os.pread(self._black_box.fileno(), 1 << 16, 0)
         return LAST_CALL.unpack_from(content), content[LAST_CALL.size :].decode(errors="replace")
 
     def kill(self) -> None:
-        """Ends the worker, whatever it is at, with the processes that its functions started."""
+        """Ends the worker at once, with the processes that its functions started."""
         if self.alive:
             self._autopsy()
 
     def _autopsy(self) -> WorkerDied:
         self.alive = False
         try:
-            # A process that is ending by itself keeps its own exit code.
+            # A process already ending keeps its own exit code.
             os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
         self.process.wait()
         death = WorkerDied(self, len(self._jobs))
         if self._reader is not None and not self._reader.done():
-            # Before the socket is closed: the loop knows it by a number that the next worker's socket may get.
+            # Before the socket is closed: the loop knows it by its number, which the next worker's socket may get.
             self._reader.get_loop().remove_reader(self._socket)
             self._reader.cancel()
         self._socket.close()
@@ -196,9 +200,10 @@ class WorkerProcess:
 
 
 def _line_of_user_code(report: str) -> str:
-    """Where faulthandler's traceback shows a reward function: "file, line N", or "" if there is no traceback.
+    """The reward function's place in faulthandler's traceback as "file, line N"; "" without a traceback.
 
-    Of the frames above ours in the main thread, the last one is the function's; the first one in the same file counts.
+    Frames come innermost first: the last one above ours in the main thread is the function, and the first one in the
+    function's file is the line to name.
     """
     for section in report.split("(most recent call first):"):
         lines: list[tuple[str, str]] = re.findall(r'^  File "([^"]*)", line (\d+)', section, re.MULTILINE)

@@ -1,9 +1,9 @@
-"""Running reward functions: in processes of their own, with a time limit, several weighted ones, errors accounted for.
+"""Weighted reward functions, run in worker processes with a time limit.
 
     Attempts (prompt, G texts) --> worker processes (`cispo.rollout.reward_worker`) --> G Scores, or None: group dropped
 
-Plain functions run in a pool of workers that take one group at a time. Async ones run in one worker more, whose event
-loop runs the calls of all groups side by side. A worker that a function kills or outstays its time in is replaced.
+Plain functions run in a pool of workers, one group at a time each. Async functions of all groups run side by side on
+the event loop of one further worker. A worker that a function kills, or in which one exceeds its time, is replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Recipe
@@ -34,13 +34,13 @@ class RewardFunction:
 
     fn: str
     weight: float = 1.0
-    args: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments; they go before dataset columns of the same name."""
+    args: Mapping[str, object] = field(default_factory=dict)
+    """Keyword arguments; they take precedence over dataset columns of the same name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempts:
-    """What is scored: the G completions of one prompt, decoded."""
+    """The G decoded completions of one prompt."""
 
     prompt: Prompt
     completions: Sequence[str]
@@ -57,19 +57,29 @@ class Score:
     """Weighted sum of `values`."""
     values: Mapping[str, float] = field(default_factory=dict)
     """Each function's value, without its weight; one that does not apply is absent."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Extra columns of all functions; of two with the same name, the later function's."""
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Values to log, of all functions; the later function's where names repeat."""
 
 
 Scores = list[Score]
 """[G], in the order of the completions."""
 
 
+def rewards_of(recipe: Recipe, prompts: Sequence[Prompt], activity: Activity | None = None) -> RewardRunner:
+    """The recipe's reward functions, imported, and checked against the columns of the first prompt."""
+    assert recipe.reward is not None
+    keys = recipe.reward
+    terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in keys.functions]
+    runner = RewardRunner(terms, on_error=keys.on_error, timeout=keys.timeout, activity=activity)
+    runner.check(columns=prompts[0].columns)
+    return runner
+
+
 class RewardRunner:
     """Scores groups with the recipe's reward functions.
 
     `errors` and `timeouts` count failed groups, `seconds` adds up the time spent in `score`, and `problems` holds the
-    sentences of the last failures. Close it when it is no longer needed.
+    sentences of the last failures. Call `close` at the end.
     """
 
     def __init__(
@@ -84,7 +94,7 @@ class RewardRunner:
     ) -> None:
         """`timeout` is in seconds for one call; `key` is the recipe key of the functions, for error sentences.
 
-        `activity` is told which groups are being scored.
+        `activity` receives the groups being scored.
         """
         assert functions and workers > 0 and timeout > 0
         self.functions = tuple(functions)
@@ -109,9 +119,9 @@ class RewardRunner:
         self._one_suspect: asyncio.Lock
 
     def check(self, columns: Collection[str] | None = None) -> None:
-        """Starts a worker, which imports every function, and so finds out what is wrong with them before a run does.
+        """Imports every function in a worker, so that errors come before the run.
 
-        UserError when one does not import, is no reward function, or needs a column that is not among `columns`.
+        UserError when a function does not import, is no reward function, or needs a column outside of `columns`.
         """
         if not self._signatures:
             self._idle.append(self._start_now(asynchronous=False))
@@ -119,9 +129,9 @@ class RewardRunner:
             self._check_columns(columns, "the dataset")
 
     async def score(self, groups: Sequence[Attempts]) -> list[Scores | None]:
-        """The scores of each group; None for a group that was dropped because a function failed on it.
+        """The scores of each group; None for a group dropped because a function failed on it.
 
-        UserError naming function, prompt and error on the first failure instead, if that is what `on_error` says.
+        With `on_error="raise"`, UserError naming function, prompt and error at the first failure.
         """
         started = time.perf_counter()
         self._bind()
@@ -145,7 +155,7 @@ class RewardRunner:
         self._idle.clear()
 
     def _bind(self) -> None:
-        """Locks and jobs belong to one event loop; in a new one, only the idle workers are still of use."""
+        """Moves to the running event loop: locks and jobs belong to the old one, only idle workers move along."""
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return
@@ -161,16 +171,16 @@ class RewardRunner:
         self.errors += not failure.timed_out
         place = f"prompt {prompt.id}" + (f", completion {failure.completion}" if failure.completion >= 0 else "")
         where = f" ({failure.where})" if failure.where else ""
-        problem = f"reward {self.functions[failure.function].fn} {failure.what} on {place}{where}"
+        problem = f"reward {self.functions[failure.function].fn} {failure.problem} on {place}{where}"
         self.problems = [*self.problems, problem][-KEPT_PROBLEMS:]
         if self.on_error == "raise":
             raise UserError(problem)
 
-    def _check_columns(self, columns: Collection[str], what: str) -> None:
+    def _check_columns(self, columns: Collection[str], owner: str) -> None:
         for function, signature in zip(self.functions, self._signatures, strict=True):
             for name in sorted(signature.required - set(columns)):
                 has = ", ".join(map(str, columns)) or "none"
-                raise UserError(f"reward {function.fn} needs a column '{name}', but {what} has {has}")
+                raise UserError(f"reward {function.fn} needs a column '{name}', but {owner} has {has}")
 
     async def _score_group(self, group: Attempts) -> Scores | Failure:
         with self._activity.doing(f"rewards of prompt {group.prompt.id}"):
@@ -193,7 +203,7 @@ class RewardRunner:
     def _total(self, values: Sequence[Value]) -> Score:
         named = {name: value for name, (value, _) in zip(self.names, values, strict=True) if value is not None}
         weights = {name: function.weight for name, function in zip(self.names, self.functions, strict=True)}
-        extra = {name: column for _, columns in values for name, column in columns.items()}
+        extra = {name: value for _, logged in values for name, value in logged.items()}
         return Score(total=sum((weights[n] * value for n, value in named.items()), 0.0), values=named, extra=extra)
 
     def _job(self, group: Attempts, functions: Sequence[int]) -> Job:
@@ -227,8 +237,8 @@ class RewardRunner:
         except WorkerDied as death:
             if death.suspects == 1 and not death.killed:
                 return Reply(job.id, [], death.failure(job))
-        # Other jobs were in that process, or somebody killed it: one after the other in a process of its own, only a
-        # guilty one fails.
+        # The process ran other jobs as well, or was killed from outside. Alone in a process, one after the other, only
+        # the guilty job fails.
         async with self._one_suspect:
             worker = await self._start(asynchronous=True)
             try:
@@ -237,9 +247,9 @@ class RewardRunner:
                 worker.kill()
 
     async def _run_alone(self, worker: WorkerProcess, job: Job, *, again: bool = False) -> Reply:
-        """The job in a worker that runs nothing else, so that it is this job that the worker dies of.
+        """The job in a worker that runs nothing else, so that a death is this job's failure.
 
-        Raises _Killed where somebody killed it, unless that happens `again`: then it is the job's doing after all.
+        Raises _Killed where the worker was killed from outside. If that happens `again`, the job is to blame.
         """
         try:
             return await worker.run(job)
@@ -248,7 +258,7 @@ class RewardRunner:
                 raise _Killed from None
             return Reply(job.id, [], death.failure(job))
         except asyncio.CancelledError:
-            # It is still at work on a job that nobody waits for.
+            # The worker is still busy with a job without a reader.
             worker.kill()
             raise
 
@@ -267,7 +277,7 @@ class RewardRunner:
         return worker
 
     def _started(self, setup: Setup, *, again: bool = False) -> WorkerProcess:
-        """A worker; raises _Killed as `_run_alone` does, here for an import."""
+        """A worker; raises _Killed as `_run_alone` does, for a death during the import."""
         try:
             return WorkerProcess(setup)
         except WorkerDied as death:
@@ -278,21 +288,11 @@ class RewardRunner:
 
 
 class _Killed(Exception):
-    """A worker got SIGKILL, from a person or from a machine without memory."""
+    """A worker got SIGKILL from outside: from a user, or from a system out of memory."""
 
 
 def _names(paths: Sequence[str]) -> tuple[str, ...]:
-    """What each function's value is called: its name; module:name where names repeat; numbered where that repeats."""
+    """The name of each function's value: its own; module:name where names repeat; numbered where that repeats."""
     short = [path.rpartition(":")[2] for path in paths]
     names = [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
     return tuple(f"{n}#{names[:i].count(n) + 1}" if names.count(n) > 1 else n for i, n in enumerate(names))
-
-
-def rewards_of(recipe: Recipe, prompts: Sequence[Prompt], activity: Activity | None = None) -> RewardRunner:
-    """The reward functions, imported and found to fit the columns of the prompts."""
-    assert recipe.reward is not None
-    terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in recipe.reward.functions]
-    keys = recipe.reward
-    runner = RewardRunner(terms, on_error=keys.on_error, timeout=keys.timeout, activity=activity or Activity())
-    runner.check(columns=prompts[0].columns)
-    return runner

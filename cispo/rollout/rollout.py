@@ -1,120 +1,61 @@
-"""From prompts to scored groups: render, sample, score, shape.
+"""From prompts to scored groups in three stages, and those groups as JSON.
 
-P prompts -> P * G token sequences -> Completion -> reward functions -> TrajectoryGroup
+    P prompts --sample--> P groups of G trajectories --score--> rewards --shape--> length penalty --> Rollouts <--> JSON
+
+`sample` alone knows how an attempt comes about: here, one completion of the rendered prompt. The two later stages work
+on trajectories of any number of turns.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
-from cispo.rollout.rewards import Attempts, RewardRunner, Score, Scores
-from cispo.types import Completion, Prompt, RepetitionStop, Sampling, Trajectory, TrajectoryGroup, Turn
+from cispo.rollout.rewards import Attempts, RewardRunner, Scores
+from cispo.types import Completion, FinishReason, Prompt, RepetitionStop, Sampling, Trajectory, TrajectoryGroup, Turn
 
 Generate = Callable[[list[list[int]], Sampling, int], Awaitable[list[Completion]]]
 """(prompts as token ids, sampling, seed) -> one completion a prompt, in order."""
 
+_Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSetup:
+    """The parts that training and evaluation share."""
+
+    generate: Generate
+    renderer: Renderer
+    rewards: RewardRunner | None
+    """None: every reward is 0."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """A batch of scored groups and what it took to get them."""
+    """A batch of scored groups and its cost."""
 
     groups: list[TrajectoryGroup]
     dropped: int
     """Groups lost because a reward failed (`reward.on_error: drop_group`)."""
     tokens: int
-    """Sampled tokens."""
+    """Sampled tokens, those of dropped groups included."""
     seconds_sampling: float
+    """Rendering, generation and decoding."""
     seconds_scoring: float
     rounds: int = 1
-    """Calls of `roll_out` that are in it."""
+    """Calls of `roll_out` that were added up."""
 
     def __add__(self, other: Rollouts) -> Rollouts:
         names = [field.name for field in fields(self)]
         return Rollouts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
-async def roll_out(
-    prompts: Sequence[Prompt],
-    *,
-    group_size: int,
-    generate: Generate,
-    renderer: Renderer,
-    rewards: RewardRunner | None,
-    sampling: Sampling,
-    seed: int,
-    overlong_buffer: int = 0,
-    overlong_factor: float = 1.0,
-) -> Rollouts:
-    """Samples `group_size` completions of every prompt and scores them; without `rewards` every reward is 0."""
-    started = time.perf_counter()
-    prompt_ids = [renderer.render(p.messages) for p in prompts]
-    completions = await generate([ids for ids in prompt_ids for _ in range(group_size)], sampling, seed)
-    sampled = time.perf_counter()
-    groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
-    texts = [[renderer.decode(c.token_ids) for c in group] for group in groups]
-    scores: list[Scores | None] = [[Score(total=0.0)] * group_size for _ in prompts]
-    if rewards is not None:
-        scores = await rewards.score([Attempts(prompt=p, completions=t) for p, t in zip(prompts, texts, strict=True)])
-    scored = time.perf_counter()
-
-    def shaping(completion: Completion) -> float:
-        return overlong_penalty(
-            len(completion.token_ids), max_tokens=sampling.max_tokens, buffer=overlong_buffer, penalty=overlong_factor
-        )
-
-    kept = [
-        _group(prompt, ids, group, text, score, shaping)
-        for prompt, ids, group, text, score in zip(prompts, prompt_ids, groups, texts, scores, strict=True)
-        if score is not None
-    ]
-    return Rollouts(
-        groups=kept,
-        dropped=len(prompts) - len(kept),
-        tokens=sum(len(c.token_ids) for c in completions),
-        seconds_sampling=sampled - started,
-        seconds_scoring=scored - sampled,
-    )
-
-
-def _group(
-    prompt: Prompt,
-    prompt_ids: Sequence[int],
-    completions: Sequence[Completion],
-    texts: Sequence[str],
-    scores: Scores,
-    shaping: Callable[[Completion], float],
-) -> TrajectoryGroup:
-    trajectories = [
-        Trajectory(
-            group_id=prompt.id,
-            index=index,
-            turns=(Turn(prompt_ids=tuple(prompt_ids), completion=completion),),
-            text=text,
-            reward=score.total + shaping(completion),
-            rewards=score.values,
-            extra=score.extra,
-        )
-        for index, (completion, text, score) in enumerate(zip(completions, texts, scores, strict=True))
-    ]
-    return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))
-
-
-def overlong_penalty(length: int, *, max_tokens: int, buffer: int, penalty: float = 1.0) -> float:
-    """DAPO's soft punishment of long completions (arXiv 2503.14476, eq. 13), at most 0.
-
-    Nothing up to max_tokens - buffer tokens, then linear, -penalty from max_tokens on. A buffer of 0 is off.
-    """
-    if buffer == 0:
-        return 0.0
-    over = length - (max_tokens - buffer)
-    return -penalty * min(max(over / buffer, 0.0), 1.0)
-
-
 def sampling_of(recipe: Recipe, renderer: Renderer) -> Sampling:
+    """The recipe's sampling parameters, with the tokenizer's end-of-sequence tokens."""
     rollout = recipe.rollout
     return Sampling(
         max_tokens=rollout.max_tokens,
@@ -122,3 +63,136 @@ def sampling_of(recipe: Recipe, renderer: Renderer) -> Sampling:
         temperature=rollout.temperature,
         repetition=RepetitionStop(**rollout.repetition.model_dump()),
     )
+
+
+async def roll_out(
+    prompts: Sequence[Prompt],
+    setup: RolloutSetup,
+    *,
+    group_size: int,
+    sampling: Sampling,
+    seed: int,
+    overlong_buffer: int = 0,
+    overlong_factor: float = 1.0,
+) -> Rollouts:
+    """Samples `group_size` attempts at every prompt, scores them and adds the overlong penalty."""
+    started = time.perf_counter()
+    groups = await sample(prompts, setup.generate, setup.renderer, group_size=group_size, sampling=sampling, seed=seed)
+    sampled = time.perf_counter()
+    kept = groups if setup.rewards is None else await score(groups, setup.rewards)
+    scored = time.perf_counter()
+    return Rollouts(
+        groups=shape(kept, max_tokens=sampling.max_tokens, buffer=overlong_buffer, penalty=overlong_factor),
+        dropped=len(groups) - len(kept),
+        tokens=sum(t.length for group in groups for t in group.trajectories),
+        seconds_sampling=sampled - started,
+        seconds_scoring=scored - sampled,
+    )
+
+
+async def sample(
+    prompts: Sequence[Prompt],
+    generate: Generate,
+    renderer: Renderer,
+    *,
+    group_size: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[TrajectoryGroup]:
+    """One group of unscored single-turn trajectories (reward 0) a prompt, in order; one call of `generate` for all."""
+    prompt_ids = [renderer.render(prompt.messages) for prompt in prompts]
+    completions = await generate([ids for ids in prompt_ids for _ in range(group_size)], sampling, seed)
+    groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
+    return [
+        TrajectoryGroup(
+            prompt=prompt,
+            trajectories=tuple(
+                Trajectory(
+                    group_id=prompt.id,
+                    index=index,
+                    turns=(Turn(prompt_ids=tuple(ids), completion=completion),),
+                    text=renderer.decode(completion.token_ids),
+                    reward=0.0,
+                )
+                for index, completion in enumerate(group)
+            ),
+        )
+        for prompt, ids, group in zip(prompts, prompt_ids, groups, strict=True)
+    ]
+
+
+async def score(groups: Sequence[TrajectoryGroup], rewards: RewardRunner) -> list[TrajectoryGroup]:
+    """The groups with their rewards, without those that `rewards` dropped."""
+    attempts = [Attempts(prompt=g.prompt, completions=[t.text for t in g.trajectories]) for g in groups]
+    scored = zip(groups, await rewards.score(attempts), strict=True)
+    return [_with_scores(group, scores) for group, scores in scored if scores is not None]
+
+
+def _with_scores(group: TrajectoryGroup, scores: Scores) -> TrajectoryGroup:
+    trajectories = tuple(
+        replace(trajectory, reward=given.total, rewards=given.values, extra=given.extra)
+        for trajectory, given in zip(group.trajectories, scores, strict=True)
+    )
+    return replace(group, trajectories=trajectories)
+
+
+def shape(groups: Sequence[TrajectoryGroup], *, max_tokens: int, buffer: int, penalty: float) -> list[TrajectoryGroup]:
+    """Adds `overlong_penalty` to the reward of every trajectory."""
+
+    def shaped(t: Trajectory) -> Trajectory:
+        return replace(
+            t, reward=t.reward + overlong_penalty(t.length, max_tokens=max_tokens, buffer=buffer, penalty=penalty)
+        )
+
+    return [replace(group, trajectories=tuple(map(shaped, group.trajectories))) for group in groups]
+
+
+def overlong_penalty(length: int, *, max_tokens: int, buffer: int, penalty: float = 1.0) -> float:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), at most 0.
+
+    0 up to max_tokens - buffer tokens, then linear, -penalty from max_tokens on. A buffer of 0 switches it off.
+    """
+    if buffer == 0:
+        return 0.0
+    over = length - (max_tokens - buffer)
+    return -penalty * min(max(over / buffer, 0.0), 1.0)
+
+
+def rollouts_to_json(rollouts: Rollouts) -> dict[str, object]:
+    """Plain values for a checkpoint: prompts by their ids, floats exact.
+
+    `Trajectory.extra` must hold JSON values, as the reward worker makes sure.
+    """
+    plain = {f.name: getattr(rollouts, f.name) for f in fields(Rollouts) if f.name != "groups"}
+    groups = [
+        {"prompt": group.prompt.id, "trajectories": [asdict(t) for t in group.trajectories]}
+        for group in rollouts.groups
+    ]
+    return {**plain, "groups": groups}
+
+
+def rollouts_from_json(values: _Json, prompts: Sequence[Prompt]) -> Rollouts:
+    """The inverse of `rollouts_to_json`; `prompts` are the dataset. Fields that the types do not have are ignored."""
+    groups = [
+        TrajectoryGroup(prompt=prompts[group["prompt"]], trajectories=tuple(map(_trajectory, group["trajectories"])))
+        for group in values["groups"]
+    ]
+    return Rollouts(**_known(Rollouts, values, groups=groups))
+
+
+def _trajectory(values: _Json) -> Trajectory:
+    return Trajectory(**_known(Trajectory, values, turns=tuple(map(_turn, values["turns"]))))
+
+
+def _turn(values: _Json) -> Turn:
+    return Turn(**_known(Turn, values, completion=_completion(values["completion"])))
+
+
+def _completion(values: _Json) -> Completion:
+    return Completion(**_known(Completion, values, finish_reason=FinishReason(values["finish_reason"])))
+
+
+def _known(kind: type, values: _Json, **converted: object) -> dict[str, Any]:
+    """The `values` of the fields that `kind` has, lists as tuples, with the `converted` ones in their place."""
+    known = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()} | converted

@@ -23,7 +23,9 @@ PATH = Path(__file__).resolve().parents[1] / "tests" / "golden" / "losses.json"
 STEP = 1e-6  # of the central differences
 MARGIN = 2e-5  # of random ratios and values from every kink or jump; a central difference moves them by less
 
-Batch = list[dict[str, Any]]  # the "sequences" of a case
+Case = dict[str, Any]  # JSON
+Completion = dict[str, Any]  # one of the "sequences" of a case
+Batch = list[Completion]
 Algorithm = dict[str, Any]
 Token = tuple[int, int]  # sequence, position
 Tokens = dict[Token, float]  # unmasked tokens only
@@ -119,7 +121,7 @@ def completion_advantage(kind: str, r: float, group: list[float], batch: list[fl
     """One number per completion. GRPO 2402.03300: (R - mean) / std. Dr. GRPO 2503.20783: R - mean of the group.
     RLOO 2402.14740: R_i - mean_{j != i} R_j. REINFORCE with baseline: R - mean of the batch."""
     if kind == "group_norm":
-        # Zeros by rule: in a group of equal rewards rounding must not decide what 0 / 0 is.
+        # Zeros by rule: in a group of equal rewards rounding must not decide the value of 0 / 0.
         equal = max(group) == min(group)
         return 0.0 if equal else (r - mean(group)) / (std(group, settings["ddof"]) + settings["epsilon"])
     if kind == "leave_one_out":
@@ -246,10 +248,10 @@ def weighted(at: Tokens, weights: Tokens, loss: TokenLoss) -> tuple[float, Token
     return total(at), losses, gradients
 
 
-def evaluate(case: dict[str, Any], algorithm: Algorithm) -> dict[str, Any]:
+def evaluate(case: Case, algorithm: Algorithm) -> Case:
     """The expected arrays of one algorithm on one case."""
     batch: Batch = case["sequences"]
-    result: dict[str, Any] = {"algorithm": algorithm}
+    result: Case = {"algorithm": algorithm}
     if algorithm["advantage"] == "given":
         raw = advantages = {(i, t): case["advantages"][i][t] for i, t in tokens(batch, "mask")}
     else:
@@ -312,7 +314,7 @@ def gspo_total(algorithm: Algorithm, live: Tokens, anchor: Tokens, advantages: T
     return fsum(weights[key] * surrogate(exp(s[key]), advantages[key], algorithm["settings"])[0] for key in live)
 
 
-def assert_printed(cases: dict[str, dict[str, Any]]) -> None:
+def assert_printed(cases: dict[str, Case]) -> None:
     """Each number worked out by hand, to half a unit of its last digit."""
     for line in PRINTED.split("\n")[1:-1]:
         case, field, *entries = line.split()
@@ -325,7 +327,7 @@ def assert_printed(cases: dict[str, dict[str, Any]]) -> None:
                 assert abs(number - float(digits)) <= half + 1e-12, (case, name, field, number, digits)
 
 
-def assert_covered(cases: dict[str, dict[str, Any]]) -> None:
+def assert_covered(cases: dict[str, Case]) -> None:
     """The random batches reach every branch, off the bounds, and the identities between the losses hold on them."""
 
     def flat(case: str, name: str, field: str) -> list[float]:
@@ -360,7 +362,7 @@ def assert_covered(cases: dict[str, dict[str, Any]]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- algorithms
-LOSSES: dict[str, dict[str, Any]] = {
+LOSSES: dict[str, dict[str, float | None]] = {
     "policy_gradient": {},
     "clipped_surrogate": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None},
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4},
@@ -368,13 +370,15 @@ LOSSES: dict[str, dict[str, Any]] = {
     "sapo": {"tau_positive": 1.0, "tau_negative": 1.05},
     "clamped_ratio": {"clip_low": 0.2, "clip_high": 0.2},
 }
-ADVANTAGES: dict[str, dict[str, Any]] = {
+ADVANTAGES: dict[str, dict[str, float]] = {
     "group_norm": {"ddof": 0, "epsilon": 0.0},
     "gae": {"gamma": 1.0, "lam": 1.0, "whiten": True},
 }
 
 
-def spec(loss: str, advantage: str, reduction: str = "token", anchor: str | None = None, **changes: Any) -> Algorithm:
+def spec(
+    loss: str, advantage: str, reduction: str = "token", anchor: str | None = None, **changes: object
+) -> Algorithm:
     """An algorithm with every setting spelled out; a change replaces the setting of that name, wherever it is."""
     algorithm: Algorithm = {"loss": loss, "settings": dict(LOSSES[loss])}
     algorithm |= {"advantage": advantage, "advantage_settings": dict(ADVANTAGES.get(advantage, {}))}
@@ -387,20 +391,20 @@ def spec(loss: str, advantage: str, reduction: str = "token", anchor: str | None
 
 
 def cispo(
-    advantage: str = "group_norm", reduction: str = "token", anchor: str = "rollout", **changes: Any
+    advantage: str = "group_norm", reduction: str = "token", anchor: str = "rollout", **changes: object
 ) -> Algorithm:
     return spec("cispo", advantage, reduction, anchor, **changes)
 
 
-def clipped(advantage: str, reduction: str = "token", **changes: Any) -> Algorithm:
+def clipped(advantage: str, reduction: str = "token", **changes: object) -> Algorithm:
     return spec("clipped_surrogate", advantage, reduction, "old", **changes)
 
 
-def in_loss(kind: str) -> dict[str, Any]:
+def in_loss(kind: str) -> Algorithm:
     return {"kl": kind, "kl_in": "loss", "kl_coef": 0.04}
 
 
-def in_reward(kind: str) -> dict[str, Any]:
+def in_reward(kind: str) -> Algorithm:
     return {"kl": kind, "kl_in": "reward", "kl_coef": 0.05}
 
 
@@ -495,7 +499,7 @@ mismatch gradients cispo_old=-5 cispo_old_tis=-6.25 cispo_rollout=-5 cispo_rollo
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
-def by_hand(group: int, **probabilities: list[float]) -> dict[str, Any]:
+def by_hand(group: int, **probabilities: list[float]) -> Completion:
     """A sequence without masked tokens from new, old and rollout (default: old) probabilities."""
     new, old = probabilities["new"], probabilities["old"]
     arrays = {"logprobs": new, "old_logprobs": old, "rollout_logprobs": probabilities.get("rollout", old)}
@@ -515,7 +519,7 @@ def random_batch(seed: int, masks: list[str], constant_group: int | None) -> Bat
     batch: Batch = []
     for group, mask in ((g, mask) for g, line in enumerate(masks) for mask in line.split()):
         names = ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "new_values")
-        sequence: dict[str, Any] = {"group": group, "mask": [int(keep) for keep in mask]} | {name: [] for name in names}
+        sequence: Completion = {"group": group, "mask": [int(keep) for keep in mask]} | {name: [] for name in names}
         calm = len(batch) % 5 == 1
         for keep in sequence["mask"]:
             drawn = random_logprobs(rng, calm) if keep else (-0.5, -30.0, -40.0, -20.0)
@@ -544,7 +548,7 @@ def random_logprobs(rng: random.Random, calm: bool) -> tuple[float, ...]:
             return tuple(round(x, 6) for x in (new, old, rollout, ref))
 
 
-def make_cases() -> list[dict[str, Any]]:
+def make_cases() -> list[Case]:
     aha = [by_hand(0, new=[0.12], old=[0.01])]
     two = [by_hand(0, new=[0.12, 0.6], old=[0.01, 0.5]), by_hand(0, new=[0.1, 0.25, 0.9], old=[0.2, 0.5, 0.9])]
     inside = [by_hand(0, new=[0.12, 0.595], old=[0.01, 0.5]), two[1]]
@@ -558,7 +562,9 @@ def make_cases() -> list[dict[str, Any]]:
     small = random_batch(328, ["1111 110111 011", "11 11111 1011"], None)
     ones = [[1.0 - group] * n for group, n in lengths]
 
-    def case(name: str, about: str, max_tokens: int, batch: Batch, algorithms: Algorithm, **given: Any) -> Any:
+    def case(
+        name: str, about: str, max_tokens: int, batch: Batch, algorithms: dict[str, Algorithm], **given: object
+    ) -> Case:
         case = {"name": name, "about": about, "max_tokens": max_tokens, **given, "sequences": batch}
         return case | {"expected": {key: evaluate(case, algorithm) for key, algorithm in algorithms.items()}}
 
@@ -584,7 +590,7 @@ def make_cases() -> list[dict[str, Any]]:
     ]
 
 
-def dump(node: Any, indent: str = "") -> str:
+def dump(node: object, indent: str = "") -> str:
     """JSON with an array of numbers, and a small object without arrays, on one line."""
     line = json.dumps(node, allow_nan=False)
     inner = indent + " "

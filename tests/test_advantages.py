@@ -10,20 +10,21 @@ from hypothesis import strategies as st
 from cispo.algorithms import ALGORITHMS, Algorithm
 from cispo.algorithms.advantages import (
     ADVANTAGES,
-    GROUP_RELATIVE,
     AdvantageFn,
+    Gae,
+    GroupMean,
+    GroupNorm,
+    GroupNormSample,
+    LeaveOneOut,
+    RewardToGo,
     TokenRewards,
-    gae,
-    group_mean,
-    group_norm,
-    group_norm_sample,
-    leave_one_out,
-    reward_to_go,
 )
-from cispo.algorithms.choice import Changes, resolve
+from cispo.algorithms.choice import resolve
 from cispo.algorithms.describe import describe, warnings
+from cispo.algorithms.losses import Cispo
 from cispo.algorithms.presets import PRESETS
 from cispo.errors import UserError
+from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.rollout.rollout import overlong_penalty
 
 
@@ -44,12 +45,12 @@ def of_trajectories(advantage: AdvantageFn, *values: float) -> list[float]:
 
 
 def test_hand_worked_groups():
-    assert of_trajectories(group_norm, 1, 0, 0, 0) == pytest.approx([1.7320508, *[-0.5773503] * 3])
-    assert of_trajectories(group_norm_sample, 1, 0, 0, 0) == pytest.approx([1.5, -0.5, -0.5, -0.5])
-    assert of_trajectories(group_mean, 1, 0, 0, 0) == pytest.approx([0.75, -0.25, -0.25, -0.25])
-    assert of_trajectories(leave_one_out, 1, 0, 0, 0) == pytest.approx([1, *[-1 / 3] * 3])
-    assert of_trajectories(group_norm, 1, 1, 0, 0) == pytest.approx([1, 1, -1, -1])
-    assert of_trajectories(group_norm_sample, 1, 1, 0, 0) == pytest.approx(
+    assert of_trajectories(GroupNorm(), 1, 0, 0, 0) == pytest.approx([1.7320508, *[-0.5773503] * 3])
+    assert of_trajectories(GroupNormSample(), 1, 0, 0, 0) == pytest.approx([1.5, -0.5, -0.5, -0.5])
+    assert of_trajectories(GroupMean(), 1, 0, 0, 0) == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    assert of_trajectories(LeaveOneOut(), 1, 0, 0, 0) == pytest.approx([1, *[-1 / 3] * 3])
+    assert of_trajectories(GroupNorm(), 1, 1, 0, 0) == pytest.approx([1, 1, -1, -1])
+    assert of_trajectories(GroupNormSample(), 1, 1, 0, 0) == pytest.approx(
         [0.8660254, 0.8660254, -0.8660254, -0.8660254]
     )
 
@@ -63,7 +64,7 @@ def test_reward_to_go_knows_when_a_reward_came():
         }
     )
     late = TokenRewards(streams={"outcome": torch.tensor([0.0, 0.5], dtype=torch.float64)})
-    first, second = reward_to_go([[early, late]])[0]
+    first, second = RewardToGo()([[early, late]])[0]
     assert early.total == 0.5 and first.tolist() == [0, 0.5, 0.5] and second.tolist() == [0, 0]
 
 
@@ -73,7 +74,7 @@ def test_gae_by_hand():
         streams={"outcome": torch.tensor([0.0, 0, 4], dtype=torch.float64)},
         values=torch.tensor([1.0, 2, 3], dtype=torch.float64),
     )
-    (advantages,) = gae([[one]], gamma=0.5, lam=0.5, whitened=False)[0]
+    (advantages,) = Gae(gamma=0.5, lam=0.5, whitened=False)([[one]])[0]
     assert advantages.tolist() == pytest.approx([0 + 0.25 * (-0.5 + 0.25 * 1), -0.5 + 0.25 * 1, 1])
 
 
@@ -87,7 +88,9 @@ def test_equal_rewards_give_exact_zeros(name: str, value: float):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(-4, 4), min_size=2, max_size=9), st.integers(-8, 8))
 def test_shifting_a_group_changes_nothing(values: list[int], shift: int):
-    for advantage in GROUP_RELATIVE | {reward_to_go}:
+    relative = [advantage for advantage in ADVANTAGES.values() if advantage.group_relative]
+    assert len(relative) == 4
+    for advantage in (*relative, RewardToGo()):
         before, after = (of_trajectories(advantage, *(v + s for v in values)) for s in (0, shift))
         assert before == pytest.approx(after, abs=1e-12)
 
@@ -103,49 +106,50 @@ def test_overlong_penalty_off():
     assert overlong_penalty(100, max_tokens=100, buffer=0) == 0
 
 
-def changed(name: str, settings: dict | None = None, **changes) -> Algorithm:
-    return resolve({**ALGORITHMS, **PRESETS}[name], Changes(settings=settings or {}, **changes))
+def changed(name: str, **changes) -> Algorithm:
+    return resolve({**ALGORITHMS, **PRESETS}[name], AlgorithmSection(**changes))
 
 
 def test_a_recipe_changes_what_the_algorithm_has():
-    resolved = changed("cispo", {"ratio_max": 4.0, "clip_low": None}, reduction="prompt", anchor="old")
-    assert resolved.settings["ratio_max"] == 4.0 and resolved.reduction == "prompt" and resolved.anchor == "old"
+    resolved = changed("cispo", ratio_max=4.0, clip_low=None, reduction="prompt", ratio_anchor="old")
+    assert resolved.loss == Cispo(ratio_max=4.0)
+    assert resolved.reduction == "prompt" and resolved.ratio_anchor == "old"
     words = dict(describe(resolved))
     assert "[0, 4]" in words["importance weight"] and "before this batch" in words["ratio divides by"]
-    ppo = changed("ppo", {"gamma": 0.9})
-    assert ppo.advantage_settings == {"gamma": 0.9, "lam": 1.0} and ppo.critic
+    ppo = changed("ppo", gamma=0.9)
+    assert ppo.advantage == Gae(gamma=0.9, lam=1.0) and ppo.critic
     without = changed("ppo", advantage="group_norm")
-    assert not without.critic and without.advantage_settings == {}
-    with_critic = changed("cispo", {"lam": 0.9}, advantage="gae")
-    assert with_critic.critic and with_critic.zero_variance == "keep" and with_critic.advantage_settings["lam"] == 0.9
+    assert not without.critic and without.advantage == GroupNorm()
+    with_critic = changed("cispo", lam=0.9, advantage="gae")
+    assert with_critic.critic and with_critic.zero_variance == "keep" and with_critic.advantage == Gae(lam=0.9)
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "changes", "message"),
+    ("name", "changes", "message"),
     [
-        ("cispo", {"ratio_max": 0.2}, {}, "below 1"),
-        ("trl_cispo", {"ratio_max": 0.3}, {}, "below 1"),
-        ("cispo", {"ratio_min": 1.5}, {}, "ratio_min"),
-        ("cispo", {"clip_low": 0.2}, {}, "clip_low means nothing to cispo"),
-        ("grpo", {"ratio_max": 5.0}, {}, "ratio_max means nothing to grpo"),
-        ("grpo", {"clip_high": -0.1}, {}, "negative"),
-        ("grpo", {"dual_clip": 1.1}, {}, "dual_clip 1.1 must be above"),
-        ("grpo", {"gamma": 0.9}, {}, "gamma means nothing to grpo"),
-        ("cispo", {}, {"correction": "tis"}, "counts the mismatch twice"),
-        ("grpo", {}, {"correction_high": 3.0}, "need an algorithm.correction"),
-        ("grpo", {}, {"correction": "icepop", "correction_low": 6.0}, "correction_low 6.0"),
-        ("dapo", {}, {"zero_variance": "keep"}, "dynamic_sampling replaces"),
-        ("cispo", {}, {"advantage": "best"}, "advantage 'best' is unknown"),
+        ("cispo", {"ratio_max": 0.2}, "below 1"),
+        ("trl_cispo", {"ratio_max": 0.3}, "below 1"),
+        ("cispo", {"ratio_min": 1.5}, "ratio_min"),
+        ("cispo", {"clip_low": 0.2}, "clip_low means nothing to cispo"),
+        ("grpo", {"ratio_max": 5.0}, "ratio_max means nothing to grpo"),
+        ("grpo", {"clip_high": -0.1}, "negative"),
+        ("grpo", {"dual_clip": 1.1}, "dual_clip 1.1 must be above"),
+        ("grpo", {"gamma": 0.9}, "gamma means nothing to grpo"),
+        ("cispo", {"correction": "tis"}, "counts the mismatch twice"),
+        ("grpo", {"correction_high": 3.0}, "need an algorithm.correction"),
+        ("grpo", {"correction": "icepop", "correction_low": 6.0}, "correction_low 6.0"),
+        ("dapo", {"zero_variance": "keep"}, "dynamic_sampling replaces"),
+        ("cispo", {"advantage": "best"}, "advantage 'best' is unknown"),
     ],
 )
-def test_refused_settings(name: str, settings: dict, changes: dict, message: str):
+def test_refused_settings(name: str, changes: dict, message: str):
     with pytest.raises(UserError, match=message):
-        changed(name, settings, **changes)
+        changed(name, **changes)
 
 
 def test_warnings():
     assert warnings(ALGORITHMS["cispo"], updates_per_batch=1, max_staleness=0) == []
-    narrow = changed("cispo", {"ratio_max": 1.2, "ratio_min": 0.8}, anchor="old")
+    narrow = changed("cispo", ratio_max=1.2, ratio_min=0.8, ratio_anchor="old")
     found = " ".join(warnings(narrow, updates_per_batch=1, max_staleness=0))
     assert "PPO-like" in found and "ratio_min" in found and "inert" in found
     assert "divides the learning rate by 5" in " ".join(

@@ -10,9 +10,10 @@ import torch
 import yaml
 
 from cispo.algorithms import ALGORITHMS, Algorithm
-from cispo.algorithms.choice import Changes, resolve
+from cispo.algorithms.choice import resolve
 from cispo.algorithms.presets import PRESETS
 from cispo.recipe.load import known_keys, parse_recipe
+from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.types import LossInputs
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,7 +34,7 @@ def test_an_algorithm_of_your_own():
         mask=torch.ones(2).bool(),
         cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
     )
-    output = resolve(algorithm, Changes()).objective(x)
+    output = resolve(algorithm, AlgorithmSection()).objective(x)
     expected = torch.tensor([-1.0, 1.0]).double() * 4 * torch.tanh(torch.tensor([12.0, 1.0]).double() / 4)
     assert torch.allclose(torch.autograd.grad(output.loss.sum(), x.logprobs)[0], expected)
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,20 @@ from torch import Tensor
 
 from cispo.algorithms import ALGORITHMS, Algorithm
 from cispo.algorithms.advantages import ADVANTAGES, TokenRewards, generalised_advantages
-from cispo.algorithms.choice import Changes, resolve
+from cispo.algorithms.choice import resolve
 from cispo.algorithms.corrections import Correction, correction_factors
-from cispo.algorithms.losses import LossFn, cispo, clipped_surrogate, gspo, kl_estimate, policy_gradient, value_loss
+from cispo.algorithms.losses import (
+    Cispo,
+    ClippedSurrogate,
+    Gspo,
+    Loss,
+    PolicyGradient,
+    kl_estimate,
+    value_loss,
+)
 from cispo.algorithms.objective import Objective
 from cispo.batch import reduction_weights
+from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.rollout.rollout import overlong_penalty
 from cispo.types import LossInputs, Sample
 
@@ -28,11 +38,11 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text
 CASES = {case["name"]: case for case in GOLDEN["cases"]}
 TOLERANCE = 1e-10  # float64: sums of a few dozen numbers in another order
 
-LOSSES: dict[str, LossFn] = {
-    "cispo": cispo,
-    "clipped_surrogate": clipped_surrogate,
-    "gspo": gspo,
-    "policy_gradient": policy_gradient,
+LOSSES: dict[str, type[Loss]] = {
+    "cispo": Cispo,
+    "clipped_surrogate": ClippedSurrogate,
+    "gspo": Gspo,
+    "policy_gradient": PolicyGradient,
 }
 # Forms that the file has for contrast, and that we do not train with.
 FOREIGN = {"sapo", "clamped_ratio", "batch_norm"}
@@ -53,7 +63,7 @@ def flat(rows: list[list[float]]) -> Tensor:
 
 
 @cache
-def column(case: str, name: str) -> Tensor | None:
+def values_of(case: str, name: str) -> Tensor | None:
     sequences = CASES[case]["sequences"]
     return flat([s[name] for s in sequences]) if name in sequences[0] else None
 
@@ -97,7 +107,7 @@ def token_rewards(case: dict, entry: dict) -> list[list[TokenRewards]]:
 
 def on_every_token(case: dict, per_trajectory: list[list[Tensor]]) -> Tensor:
     """[T]: values over unmasked tokens at their places, 0 where masked. Groups are stored one after another."""
-    mask = column(case["name"], "mask")
+    mask = values_of(case["name"], "mask")
     assert mask is not None
     return torch.zeros(len(mask), dtype=torch.float64).masked_scatter(
         mask.bool(), torch.cat([t for group in per_trajectory for t in group])
@@ -111,7 +121,7 @@ def advantages(case: dict, entry: dict) -> Tensor:
     settings = dict(spec["advantage_settings"])
     if "whiten" in settings:
         settings["whitened"] = settings.pop("whiten")
-    return on_every_token(case, ADVANTAGES[spec["advantage"]](token_rewards(case, entry), **settings))
+    return on_every_token(case, type(ADVANTAGES[spec["advantage"]])(**settings)(token_rewards(case, entry)))
 
 
 @pytest.mark.parametrize(("case", "name"), [*entries(with_losses=True), *entries(with_losses=False)])
@@ -127,17 +137,16 @@ def test_losses_weights_and_gradients(case: dict, name: str):
     settings |= {k: v for k, v in spec["settings"].items() if v is not None}
     bounds = spec.get("correction_settings") or {}
     objective = Objective(
-        loss=LOSSES[spec["loss"]],
-        settings=settings,
-        anchor=spec["anchor"] or "rollout",
+        loss=LOSSES[spec["loss"]](**settings),
+        ratio_anchor=spec["anchor"] or "rollout",
         kl=spec["kl"] or "k3",
         kl_coef=spec["kl_coef"] if spec["kl_in"] == "loss" else 0.0,
         correction=Correction(kind=spec["correction"], low=bounds.get("min") or 0.0, high=bounds["max"])
         if spec["correction"]
         else None,
     )
-    logprobs, mask = column(where, "logprobs"), column(where, "mask")
-    anchor, rollout = column(where, f"{objective.anchor}_logprobs"), column(where, "rollout_logprobs")
+    logprobs, mask = values_of(where, "logprobs"), values_of(where, "mask")
+    anchor, rollout = values_of(where, f"{objective.ratio_anchor}_logprobs"), values_of(where, "rollout_logprobs")
     assert logprobs is not None and mask is not None and anchor is not None and rollout is not None
     x = LossInputs(
         logprobs=logprobs.clone().requires_grad_(),
@@ -146,8 +155,8 @@ def test_losses_weights_and_gradients(case: dict, name: str):
         advantages=advantages(case, entry),
         mask=mask.bool(),
         cu_seqlens=torch.tensor([0, *(len(s["mask"]) for s in case["sequences"])]).cumsum(0).int(),
-        old_logprobs=column(where, "old_logprobs"),
-        ref_logprobs=column(where, "ref_logprobs"),
+        old_logprobs=values_of(where, "old_logprobs"),
+        ref_logprobs=values_of(where, "ref_logprobs"),
     )
     output = objective(x)
     close(output.loss.detach(), entry["losses"])
@@ -159,7 +168,7 @@ def test_losses_weights_and_gradients(case: dict, name: str):
     total = (output.loss * weights).sum()
     assert total.item() == pytest.approx(entry["total"], rel=TOLERANCE, abs=TOLERANCE)
     close(torch.autograd.grad(total, x.logprobs)[0], entry["gradients"])
-    # The metrics' factor is the gradient's: weight * A is what is left once the KL's part is taken off.
+    # The metrics' factor is the gradient's: weight * A is the gradient without the KL's part.
     if objective.kl_coef == 0:
         close(-output.weight * x.advantages * weights, entry["gradients"])
     if objective.correction:
@@ -180,9 +189,9 @@ def test_value_function(case: dict, name: str):
     settings = entry["algorithm"]["advantage_settings"]
     rewards = token_rewards(case, entry)
     gains = [[generalised_advantages(t, gamma=settings["gamma"], lam=settings["lam"]) for t in g] for g in rewards]
-    returns = on_every_token(case, gains) + column(where, "values") * column(where, "mask")  # type: ignore[operator]
+    returns = on_every_token(case, gains) + values_of(where, "values") * values_of(where, "mask")  # type: ignore[operator]
     close(returns, entry["returns"])
-    new, old, mask = column(where, "new_values"), column(where, "values"), column(where, "mask")
+    new, old, mask = values_of(where, "new_values"), values_of(where, "values"), values_of(where, "mask")
     assert new is not None and old is not None and mask is not None
     values = new.clone().requires_grad_()
     losses = value_loss(values, old, returns, mask.bool(), clip=entry["algorithm"]["value_clip"])
@@ -202,9 +211,10 @@ def test_the_records_are_what_the_file_calls_by_their_names():
     assert specs.keys() >= ALGORITHMS.keys()
     for name, algorithm in ALGORITHMS.items():
         spec = specs[name]
-        assert LOSSES[spec["loss"]] is algorithm.loss and dict(spec["settings"]) == dict(algorithm.settings)
-        assert ADVANTAGES[spec["advantage"]] is algorithm.advantage and spec["reduction"] == algorithm.reduction
-        assert spec["anchor"] in (algorithm.anchor, None) and spec["kl_coef"] == algorithm.kl_coef
+        assert type(algorithm.loss) is LOSSES[spec["loss"]]
+        assert spec["settings"] == asdict(algorithm.loss)  # type: ignore[arg-type]  # every loss here is a dataclass
+        assert ADVANTAGES[spec["advantage"]] == algorithm.advantage and spec["reduction"] == algorithm.reduction
+        assert spec["anchor"] in (algorithm.ratio_anchor, None) and spec["kl_coef"] == algorithm.kl_coef
         assert algorithm.kl_coef == 0 or (spec["kl"], spec["kl_in"]) == (algorithm.kl, algorithm.kl_in)
         assert algorithm.correction is None and spec["correction"] is None
 
@@ -242,7 +252,7 @@ def own_gradient(algorithm: Algorithm) -> Tensor:
 
 
 def test_each_loss_differs_on_the_two_sequences():
-    grads = {name: own_gradient(resolve(algorithm, Changes())) for name, algorithm in ALGORITHMS.items()}
+    grads = {name: own_gradient(resolve(algorithm, AlgorithmSection())) for name, algorithm in ALGORITHMS.items()}
     for name in grads:
         for other in grads:
             agree = torch.allclose(grads[name], grads[other], rtol=1e-6)

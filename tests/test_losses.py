@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import pickle
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,20 +14,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cispo.algorithms import ALGORITHMS, Algorithm
-from cispo.algorithms.choice import Changes, resolve
+from cispo.algorithms.choice import resolve
 from cispo.algorithms.corrections import Correction
 from cispo.algorithms.losses import (
+    Cispo,
+    ClippedSurrogate,
+    Gspo,
     LossFn,
-    cispo,
-    clipped_surrogate,
-    gspo,
+    LossOutput,
+    NegativeLogLikelihood,
+    PolicyGradient,
     kl_estimate,
-    negative_log_likelihood,
-    policy_gradient,
     value_loss,
 )
 from cispo.algorithms.objective import Objective
 from cispo.errors import UserError
+from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.types import LossInputs
 
 INF = float("inf")
@@ -45,47 +49,47 @@ def inputs(new: list[float], old: list[float], advantages: list[float], mask: li
     )
 
 
-def gradient(loss: LossFn, x: LossInputs, weights: Tensor | float = 1.0, **settings: float | None) -> Tensor:
+def gradient(loss: LossFn, x: LossInputs, weights: Tensor | float = 1.0) -> Tensor:
     """d(sum of weighted loss) / d logprobs."""
-    value = (loss(x, **settings).loss * weights).sum()
+    value = (loss(x).loss * weights).sum()
     (grad,) = torch.autograd.grad(value, x.logprobs)
     assert bool(grad.isfinite().all())
     return grad
 
 
-# One token, p .01 -> .12, A = +1: the case of a rare word whose probability the first update raised twelvefold.
+# One token, p .01 -> .12, A = +1: a rare word that the first update made twelve times as likely.
 @pytest.mark.parametrize(
     ("cap", "expected_gradient", "expected_loss"),
     [(5, -5, 10.6013177), (1.28, -1.28, 2.7139373), (4, -4, 8.4810541), (6, -6, 12.7215816), (INF, -12, 25.4431624)],
 )
 def test_cispo_single_token(cap: float, expected_gradient: float, expected_loss: float):
     x = inputs([0.12], [0.01], [1.0])
-    assert gradient(cispo, x, ratio_max=cap).item() == pytest.approx(expected_gradient, rel=1e-12)
-    assert cispo(x, ratio_max=cap).loss.item() == pytest.approx(expected_loss, abs=5e-7)
+    assert gradient(Cispo(ratio_max=cap), x).item() == pytest.approx(expected_gradient, rel=1e-12)
+    assert Cispo(ratio_max=cap)(x).loss.item() == pytest.approx(expected_loss, abs=5e-7)
 
 
 @pytest.mark.parametrize(("high", "loss"), [(0.2, -1.2), (0.28, -1.28)])
 def test_clipped_surrogate_drops_the_single_token(high: float, loss: float):
     x = inputs([0.12], [0.01], [1.0])
-    assert gradient(clipped_surrogate, x, clip_low=0.2, clip_high=high).item() == 0
-    output = clipped_surrogate(x, clip_low=0.2, clip_high=high)
+    assert gradient(ClippedSurrogate(clip_low=0.2, clip_high=high), x).item() == 0
+    output = ClippedSurrogate(clip_low=0.2, clip_high=high)(x)
     assert output.loss.item() == pytest.approx(loss, rel=1e-12)
     assert output.weight.item() == 0
 
 
 def test_negative_advantage_single_token():
     x = inputs([0.12], [0.01], [-1.0])
-    assert gradient(cispo, x, ratio_max=5).item() == pytest.approx(5)
-    assert gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2).item() == pytest.approx(12)
+    assert gradient(Cispo(ratio_max=5), x).item() == pytest.approx(5)
+    assert gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.2), x).item() == pytest.approx(12)
 
 
 def test_token_mask_of_equation_7():
     x = inputs([0.12], [0.01], [1.0])
-    output = cispo(x, ratio_max=5, mask_high=1.28)
-    assert output.loss.item() == 0 and gradient(cispo, x, ratio_max=5, mask_high=1.28).item() == 0
-    # The other side of the mask: a token whose probability fell is dropped only where its advantage is negative.
+    output = Cispo(ratio_max=5, mask_high=1.28)(x)
+    assert output.loss.item() == 0 and gradient(Cispo(ratio_max=5, mask_high=1.28), x).item() == 0
+    # The other side of the mask: a token that became less likely is dropped only where its advantage is negative.
     fell = inputs([0.1, 0.1], [0.2, 0.2], [1.0, -1.0])
-    assert gradient(cispo, fell, ratio_max=5, mask_low=0.8).tolist() == pytest.approx([-0.5, 0])
+    assert gradient(Cispo(ratio_max=5, mask_low=0.8), fell).tolist() == pytest.approx([-0.5, 0])
 
 
 # One prompt, two completions of 2 and 3 tokens, A = [+1, -1]; ratios [12, 1.2], [.5, .5, 1].
@@ -105,24 +109,24 @@ SEQUENCE_MEAN = torch.tensor([0.25, 0.25, 1 / 6, 1 / 6, 1 / 6], dtype=torch.floa
 def test_two_sequence_batch(
     low: float, high: float, total: float, token_mean: float, sequence_mean: float, grads: list
 ):
-    loss = cispo(BATCH, ratio_min=low, ratio_max=high).loss
+    loss = Cispo(ratio_min=low, ratio_max=high)(BATCH).loss
     assert loss.sum().item() == pytest.approx(total, abs=5e-7)
     assert loss.mean().item() == pytest.approx(token_mean, abs=5e-7)
     assert (loss * SEQUENCE_MEAN).sum().item() == pytest.approx(sequence_mean, abs=5e-7)
-    assert gradient(cispo, BATCH, 0.2, ratio_min=low, ratio_max=high).tolist() == pytest.approx(grads, abs=1e-12)
+    assert gradient(Cispo(ratio_min=low, ratio_max=high), BATCH, 0.2).tolist() == pytest.approx(grads, abs=1e-12)
 
 
 def test_clipped_surrogate_on_the_batch():
     # 1.19 instead of 1.2: the bound itself is a kink, where rounding decides.
     x = inputs([0.12, 0.595, 0.1, 0.25, 0.9], [0.01, 0.5, 0.2, 0.5, 0.9], [1, 1, -1, -1, -1])
-    got = gradient(clipped_surrogate, x, 0.2, clip_low=0.2, clip_high=0.2)
+    got = gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.2), x, 0.2)
     assert got.tolist() == pytest.approx([0, -0.238, 0, 0, 0.2], abs=1e-12)
 
 
 def test_mismatch_anchors():
     """mu .008, old .01, new .12: the old anchor gives ratio 12, the rollout anchor 15; both are capped at 5."""
-    assert cispo(inputs([0.12], [0.01], [1.0]), ratio_max=INF).ratio.item() == pytest.approx(12)
-    rollout = cispo(inputs([0.12], [0.008], [1.0]), ratio_max=5)
+    assert Cispo(ratio_max=INF)(inputs([0.12], [0.01], [1.0])).ratio.item() == pytest.approx(12)
+    rollout = Cispo(ratio_max=5)(inputs([0.12], [0.008], [1.0]))
     assert rollout.ratio.item() == pytest.approx(15) and rollout.weight.item() == 5
 
 
@@ -142,7 +146,7 @@ def test_cispo_gradient_is_the_capped_weight_times_the_advantage(rows: list, cap
     x = from_rows(rows)
     ratio = (x.logprobs - x.anchor_logprobs).exp().detach()
     expected = -ratio.clamp(max=cap) * x.advantages
-    got = gradient(cispo, x, ratio_max=cap)
+    got = gradient(Cispo(ratio_max=cap), x)
     assert torch.allclose(got, expected, rtol=1e-12, atol=0)
     assert bool(((got == 0) == (x.advantages == 0)).all()), "no token with an advantage may lose its gradient"
 
@@ -153,12 +157,12 @@ def test_on_policy_all_losses_have_the_same_gradient(rows: list):
     x = from_rows([(new, new, advantage) for new, _, advantage in rows])
     plain = -x.advantages
     for got in (
-        gradient(cispo, x, ratio_max=1.0),
-        gradient(cispo, x, ratio_max=5.0),
-        gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2),
-        gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.28, dual_clip=3.0),
-        gradient(gspo, x, clip_low=3e-4, clip_high=4e-4),
-        gradient(policy_gradient, x),
+        gradient(Cispo(ratio_max=1.0), x),
+        gradient(Cispo(ratio_max=5.0), x),
+        gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.2), x),
+        gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.28, dual_clip=3.0), x),
+        gradient(Gspo(clip_low=3e-4, clip_high=4e-4), x),
+        gradient(PolicyGradient(), x),
     ):
         assert torch.allclose(got, plain, rtol=1e-12, atol=0)
 
@@ -171,8 +175,8 @@ def test_unified_form_is_ppo(rows: list):
     ratio = (x.logprobs - x.anchor_logprobs).exp()
     if bool((((ratio - 1.2).abs() < 1e-9) | ((ratio - 0.8).abs() < 1e-9)).any()):
         return
-    unified = gradient(cispo, x, ratio_max=INF, mask_low=0.8, mask_high=1.2)
-    ppo = gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2)
+    unified = gradient(Cispo(ratio_max=INF, mask_low=0.8, mask_high=1.2), x)
+    ppo = gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.2), x)
     assert torch.allclose(unified, ppo, rtol=1e-9, atol=1e-12)
 
 
@@ -181,33 +185,28 @@ def test_unified_form_is_ppo(rows: list):
 def test_gradient_scales_with_the_advantages(rows: list, factor: float):
     x = from_rows(rows)
     scaled = replace(x, advantages=x.advantages * factor)
-    assert torch.allclose(gradient(cispo, scaled, ratio_max=5), gradient(cispo, x, ratio_max=5) * factor, rtol=1e-12)
+    assert torch.allclose(gradient(Cispo(ratio_max=5), scaled), gradient(Cispo(ratio_max=5), x) * factor, rtol=1e-12)
 
 
 def test_cispo_gradient_matches_finite_differences_of_the_frozen_weight_loss():
     x = BATCH
-    weight = cispo(x, ratio_max=5).weight
+    weight = Cispo(ratio_max=5)(x).weight
     step = 1e-6
     for t in range(5):
         moved = [x.logprobs.detach().clone() for _ in range(2)]
         moved[0][t] -= step
         moved[1][t] += step
         low, high = ((-weight * x.advantages * lp).sum().item() for lp in moved)
-        assert gradient(cispo, x, ratio_max=5)[t].item() == pytest.approx((high - low) / (2 * step), rel=1e-8)
+        assert gradient(Cispo(ratio_max=5), x)[t].item() == pytest.approx((high - low) / (2 * step), rel=1e-8)
 
 
 @pytest.mark.parametrize(
-    ("loss", "settings"),
-    [
-        (cispo, {"ratio_max": 5.0}),
-        (clipped_surrogate, {"clip_low": 0.2, "clip_high": 0.2}),
-        (negative_log_likelihood, {}),
-    ],
+    "loss", [Cispo(ratio_max=5.0), ClippedSurrogate(clip_low=0.2, clip_high=0.2), NegativeLogLikelihood()]
 )
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_masked_values_do_not_leak(loss: LossFn, settings: dict, poison: float):
+def test_masked_values_do_not_leak(loss: LossFn, poison: float):
     clean = inputs([0.12, 0.6, 0.3], [0.01, 0.5, 0.3], [1.0, -1.0, 1.0])
-    kept = gradient(loss, clean, **settings)
+    kept = gradient(loss, clean)
     logprobs = torch.cat([clean.logprobs.detach(), torch.tensor([poison, poison])]).requires_grad_()
     bad = torch.full((2,), poison, dtype=torch.float64)
     poisoned = LossInputs(
@@ -218,23 +217,23 @@ def test_masked_values_do_not_leak(loss: LossFn, settings: dict, poison: float):
         mask=torch.tensor([True, True, True, False, False]),
         cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
     )
-    output = loss(poisoned, **settings)
+    output = loss(poisoned)
     assert output.loss[3:].tolist() == [0, 0] and output.weight[3:].tolist() == [0, 0]
-    assert torch.equal(gradient(loss, poisoned, **settings), torch.cat([kept, torch.zeros(2, dtype=torch.float64)]))
+    assert torch.equal(gradient(loss, poisoned), torch.cat([kept, torch.zeros(2, dtype=torch.float64)]))
 
 
 def test_extreme_ratios_stay_finite_and_keep_their_gradient():
     x = inputs([1.0, 1e-300], [1e-300, 1.0], [1.0, -1.0])
-    got = gradient(cispo, x, ratio_max=5)
+    got = gradient(Cispo(ratio_max=5), x)
     assert got[0].item() == -5 and 0 < got[1].item() < 1e-8
 
 
 def test_each_loss_has_a_gradient_of_its_own_on_the_batch():
     grads = [
-        gradient(cispo, BATCH, ratio_max=5),
-        gradient(cispo, BATCH, ratio_max=1.2, ratio_min=0.8),
-        gradient(clipped_surrogate, BATCH, clip_low=0.2, clip_high=0.2),
-        gradient(negative_log_likelihood, BATCH),
+        gradient(Cispo(ratio_max=5), BATCH),
+        gradient(Cispo(ratio_max=1.2, ratio_min=0.8), BATCH),
+        gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.2), BATCH),
+        gradient(NegativeLogLikelihood(), BATCH),
     ]
     assert all(not torch.allclose(a, b) for i, a in enumerate(grads) for b in grads[:i])
 
@@ -245,19 +244,19 @@ def test_cispo_between_its_limits(rows: list, cap: float, other: float):
     """Cap inf is importance-weighted REINFORCE, [1, 1] the plain one; gradients grow with the cap, up to the ratio."""
     x = from_rows(rows)
     ratio = (x.logprobs - x.anchor_logprobs).exp().detach()
-    unlimited = gradient(cispo, x, ratio_max=INF)
+    unlimited = gradient(Cispo(ratio_max=INF), x)
     assert torch.allclose(unlimited, -ratio * x.advantages, rtol=1e-12)
-    assert torch.equal(gradient(cispo, x, ratio_max=1.0, ratio_min=1.0), gradient(policy_gradient, x))
-    low, high = (gradient(cispo, x, ratio_max=c).abs() for c in sorted((cap, other)))
+    assert torch.equal(gradient(Cispo(ratio_max=1.0, ratio_min=1.0), x), gradient(PolicyGradient(), x))
+    low, high = (gradient(Cispo(ratio_max=c), x).abs() for c in sorted((cap, other)))
     assert bool((low <= high).all()) and bool((high <= unlimited.abs()).all())
     if float(ratio.max()) <= cap:
-        assert torch.equal(gradient(cispo, x, ratio_max=cap), unlimited)
+        assert torch.equal(gradient(Cispo(ratio_max=cap), x), unlimited)
 
 
-ALL = [pytest.param(resolve(a, Changes()), id=name) for name, a in ALGORITHMS.items()]
+ALL = [pytest.param(resolve(a, AlgorithmSection()), id=name) for name, a in ALGORITHMS.items()]
 CORRECTED = [
     pytest.param(
-        resolve(ALGORITHMS["grpo"], Changes(correction=kind, correction_low=0.2, correction_high=3.0)),
+        resolve(ALGORITHMS["grpo"], AlgorithmSection(correction=kind, correction_low=0.2, correction_high=3.0)),
         id=f"grpo {kind}",
     )
     for kind in ("tis", "icepop", "sequence_mask")
@@ -272,7 +271,7 @@ def full_inputs(rows: list[tuple[float, float, float]]) -> LossInputs:
 
 @pytest.mark.parametrize("algorithm", [*ALL, *CORRECTED])
 def test_only_logprobs_have_a_gradient(algorithm: Algorithm):
-    """Ratios' anchors, references, advantages: constants, whatever graph they come from."""
+    """Ratios' anchors, references, advantages: constants, with or without a graph of their own."""
     x = full_inputs([(0.12, 0.01, 1.0), (0.6, 0.5, -1.0), (0.1, 0.2, 0.5)])
     constants = ("anchor_logprobs", "rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
     leaves = {name: getattr(x, name).clone().requires_grad_() for name in constants}
@@ -280,7 +279,7 @@ def test_only_logprobs_have_a_gradient(algorithm: Algorithm):
     detached = torch.autograd.grad(algorithm.objective(x).loss.sum(), x.logprobs)[0]
     loss = algorithm.objective(attached).loss.sum()
     # Advantages multiply and anchors divide as numbers: the learner gives them without a graph, and the gradient of the
-    # policy is the same if somebody does not.
+    # policy is the same for inputs with a graph.
     assert torch.equal(torch.autograd.grad(loss, attached.logprobs)[0], detached)
 
 
@@ -291,10 +290,10 @@ def test_masked_values_do_not_leak_from_any_algorithm(algorithm: Algorithm, pois
     clean = full_inputs(rows)
     kept = torch.autograd.grad(algorithm.objective(clean).loss.sum(), clean.logprobs)[0]
     bad = torch.full((2,), poison, dtype=torch.float64)
-    columns = ("logprobs", "anchor_logprobs", "rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
+    names = ("logprobs", "anchor_logprobs", "rollout_logprobs", "advantages", "old_logprobs", "ref_logprobs")
     poisoned = replace(
         clean,
-        **{name: torch.cat([getattr(clean, name).detach(), bad]) for name in columns},
+        **{name: torch.cat([getattr(clean, name).detach(), bad]) for name in names},
         mask=torch.tensor([True, True, True, False, False]),
         cu_seqlens=torch.tensor([0, 5], dtype=torch.int32),
     )
@@ -302,7 +301,7 @@ def test_masked_values_do_not_leak_from_any_algorithm(algorithm: Algorithm, pois
     output = algorithm.objective(poisoned)
     grad = torch.autograd.grad(output.loss.sum(), poisoned.logprobs)[0]
     assert output.loss[3:].tolist() == [0, 0] and torch.equal(grad, torch.cat([kept, torch.zeros(2).double()]))
-    assert all(bool(column.isfinite().all()) for column in (output.ratio, output.weight, *output.extra.values()))
+    assert all(bool(values.isfinite().all()) for values in (output.ratio, output.weight, *output.extra.values()))
 
 
 @settings(max_examples=100, deadline=None)
@@ -313,20 +312,20 @@ def test_dual_clip_bounds_the_surrogate_of_negative_advantages(rows: list, extra
     ratio = (x.logprobs - x.anchor_logprobs).exp().detach()
     if bool(((ratio - dual).abs() < 1e-9).any()):
         return
-    plain = gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2)
-    dual_gradient = gradient(clipped_surrogate, x, clip_low=0.2, clip_high=0.2, dual_clip=dual)
+    plain = gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.2), x)
+    dual_gradient = gradient(ClippedSurrogate(clip_low=0.2, clip_high=0.2, dual_clip=dual), x)
     cut = (x.advantages < 0) & (ratio > dual)
     assert bool((dual_gradient[cut] == 0).all()) and torch.equal(dual_gradient[~cut], plain[~cut])
-    output = clipped_surrogate(x, clip_low=0.2, clip_high=0.2, dual_clip=dual)
+    output = ClippedSurrogate(clip_low=0.2, clip_high=0.2, dual_clip=dual)(x)
     assert bool((output.weight[cut] == 0).all())
 
 
 def test_the_log_ratio_clamp_protects_only_what_overflows():
     """Within e^20 nothing changes; beyond, the weight is e^20 and the gradient finite."""
     near = inputs([1.0], [math.exp(-19.9)], [1.0])
-    assert gradient(cispo, near, ratio_max=INF).item() == pytest.approx(-math.exp(19.9), rel=1e-9)
+    assert gradient(Cispo(ratio_max=INF), near).item() == pytest.approx(-math.exp(19.9), rel=1e-9)
     far = inputs([1.0], [math.exp(-40)], [1.0])
-    assert gradient(cispo, far, ratio_max=INF).item() == pytest.approx(-math.exp(20), rel=1e-9)
+    assert gradient(Cispo(ratio_max=INF), far).item() == pytest.approx(-math.exp(20), rel=1e-9)
 
 
 def test_kl_estimators():
@@ -343,7 +342,7 @@ def test_kl_estimators():
 
 def test_a_correction_scales_the_policy_loss_and_not_the_kl():
     x = full_inputs([(0.12, 0.1, 1.0), (0.6, 0.5, -1.0)])
-    grpo = resolve(ALGORITHMS["grpo"], Changes(kl_coef=0.3))
+    grpo = resolve(ALGORITHMS["grpo"], AlgorithmSection(kl_coef=0.3))
     dropped = replace(grpo, correction=Correction(kind="icepop", low=5.0, high=6.0))
     only_kl = dropped.objective(x).loss
     assert only_kl.tolist() == pytest.approx((0.3 * kl_estimate(x.logprobs, x.ref_logprobs, x.mask, "k3")).tolist())  # type: ignore[arg-type]
@@ -360,8 +359,35 @@ def test_value_loss_by_hand():
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda x: x.logprobs.mean(), lambda x: policy_gradient(x)._replace(loss=x.logprobs[0])]
+    "wrong", [lambda x: x.logprobs.mean(), lambda x: PolicyGradient()(x)._replace(loss=x.logprobs[0])]
 )
 def test_a_loss_that_is_not_per_token_is_refused(wrong: LossFn):
     with pytest.raises(UserError, match="one loss a token"):
         Objective(loss=wrong)(BATCH)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A loss with a setting, without the base class."""
+
+    ratio_max: float = 2.0
+    per_token: ClassVar[bool] = True
+
+    def __call__(self, x: LossInputs) -> LossOutput:
+        return Cispo(ratio_max=self.ratio_max)(x)
+
+
+def plain(x: LossInputs) -> LossOutput:
+    return PolicyGradient()(x)
+
+
+def test_a_loss_of_ones_own():
+    """A function has no settings; a dataclass has its fields, which a recipe changes; both cross processes."""
+    scaled, function = (Algorithm(name="own", loss=loss) for loss in (Scaled(), plain))
+    changed = resolve(scaled, AlgorithmSection(ratio_max=3.0))
+    assert changed.loss == Scaled(ratio_max=3.0) and changed.objective.per_token and not function.objective.per_token
+    with pytest.raises(UserError, match="ratio_max means nothing to own, whose settings are: none"):
+        resolve(function, AlgorithmSection(ratio_max=3.0))
+    for objective in (changed.objective, function.objective, resolve(ALGORITHMS["dapo"], AlgorithmSection()).objective):
+        again = pickle.loads(pickle.dumps(objective))
+        assert again == objective and torch.equal(again(BATCH).loss, objective(BATCH).loss)

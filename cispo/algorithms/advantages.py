@@ -1,16 +1,18 @@
-"""Advantages: what each sampled token was worth, from the rewards of a batch.
+"""Advantages: the worth of each sampled token, from the rewards of a batch; frozen dataclasses that are called.
 
-    groups [P][G] of TokenRewards --advantage(groups, **settings)--> [P][G] tensors [L]
+    groups [P][G] of TokenRewards --GroupNorm()(groups)--> [P][G] tensors [L]
 
 Advantages are per token everywhere. Most algorithms give every token of a trajectory the same one; GAE and reward-to-go
-do not. A group whose rewards are all equal gets exact zeros from the group-relative ones, never NaN.
+do not. A group of equal rewards gets exact zeros from the group-relative ones, never NaN.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRewards:
-    """The rewards of one trajectory, laid out over its L sampled tokens (all turns; what tools wrote is left out).
+    """The rewards of one trajectory, laid out over its L sampled tokens (all turns; tool output is left out).
 
     Example: TokenRewards(streams={"outcome": tensor([0, 0, 1]), "speed": tensor([-0.1, 0, -0.2])})
     """
@@ -40,7 +42,26 @@ class TokenRewards:
 
 
 Groups = Sequence[Sequence[TokenRewards]]
-AdvantageFn = Callable[..., list[list[Tensor]]]
+AdvantageFn = Callable[[Groups], list[list[Tensor]]]
+"""An `Advantage`, or a function, which has no settings."""
+
+
+class Advantage(ABC):
+    """An advantage with settings: a subclass is a frozen dataclass, and a recipe may change its fields."""
+
+    __slots__ = ()
+
+    name: ClassVar[str] = "the advantage"
+    """Its name in a recipe."""
+    group_relative: ClassVar[bool] = False
+    """Whether it compares the attempts at one prompt, and so says nothing about a group of one or of equal rewards."""
+
+    @abstractmethod
+    def __call__(self, groups: Groups) -> list[list[Tensor]]: ...
+
+    def describe(self) -> str:
+        """The settings in words, for `cispo show`."""
+        return ""
 
 
 def is_constant(rewards: Sequence[float] | Tensor) -> bool:
@@ -48,60 +69,114 @@ def is_constant(rewards: Sequence[float] | Tensor) -> bool:
     return bool((torch.as_tensor(rewards) == rewards[0]).all())
 
 
-def group_mean(groups: Groups) -> list[list[Tensor]]:
+@dataclass(frozen=True, slots=True)
+class GroupMean(Advantage):
     """A_i = R_i - mean_j R_j (Dr. GRPO, arXiv 2503.20783)."""
-    return [_spread(group, _centred(_totals(group))) for group in groups]
+
+    name: ClassVar[str] = "group_mean"
+    group_relative: ClassVar[bool] = True
+
+    def __call__(self, groups: Groups) -> list[list[Tensor]]:
+        return [_spread(group, _centred(_totals(group))) for group in groups]
 
 
-def group_norm(groups: Groups, *, ddof: float = 0, epsilon: float = 0.0) -> list[list[Tensor]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupNorm(Advantage):
     """A_i = (R_i - mean_j R_j) / (std_j R_j + epsilon) (GRPO, arXiv 2402.03300; CISPO's eq. 2).
 
     By default the population's std and no epsilon, which a group that is not constant does not need; `ddof` 1 takes the
     sample's std (n - 1).
     """
-    return [_spread(group, _normalised(_totals(group), ddof, epsilon)) for group in groups]
+
+    ddof: int = 0
+    epsilon: float = 0.0
+    name: ClassVar[str] = "group_norm"
+    group_relative: ClassVar[bool] = True
+
+    def __call__(self, groups: Groups) -> list[list[Tensor]]:
+        return [_spread(group, _normalised(_totals(group), self.ddof, self.epsilon)) for group in groups]
+
+    def describe(self) -> str:
+        return "" if self == type(self)() else f"ddof {self.ddof}, epsilon {self.epsilon:g}"
 
 
-def group_norm_sample(groups: Groups) -> list[list[Tensor]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupNormSample(GroupNorm):
     """The same with the sample's std (n - 1), as verl, slime and TRL compute it."""
-    return group_norm(groups, ddof=1)
+
+    ddof: int = 1
+    name: ClassVar[str] = "group_norm_sample"
 
 
-def leave_one_out(groups: Groups) -> list[list[Tensor]]:
+@dataclass(frozen=True, slots=True)
+class LeaveOneOut(Advantage):
     """A_i = R_i - mean_{j != i} R_j (RLOO, arXiv 2402.14740)."""
-    return [
-        _spread(group, _centred(totals) * (len(totals) / max(len(totals) - 1, 1)))
-        for group, totals in zip(groups, map(_totals, groups), strict=True)
-    ]
+
+    name: ClassVar[str] = "leave_one_out"
+    group_relative: ClassVar[bool] = True
+
+    def __call__(self, groups: Groups) -> list[list[Tensor]]:
+        return [
+            _spread(group, _centred(totals) * (len(totals) / max(len(totals) - 1, 1)))
+            for group, totals in zip(groups, map(_totals, groups), strict=True)
+        ]
 
 
-def batch_baseline(groups: Groups) -> list[list[Tensor]]:
+@dataclass(frozen=True, slots=True)
+class BatchBaseline(Advantage):
     """A_i = R_i - mean R over all trajectories of the batch (REINFORCE with a baseline)."""
-    totals = [_totals(group) for group in groups]
-    baseline = _mean(torch.cat(totals)) if totals else 0.0
-    return [_spread(group, total - baseline) for group, total in zip(groups, totals, strict=True)]
+
+    name: ClassVar[str] = "batch_baseline"
+
+    def __call__(self, groups: Groups) -> list[list[Tensor]]:
+        totals = [_totals(group) for group in groups]
+        baseline = _mean(torch.cat(totals)) if totals else 0.0
+        return [_spread(group, total - baseline) for group, total in zip(groups, totals, strict=True)]
 
 
-def batch_whiten(groups: Groups) -> list[list[Tensor]]:
+@dataclass(frozen=True, slots=True)
+class BatchWhiten(Advantage):
     """A_t = (reward-to-go_t - mean) / std over all tokens of the batch (REINFORCE++, arXiv 2501.03262)."""
-    return whiten([[_to_go(t.per_token) for t in group] for group in groups])
+
+    name: ClassVar[str] = "batch_whiten"
+
+    def __call__(self, groups: Groups) -> list[list[Tensor]]:
+        return whiten([[_to_go(t.per_token) for t in group] for group in groups])
 
 
-def reward_to_go(groups: Groups) -> list[list[Tensor]]:
+@dataclass(frozen=True, slots=True)
+class RewardToGo(Advantage):
     """A_t = sum_{p >= t} of all reward streams - the group's mean total (MiniMax's agents, arXiv 2605.26494)."""
-    return [[_to_go(t.per_token) - _mean(_totals(group)) for t in group] for group in groups]
+
+    name: ClassVar[str] = "reward_to_go"
+
+    def __call__(self, groups: Groups) -> list[list[Tensor]]:
+        return [[_to_go(t.per_token) - _mean(_totals(group)) for t in group] for group in groups]
 
 
-def gae(groups: Groups, *, gamma: float = 1.0, lam: float = 1.0, whitened: bool = True) -> list[list[Tensor]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gae(Advantage):
     """Generalised advantage estimation on the critic's values (arXiv 1506.02438), whitened over the batch's tokens."""
-    advantages = [[generalised_advantages(t, gamma=gamma, lam=lam) for t in group] for group in groups]
-    return whiten(advantages) if whitened else advantages
+
+    gamma: float = 1.0
+    """Discount of later rewards, per token."""
+    lam: float = 1.0
+    """1 trusts the rewards alone, 0 the critic's next value."""
+    whitened: bool = True
+    name: ClassVar[str] = "gae"
+
+    def __call__(self, groups: Groups) -> list[list[Tensor]]:
+        advantages = [[generalised_advantages(t, gamma=self.gamma, lam=self.lam) for t in group] for group in groups]
+        return whiten(advantages) if self.whitened else advantages
+
+    def describe(self) -> str:
+        return f"gamma {self.gamma:g}, lam {self.lam:g}"
 
 
 def generalised_advantages(rewards: TokenRewards, *, gamma: float, lam: float) -> Tensor:
     """[L]: A_t = sum_k (gamma lam)^k delta_{t+k} with delta_t = r_t + gamma V_{t+1} - V_t.
 
-    V is 0 after the last token. Only sampled tokens are states: what an environment wrote is skipped, not discounted.
+    V is 0 after the last token. Only sampled tokens are states: an environment's tokens are skipped, not discounted.
     """
     assert rewards.values is not None, "GAE needs the critic's values"
     values = rewards.values
@@ -121,19 +196,19 @@ def whiten(advantages: list[list[Tensor]]) -> list[list[Tensor]]:
     return [[(a - mean) / std for a in group] for group in advantages]
 
 
-ADVANTAGES: dict[str, AdvantageFn] = {
-    "group_norm": group_norm,
-    "group_norm_sample": group_norm_sample,
-    "group_mean": group_mean,
-    "leave_one_out": leave_one_out,
-    "batch_baseline": batch_baseline,
-    "batch_whiten": batch_whiten,
-    "reward_to_go": reward_to_go,
-    "gae": gae,
+ADVANTAGES: dict[str, Advantage] = {
+    advantage.name: advantage
+    for advantage in (
+        GroupNorm(),
+        GroupNormSample(),
+        GroupMean(),
+        LeaveOneOut(),
+        BatchBaseline(),
+        BatchWhiten(),
+        RewardToGo(),
+        Gae(),
+    )
 }
-
-GROUP_RELATIVE: frozenset[AdvantageFn] = frozenset({group_norm, group_norm_sample, group_mean, leave_one_out})
-"""Advantages that compare the attempts at one prompt, and so say nothing about a group of one or of equal rewards."""
 
 
 def _totals(group: Sequence[TokenRewards]) -> Tensor:
@@ -146,7 +221,7 @@ def _spread(group: Sequence[TokenRewards], advantages: Tensor) -> list[Tensor]:
 
 
 def _mean(values: Tensor) -> float:
-    """The mean; of equal values it is that value, which rounding in a sum would miss by a bit."""
+    """The mean; of equal values exactly that value, which rounding in a sum would miss by a bit."""
     return float(values[0] if is_constant(values) else values.mean())
 
 
@@ -154,10 +229,10 @@ def _centred(totals: Tensor) -> Tensor:
     return totals - _mean(totals)
 
 
-def _normalised(totals: Tensor, ddof: float, epsilon: float) -> Tensor:
+def _normalised(totals: Tensor, ddof: int, epsilon: float) -> Tensor:
     if is_constant(totals):
         return torch.zeros_like(totals)
-    return _centred(totals) / (totals.std(correction=int(ddof)) + epsilon)
+    return _centred(totals) / (totals.std(correction=ddof) + epsilon)
 
 
 def _to_go(rewards: Tensor) -> Tensor:

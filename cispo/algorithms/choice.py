@@ -1,35 +1,40 @@
-"""From a recipe's algorithm section to the resolved record: a named algorithm, a preset or the user's, with changes."""
+"""From a recipe's algorithm section to the resolved record: a named algorithm, a preset or the user's, with changes.
+
+algorithm.name --named_algorithm--> Algorithm --resolve(the section's other keys)--> Algorithm, checked
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import fields, is_dataclass, replace
+from typing import TypeVar
 
-from cispo.algorithms import ALGORITHMS, Algorithm, KlPlace, Reduction, ZeroVariance
-from cispo.algorithms.advantages import ADVANTAGES, GROUP_RELATIVE, gae
-from cispo.algorithms.corrections import DEFAULT_BOUNDS, Correction, CorrectionKind
-from cispo.algorithms.losses import Kl
-from cispo.algorithms.objective import Anchor
+from cispo.algorithms import ALGORITHMS, Algorithm
+from cispo.algorithms.advantages import ADVANTAGES, Advantage, Gae
+from cispo.algorithms.corrections import DEFAULT_BOUNDS, Correction
+from cispo.algorithms.losses import Cispo, Loss, LossFn
 from cispo.algorithms.presets import PRESETS
 from cispo.errors import UserError
+from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.recipe.schema import Recipe
 from cispo.user_code import load_object
+
+Part = TypeVar("Part")
+
+# Keys of the section that a run reads for itself, and those that name or make an object of the record.
+_RUN_KEYS = {"name", "overlong_buffer", "overlong_penalty", "updates_per_batch", "epochs"}
+_OBJECT_KEYS = {"advantage", "correction", "correction_low", "correction_high"}
+# The record takes these as they are; any other key is a setting of the loss or of the advantage.
+_PLAIN_KEYS = AlgorithmSection.model_fields.keys() & {field.name for field in fields(Algorithm)} - _OBJECT_KEYS
 
 
 def algorithm_of(recipe: Recipe) -> Algorithm:
     """The recipe's algorithm with its changes, checked against the group size."""
-    keys = recipe.algorithm
-    settings = {key: getattr(keys, key) for key in (*LOSS_KEYS, *ADVANTAGE_KEYS)}
-    same = ("advantage", "reduction", "kl", "kl_coef", "kl_in", "correction", "correction_low", "correction_high")
-    same += ("zero_variance", "dynamic_sampling")
-    changes = {key: getattr(keys, key) for key in same}
-    resolved = resolve(named_algorithm(keys.name), Changes(settings=settings, anchor=keys.ratio_anchor, **changes))
-    if recipe.rollout.group_size == 1 and resolved.advantage in GROUP_RELATIVE:
-        raise UserError(
-            f"rollout.group_size 1 gives {resolved.advantage.__name__} nothing to compare: every advantage would be 0"
-        )
+    resolved = resolve(named_algorithm(recipe.algorithm.name), recipe.algorithm)
+    advantage = resolved.advantage
+    if recipe.rollout.group_size == 1 and isinstance(advantage, Advantage) and advantage.group_relative:
+        raise UserError(f"rollout.group_size 1 gives {advantage.name} nothing to compare: every advantage would be 0")
     return resolved
 
 
@@ -54,103 +59,82 @@ def overlong_buffer_of(recipe: Recipe, algorithm: Algorithm, max_tokens: int) ->
     return round(algorithm.overlong_share * max_tokens) if given is None else given
 
 
-LOSS_KEYS = ("ratio_max", "ratio_min", "mask_low", "mask_high", "clip_low", "clip_high", "dual_clip")
-
-
-ADVANTAGE_KEYS = ("gamma", "lam")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
-    """What a recipe changes of an algorithm; None leaves the algorithm's own value."""
-
-    settings: Mapping[str, float | None] = field(default_factory=dict)
-    """LOSS_KEYS and ADVANTAGE_KEYS."""
-    advantage: str | None = None
-    reduction: Reduction | None = None
-    anchor: Anchor | None = None
-    kl: Kl | None = None
-    kl_coef: float | None = None
-    kl_in: KlPlace | None = None
-    correction: Literal["none"] | CorrectionKind | None = None
-    correction_low: float | None = None
-    correction_high: float | None = None
-    zero_variance: ZeroVariance | None = None
-    dynamic_sampling: int | None = None
-
-
-def resolve(algorithm: Algorithm, changes: Changes) -> Algorithm:
-    """The algorithm with a recipe's changes.
+def resolve(algorithm: Algorithm, section: AlgorithmSection) -> Algorithm:
+    """The algorithm with the changes of a recipe's section, in which None leaves the algorithm's own value.
 
     Raises UserError for a setting that the algorithm does not have, an unknown advantage, or a meaningless bound.
     """
-    given = _advantage(algorithm, changes.advantage) if changes.advantage is not None else {}
-    plain = ("reduction", "anchor", "kl", "kl_coef", "kl_in", "zero_variance", "dynamic_sampling")
-    given |= {k: getattr(changes, k) for k in plain if getattr(changes, k) is not None}
-    resolved = replace(algorithm, **given)
-    settings = {k: v for k, v in changes.settings.items() if v is not None}
-    foreign = [k for k in settings if k not in resolved.settings and k not in resolved.advantage_settings]
+    given = section.model_dump(exclude_none=True, exclude=_RUN_KEYS | _OBJECT_KEYS)
+    plain = {key: given.pop(key) for key in _PLAIN_KEYS & given.keys()}
+    resolved = replace(_with_advantage(algorithm, section.advantage), **plain)
+    known = _settings(resolved.loss) + _settings(resolved.advantage)
+    foreign = [key for key in given if key not in known]
     if foreign:
-        has = ", ".join((*resolved.settings, *resolved.advantage_settings)) or "none"
+        has = ", ".join(key for key in known if key in AlgorithmSection.model_fields) or "none"
         raise UserError(f"algorithm.{foreign[0]} means nothing to {algorithm.name}, whose settings are: {has}")
     resolved = replace(
         resolved,
-        settings={k: settings.get(k, v) for k, v in resolved.settings.items()},
-        advantage_settings={k: settings.get(k, v) for k, v in resolved.advantage_settings.items()},
-        correction=_correction(algorithm.correction, changes),
+        loss=_changed(resolved.loss, given),
+        advantage=_changed(resolved.advantage, given),
+        correction=_correction(algorithm.correction, section),
     )
     # A preset may repeat its framework's default, however odd; a number that the user chose may not.
-    _check_bounds(resolved.settings, preset=algorithm.source is not None and "ratio_max" not in settings)
+    if algorithm.source is None or "ratio_max" in given:
+        _check_cap(resolved.loss)
+    if isinstance(resolved.loss, Loss):
+        resolved.loss.check()
     _check_parts(resolved)
     return resolved
 
 
-def _advantage(algorithm: Algorithm, name: str) -> dict[str, Any]:
+def _with_advantage(algorithm: Algorithm, name: str | None) -> Algorithm:
+    if name is None:
+        return algorithm
     if name not in ADVANTAGES:
         raise UserError(f"algorithm.advantage {name!r} is unknown; there are {', '.join(ADVANTAGES)}")
     chosen = ADVANTAGES[name]
-    if chosen is algorithm.advantage:
-        return {}
+    if type(chosen) is type(algorithm.advantage):
+        return algorithm
     # Groups of equal rewards say something to an advantage that looks beyond the group.
-    keep = {} if chosen in GROUP_RELATIVE else {"zero_variance": "keep"}
-    settings = {"gamma": 1.0, "lam": 1.0} if chosen is gae else {}
-    return {"advantage": chosen, "advantage_settings": settings, "critic": chosen is gae, **keep}
+    zero_variance = algorithm.zero_variance if chosen.group_relative else "keep"
+    return replace(algorithm, advantage=chosen, critic=isinstance(chosen, Gae), zero_variance=zero_variance)
 
 
-def _correction(own: Correction | None, changes: Changes) -> Correction | None:
-    kind = changes.correction or (own.kind if own else "none")
+def _settings(part: object) -> list[str]:
+    """Names of the settings of a loss or an advantage: its dataclass fields."""
+    return [field.name for field in fields(part)] if is_dataclass(part) else []
+
+
+def _changed(part: Part, settings: Mapping[str, object]) -> Part:
+    """The loss or advantage with those of the settings that are its own."""
+    own = {name: settings[name] for name in _settings(part) if name in settings}
+    return replace(part, **own) if own else part  # type: ignore[type-var]  # only a dataclass has settings
+
+
+def _correction(own: Correction | None, section: AlgorithmSection) -> Correction | None:
+    kind = section.correction or (own.kind if own else "none")
     if kind == "none":
-        if changes.correction_low is not None or changes.correction_high is not None:
+        if section.correction_low is not None or section.correction_high is not None:
             raise UserError("algorithm.correction_low and correction_high need an algorithm.correction")
         return None
     low, high = (own.low, own.high) if own and own.kind == kind else DEFAULT_BOUNDS[kind]
-    low = low if changes.correction_low is None else changes.correction_low
-    high = high if changes.correction_high is None else changes.correction_high
-    if not 0 <= low < high:
-        raise UserError(f"algorithm.correction_low {low} must be from 0 to below correction_high {high}")
-    return Correction(kind=kind, low=low, high=high)
+    low = low if section.correction_low is None else section.correction_low
+    high = high if section.correction_high is None else section.correction_high
+    correction = Correction(kind=kind, low=low, high=high)
+    correction.check()
+    return correction
 
 
-def _check_bounds(settings: Mapping[str, float | None], *, preset: bool) -> None:
-    high, low = settings.get("ratio_max"), settings.get("ratio_min")
-    if high is not None and high < 1 and not preset:
+def _check_cap(loss: LossFn) -> None:
+    if isinstance(loss, Cispo) and loss.ratio_max < 1:
         raise UserError(
-            f"algorithm.ratio_max {high} is below 1: it is the absolute cap on the importance weight, "
+            f"algorithm.ratio_max {loss.ratio_max} is below 1: it is the absolute cap on the importance weight, "
             "so every token would be scaled down (a cap of 1 + eps is meant?)"
         )
-    if low is not None and high is not None and not 0 <= low <= min(1.0, high):
-        raise UserError(f"algorithm.ratio_min {low} must be from 0 (no floor) to 1")
-    for key in ("clip_low", "clip_high"):
-        value = settings.get(key)
-        if value is not None and value < 0:
-            raise UserError(f"algorithm.{key} {value} must not be negative")
-    dual = settings.get("dual_clip")
-    if dual is not None and dual <= 1 + (settings.get("clip_high") or 0):
-        raise UserError(f"algorithm.dual_clip {dual} must be above the clip 1 + clip_high")
 
 
 def _check_parts(algorithm: Algorithm) -> None:
-    if algorithm.correction is not None and algorithm.anchor == "rollout":
+    if algorithm.correction is not None and algorithm.ratio_anchor == "rollout":
         raise UserError(
             f"algorithm.correction {algorithm.correction.kind} with ratio_anchor rollout counts the mismatch twice: "
             "the ratio divides by the engine's logprobs already (use ratio_anchor: old, or no correction)"
@@ -159,5 +143,5 @@ def _check_parts(algorithm: Algorithm) -> None:
         raise UserError(
             "algorithm.dynamic_sampling replaces groups of equal rewards, which zero_variance: keep wants in the batch"
         )
-    if algorithm.advantage is gae and not algorithm.critic:
+    if isinstance(algorithm.advantage, Gae) and not algorithm.critic:
         raise UserError(f"the advantage of {algorithm.name} is gae, which needs the record's critic=True")

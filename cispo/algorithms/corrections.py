@@ -1,7 +1,7 @@
-"""Rollout corrections: per-token factors for what the engine sampled with other numbers than the learner computes.
+"""Rollout corrections: per-token factors for the mismatch between the engine's probabilities and the learner's.
 
 rho = old / rollout, the learner's probability over the engine's for the same weights. The factors multiply the policy
-loss; the denominators of the reduction stay those of all tokens, so that what remains is not scaled up.
+loss; the denominators of the reduction stay those of all tokens, so that the remaining tokens are not scaled up.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cispo.algorithms.losses import sequence_means
+from cispo.errors import UserError
 
 CorrectionKind = Literal["tis", "icepop", "sequence_mask"]
 
@@ -33,7 +34,12 @@ class Correction:
         """Whether the factor of a token follows from that token alone."""
         return self.kind != "sequence_mask"
 
-    def words(self) -> str:
+    def check(self) -> None:
+        """Raises UserError for bounds that leave nothing between them."""
+        if not 0 <= self.low < self.high:
+            raise UserError(f"algorithm.correction_low {self.low} must be from 0 to below correction_high {self.high}")
+
+    def describe(self) -> str:
         return {
             "tis": f"policy loss times min(rho, {self.high:g}) (truncated importance sampling)",
             "icepop": f"policy loss times rho where {self.low:g} <= rho <= {self.high:g}, else 0 (IcePop)",

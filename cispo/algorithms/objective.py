@@ -1,12 +1,11 @@
-"""What a learner minimises: a policy loss, a rollout correction on it, and a KL penalty beside it.
+"""The learner's objective: a policy loss, a rollout correction on it, and a KL penalty beside it.
 
 objective(LossInputs) -> LossOutput        per token; the learner multiplies by loss_weights and sums
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,14 +22,12 @@ Anchor = Literal["rollout", "old"]
 class Objective:
     """A pure function of per-token tensors that crosses processes.
 
-    Example: Objective(loss=cispo, settings={"ratio_max": 5.0})
+    Example: Objective(loss=Cispo(ratio_max=5.0))
     """
 
     loss: LossFn
-    """(LossInputs, **settings) -> LossOutput."""
-    settings: Mapping[str, float | None] = field(default_factory=dict)
-    anchor: Anchor = "rollout"
-    """What the ratio divides by: the engine's logprobs at sampling time, or the learner's before this batch."""
+    ratio_anchor: Anchor = "rollout"
+    """The ratio's denominator: the engine's logprobs at sampling time, or the learner's before this batch."""
     kl: Kl = "k3"
     kl_coef: float = 0.0
     """Factor of KL(policy || reference) in the loss; 0 is none."""
@@ -38,14 +35,14 @@ class Objective:
 
     @property
     def per_token(self) -> bool:
-        """Whether each token's loss follows from that token alone, as the loss declares (`losses.per_token`)."""
+        """Whether each token's loss follows from that token alone, as loss and correction declare."""
         return is_per_token(self.loss) and (self.correction is None or self.correction.per_token)
 
     def __call__(self, x: LossInputs) -> LossOutput:
         """Per-token loss; the correction scales the policy loss and not the KL penalty."""
-        result = self.loss(x, **self.settings)
+        result = self.loss(x)
         if not isinstance(result, LossOutput) or result.loss.shape != x.logprobs.shape:
-            name = getattr(self.loss, "__name__", "the loss")
+            name = getattr(self.loss, "__name__", type(self.loss).__name__)
             raise UserError(f"{name} must return a LossOutput with one loss a token, not a mean (docs/algorithms.md)")
         loss, weight, extra = result.loss, result.weight, dict(result.extra)
         if self.correction is not None:

@@ -114,17 +114,18 @@ def compare(folder: Path, *arguments: str, code: int = 0) -> str:
 BROKEN = """
 from dataclasses import replace
 from cispo.algorithms import ALGORITHMS
-from cispo.algorithms.losses import cispo
+from cispo.algorithms.losses import Cispo
 
-def backwards(x, **settings):
-    result = cispo(x, **settings)
-    return result._replace(loss=-result.loss, weight=-result.weight)
+class Backwards(Cispo):
+    def __call__(self, x):
+        result = super().__call__(x)
+        return result._replace(loss=-result.loss, weight=-result.weight)
 
-def infinite(x, **settings):
-    result = cispo(x, **settings)
+def infinite(x):
+    result = ALGORITHMS["cispo"].loss(x)
     return result._replace(loss=result.loss * float("inf"))
 
-BACKWARDS = replace(ALGORITHMS["cispo"], name="backwards", loss=backwards)
+BACKWARDS = replace(ALGORITHMS["cispo"], name="backwards", loss=Backwards(ratio_max=5.0))
 INFINITE = replace(ALGORITHMS["cispo"], name="infinite", loss=infinite, zero_variance="keep")
 """
 
@@ -149,6 +150,13 @@ def test_compare_resume_and_report(tmp_path: Path):
     history = [json.loads(line) for line in (folder / "arms/ppo/seed_1/metrics.jsonl").read_text().splitlines()]
     assert history[-1]["total/prompts"] == 4 and "critic/explained_variance" in history[-1]
 
+    # An outcome of an earlier version: with a key that is removed, and without one that is newer.
+    first = folder / "arms" / "ppo" / "seed_0" / "outcome.json"
+    outcome = json.loads(first.read_text())
+    identity = outcome["identity"].replace("  value_clip: 0.2\n", "")
+    identity = identity.replace("  repetition:\n", "  top_p: 1.0\n  repetition:\n")
+    assert identity != outcome["identity"]
+    first.write_text(json.dumps(outcome | {"identity": identity}))
     before = {f: f.stat().st_mtime_ns for f in folder.rglob("outcome.json")}
     assert len(before) == 6
     assert "6 of 6 runs ended" in compare(tmp_path, *arms, "--assert-equal", str(folder / "results.json"))

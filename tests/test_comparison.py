@@ -1,4 +1,4 @@
-"""What a comparison says: intervals that cover what they claim, sentences that say no more than the seeds do."""
+"""A comparison's conclusions: intervals with the coverage they claim, sentences that claim no more than the seeds."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from cispo.compare.comparison import (
-    ArmResult,
-    Comparison,
-    RunResult,
-    assert_equal,
-    collapse,
-    results,
-    summarise,
-)
+from cispo.compare.comparison import ArmResult, Comparison, RunResult, collapse, summarise
+from cispo.compare.results import assert_equal, results
 from cispo.compare.statistics import (
     BOOTSTRAP_COVERAGE,
     Verdict,
@@ -72,7 +65,7 @@ def pair(ours: Sequence[float], theirs: Sequence[float]):
 
 
 @pytest.mark.parametrize("n", [3, 5])
-def test_intervals_cover_what_is_said(n: int):
+def test_intervals_have_the_coverage_they_claim(n: int):
     """2,500 comparisons of n normal differences around 1."""
     values = np.random.default_rng(n).normal(1, 2, (n, 2500))
     low, high = bootstrap_band(values)
@@ -92,7 +85,7 @@ def test_chance_is_called_a_difference_in_one_comparison_of_twenty_at_most():
     assert 0.01 < wrong < 0.08
 
 
-def test_pairing_takes_out_what_seeds_share():
+def test_pairing_takes_out_the_share_of_the_seeds():
     rng = np.random.default_rng(1)
     shared = rng.normal(0, 0.1, 5)
     theirs = 0.5 + shared + rng.normal(0, 0.005, 5)
@@ -146,8 +139,8 @@ def test_differences_without_spread():
     assert constant.verdict is Verdict.NO_INTERVAL and "without spread" in constant.sentence
     alone = pair([0.6], [0.5])
     assert alone.verdict is Verdict.NO_INTERVAL and "1 seed: there is no interval" in alone.sentence
-    nobody = difference("a", "b", "final", label="m", ours={0: 1.0}, theirs={1: 1.0})
-    assert nobody.verdict is Verdict.NOTHING and nobody.mean is None
+    none = difference("a", "b", "final", label="m", ours={0: 1.0}, theirs={1: 1.0})
+    assert none.verdict is Verdict.NOTHING and none.mean is None
 
 
 def test_numbers():
@@ -185,7 +178,7 @@ def test_failed_runs_are_left_out_and_named():
     summary = summarise(compare(arm("grpo", values), ArmResult(name="cispo", runs=runs), seeds=5))
     final = summary.differences[0]
     assert final.seeds == (0, 1, 2) and final.sentence.endswith("left out, as not finished in both: seed 3")
-    assert summary.span == 200, "a failed run does not shorten what the others are averaged over"
+    assert summary.span == 200, "a failed run does not shorten the span of the others' averages"
     assert summary.arms[1].runs[3].auc is None and summary.arms[1].estimates["final"].count == 3  # type: ignore[union-attr]
     text = " ".join(summary.remarks)
     assert "cispo failed in 1 of 4 seeds (seed 3: out of memory)" in text and "has no run for seed 4" in text
@@ -229,7 +222,7 @@ def test_a_metric_that_nobody_logged():
         ((0.2, 0.8, 0.45), True),
         ((0.2, 0.8, 0.55), False),  # keeps more than half of its gain
         ((0.2, 0.25, 0.2), False),  # within noise
-        ((0.5, 0.4, 0.1), True),  # never gained, and lost what it came with
+        ((0.5, 0.4, 0.1), True),  # never gained, and lost its start
         ((0.2, 0.5, 0.8), False),
     ],
 )

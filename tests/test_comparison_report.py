@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cispo.compare.comparison import ArmResult, Comparison, RunResult, assert_equal, results, summarise
+from cispo.compare.comparison import ArmResult, Comparison, RunResult, summarise
 from cispo.compare.report import amount, dropped_tokens, duration, summary_lines, visible, write_report
+from cispo.compare.results import assert_equal, results
 
 EVIL = "<script>alert(1)</script> $x [bold]"
 VOID = {"meta", "img", "source", "br", "link"}

@@ -1,4 +1,4 @@
-"""`cispo compare`: recipes x algorithms x updates per batch x seeds on one task, and a report of what differed.
+"""`cispo compare`: recipes x algorithms x updates per batch x seeds on one task, and a report of the differences.
 
     runs/NAME-compare/
       warm/seed_0/                  the warm-up of a seed, shared by its arms
@@ -19,31 +19,45 @@ import platform
 import shutil
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from rich.console import Console
 
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import describe
-from cispo.compare.comparison import ArmResult, Comparison, RunResult, assert_equal, require_metric
+from cispo.compare.comparison import ArmResult, Comparison, RunResult, require_metric
 from cispo.compare.overview import write_overview
 from cispo.compare.plan import Arm, Plan, make_plan
 from cispo.compare.report import summary_lines, write_report
+from cispo.compare.results import OverviewResults, Results, assert_equal
 from cispo.errors import Diverged, RunError, UserError
 from cispo.files import write_json
 from cispo.output.checkpoint import CheckpointFolder
 from cispo.output.folder import read_metrics
 from cispo.output.screen import Screen, progress_bars
-from cispo.recipe.load import dump_yaml
+from cispo.recipe.load import dump_yaml, read_stored, stored_recipe
 from cispo.recipe.schema import Recipe
 from cispo.run import Run, Task, load_task
 from cispo.runtime.interrupts import Interrupts
 from cispo.runtime.placement import gpus_of
 from cispo.runtime.watchdog import Activity
 from cispo.start import make_runtime, num_processes
+
+Status = Literal["done", "diverged", "failed"]
+
+
+class Outcome(TypedDict):
+    """outcome.json of a run that ended."""
+
+    status: Status
+    identity: str
+    """The recipe of the run: see `_identity`."""
+    seconds: float
+    sentence: NotRequired[str]
+    """The reason of a run that diverged or failed."""
 
 
 def compare(
@@ -59,7 +73,7 @@ def compare(
     fit: bool,
     equal: Path | None,
 ) -> None:
-    """Runs what is not yet run, and reports."""
+    """Runs the arms that have not ended, and reports."""
     stored = _stored(equal)
     plan = make_plan(items, algorithms=algorithms, seeds=seeds, metric=metric, updates=updates, name=name)
     console = Console(highlight=False)
@@ -70,14 +84,17 @@ def compare(
         raise UserError(f"--plot-only: there is no comparison in {plan.folder} yet")
     found = report(plan, console, fit=fit)
     if stored is not None:
-        differences = [line for setting in found for line in assert_equal(found[setting], _setting(stored, setting))]
+        missing = [setting for setting in found if setting not in stored]
+        if missing:
+            raise UserError(f"--assert-equal: the stored results have no setting {missing[0]!r}")
+        differences = [line for setting in found for line in assert_equal(found[setting], stored[setting])]
         if differences:
             raise RunError(f"--assert-equal {equal}: {len(differences)} differences, the first: {differences[0]}")
         console.print(f"equal to {equal} in every value")
 
 
 def _parallel(plan: Plan) -> int:
-    """Arms side by side that keep the machine busy: a run samples or learns at a time, never both."""
+    """Arms side by side that keep the machine busy: a run either samples or learns, never both at once."""
     recipe = plan.arms[0].recipe
     if recipe.runtime == "local":
         return 1
@@ -149,7 +166,7 @@ def _with_seed(plan: Plan, arm: Arm, index: int) -> Recipe:
 
 
 def _identity(recipe: Recipe) -> str:
-    """What makes two runs the same: the whole recipe but for where it is written."""
+    """The identity of a run: the whole recipe without the folder that it writes to."""
     return dump_yaml(recipe.model_copy(update={"output_dir": ""}))
 
 
@@ -159,15 +176,16 @@ def _ended(plan: Plan, arm: Arm, index: int) -> bool:
     outcome = _outcome(folder)
     if outcome is None:
         return False
-    if outcome["identity"] != _identity(_with_seed(plan, arm, index)):
+    stored = stored_recipe(outcome["identity"], where=f"{folder / 'outcome.json'} identity")
+    if _identity(stored) != _identity(_with_seed(plan, arm, index)):
         raise UserError(
             f"{folder} holds a run of another recipe: choose another --name, or delete the folder to run it again"
         )
-    # What ended by itself ends so again; an engine that was killed or ran out of memory need not.
+    # A finished or diverged run would end the same way again; a run that failed for want of memory need not.
     return outcome["status"] in ("done", "diverged")
 
 
-def _outcome(folder: Path) -> dict[str, Any] | None:
+def _outcome(folder: Path) -> Outcome | None:
     file = folder / "outcome.json"
     return json.loads(file.read_text()) if file.exists() else None
 
@@ -190,15 +208,20 @@ async def _warm_up(
 def _holds(folder: Path, recipe: Recipe) -> bool:
     """Whether a folder is of a run of exactly this recipe."""
     file = folder / "recipe.yaml"
-    return file.exists() and file.read_text() == dump_yaml(recipe)
+    return file.exists() and dump_yaml(read_stored(file)) == dump_yaml(recipe)
 
 
 async def _run_arm(
     plan: Plan, arm: Arm, index: int, start: str | None, task: Task, screen: Screen, interrupts: Interrupts
 ) -> None:
-    """One run, or what is left of it, and its outcome: an arm that breaks must not end the others."""
+    """Runs one arm with one seed, from its last checkpoint on, and writes its outcome.
+
+    A run that breaks does not end the others. Raises UserError, which is the same for every arm.
+    """
     folder, recipe = run_folder(plan, arm, index), _with_seed(plan, arm, index)
-    outcome: dict[str, Any] = {"status": "done", "identity": _identity(recipe)}
+    identity = _identity(recipe)
+    status: Status = "done"
+    sentence: str | None = None
     if start is not None:
         policy = recipe.policy.model_copy(update={"model": start, "config": None})
         recipe = recipe.model_copy(update={"policy": policy, "sft": None})
@@ -213,33 +236,36 @@ async def _run_arm(
     except UserError:
         raise
     except Diverged as error:
-        outcome |= {"status": "diverged", "sentence": str(error)}
+        status, sentence = "diverged", str(error)
     except Exception as error:
-        # Whatever else it is: it is told in the report, with the traceback beside the run.
+        # The report shows the sentence; the traceback lies beside the run.
         (folder / "error.txt").write_text(traceback.format_exc())
         reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        outcome |= {"status": "failed", "sentence": " ".join(reason.split())[:300]}
-    outcome["seconds"] = time.perf_counter() - started
+        status, sentence = "failed", " ".join(reason.split())[:300]
+    outcome: Outcome = {"status": status, "identity": identity, "seconds": time.perf_counter() - started}
+    if sentence is not None:
+        outcome["sentence"] = sentence
     write_json(folder / "outcome.json", outcome)
-    if outcome["status"] == "done":
+    if status == "done":
         # At once, and not when all arms have run: the name may be misspelt.
         require_metric(_arm_result(plan, arm), plan.metric)
     values = [row[plan.metric] for row in read_metrics(folder / "metrics.jsonl") if plan.metric in row]
-    said = outcome.get("sentence") or f"{plan.metric} {values[0]:.3f} -> {values[-1]:.3f}"
-    screen.print(f"{said} ({outcome['seconds']:.0f} s)")
+    ending = sentence or f"{plan.metric} {values[0]:.3f} -> {values[-1]:.3f}"
+    screen.print(f"{ending} ({outcome['seconds']:.0f} s)")
 
 
 def _empty(folder: Path) -> None:
-    """A new folder; what an interrupted run left there goes."""
+    """Makes the folder anew, without the files of an interrupted run."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
-def report(plan: Plan, console: Console, *, fit: bool) -> dict[str, dict[str, Any]]:
-    """Writes the pages of all settings, prints the summary, and returns what was found: setting -> results."""
+def report(plan: Plan, console: Console, *, fit: bool) -> dict[str, Results]:
+    """Writes the pages of all settings, prints the summary, and returns setting -> results."""
     comparisons = _comparisons(plan)
-    pages, found = {}, {}
+    pages: dict[str, Path] = {}
+    found: dict[str, Results] = {}
     for setting, comparison in comparisons.items():
         files = write_report(comparison, plan.folder / setting.replace(" ", "_"), fit=fit)
         pages[setting], found[setting] = files.page, json.loads(files.results.read_text())
@@ -253,7 +279,7 @@ def report(plan: Plan, console: Console, *, fit: bool) -> dict[str, dict[str, An
 
 
 def _comparisons(plan: Plan) -> dict[str, Comparison]:
-    """Setting -> what its arms measured; arms of which no run has ended are left out."""
+    """Setting -> its comparison; arms of which no run has ended are left out."""
     results = [(arm, _arm_result(plan, arm)) for arm in plan.arms]
     if not any(result.runs for _, result in results):
         raise UserError(f"no run in {plan.folder} has ended yet: there is nothing to report")
@@ -283,7 +309,7 @@ def _arm_result(plan: Plan, arm: Arm) -> ArmResult:
         table = folder / "dropped_tokens.json"
         runs.append(
             RunResult(
-                # Pairs are the arms' first seeds, second seeds ..., which are equal unless recipes start from others.
+                # Runs are paired by position: first seeds, second seeds ..., also where the recipes' seeds differ.
                 seed=plan.arms[0].recipe.seed + index,
                 history=read_metrics(folder / "metrics.jsonl"),
                 seconds=outcome["seconds"],
@@ -315,23 +341,16 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def _stored(file: Path | None) -> dict[str, Any] | None:
+def _stored(file: Path | None) -> Mapping[str, Results] | None:
+    """Setting -> results of a stored results.json: of one comparison (setting "") or of an overview."""
     if file is None:
         return None
     try:
-        stored = json.loads(file.read_text())
+        stored: Results | OverviewResults = json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"--assert-equal {file}: {error.strerror}") from None
     except ValueError:
         raise UserError(f"--assert-equal {file} is not JSON") from None
     if not isinstance(stored, dict) or not {"arms", "settings"} & stored.keys():
         raise UserError(f"--assert-equal {file} is not the results.json of a comparison")
-    return stored
-
-
-def _setting(stored: dict[str, Any], setting: str) -> dict[str, Any]:
-    if not setting:
-        return stored
-    if setting not in stored.get("settings", {}):
-        raise UserError(f"--assert-equal: the stored results have no setting {setting!r}")
-    return stored["settings"][setting]
+    return stored["settings"] if "settings" in stored else {"": stored}

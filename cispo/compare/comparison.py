@@ -1,8 +1,7 @@
-"""Several algorithms (arms) x seeds on one task: what was measured, and what it says.
+"""Several algorithms (arms) x seeds on one task: the measurements, and the conclusions drawn from them.
 
-RunResult -> ArmResult -> Comparison        plain data, filled by whoever ran the arms
+RunResult -> ArmResult -> Comparison        plain data, filled by command.py
 summarise(Comparison) -> Summary            numbers per run and arm, differences from the first arm, sentences
-results(Summary) -> JSON                    what a later run is held against by `assert_equal`
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 from cispo.compare.statistics import (
     Difference,
@@ -26,11 +25,15 @@ from cispo.compare.statistics import (
 )
 from cispo.errors import RunError, UserError
 
-MEASURES = {"final": "final {}", "best": "best {}", "auc": "average {} over the run"}
-"""The numbers of a run that arms are compared by; the first is the one that the verdict is about."""
+Measure = Literal["final", "best", "auc"]
+MEASURES: dict[Measure, str] = {"final": "final {}", "best": "best {}", "auc": "average {} over the run"}
+"""The numbers of a run by which arms are compared; the verdict is about the first."""
 
-# A fall counts as one beyond this many standard errors of an evaluation. Two would call 3 in 10 runs of 20 evaluations
-# collapsed in which nothing happens at all; four call 3 in 100, and see a lost gain of ten standard errors as surely.
+DroppedToken = Mapping[str, int | str]
+"""A row of dropped_tokens.json: token, id, count, kept and {ppo,dapo}_dropped_{pos,neg}adv."""
+
+# A fall counts beyond this many standard errors of an evaluation. Of runs of 20 evaluations around a constant, two
+# would call 3 in 10 collapsed and four call 3 in 100; both see a lost gain of ten standard errors.
 _FALL_STDERRS = 4.0
 
 
@@ -43,9 +46,8 @@ class RunResult:
     """Rows of metrics.jsonl. Step 0 is the evaluation before training; every row has total/{completions,tokens,...}."""
     seconds: float
     failure: str | None = None
-    """The sentence that the run ended with; its history is then what there was."""
-    dropped_tokens: Sequence[Mapping[str, Any]] = ()
-    """Rows {token, count, kept, ppo_dropped_posadv, ppo_dropped_negadv, dapo_dropped_posadv, dapo_dropped_negadv}."""
+    """The error that ended the run, in a sentence; its history ends there."""
+    dropped_tokens: Sequence[DroppedToken] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ class ArmResult:
     name: str
     runs: Sequence[RunResult]
     words: Sequence[tuple[str, str]] = ()
-    """The algorithm, described."""
+    """(item, words) rows that describe the algorithm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """The numbers of one run; None where there is nothing to take them from."""
+    """The numbers of one run; None where the run has no value for them."""
 
     seed: int
     seconds: float
@@ -94,13 +96,13 @@ class RunSummary:
     seconds_to_reference: float | None
     failure: str | None
     collapse: str | None
-    """How it fell, or None. A failed run counts as collapsed too, whatever stands here."""
+    """How it fell, or None. A failed run counts as collapsed too."""
 
     @property
     def collapsed(self) -> bool:
         return self.failure is not None or self.collapse is not None
 
-    def measures(self) -> dict[str, float | None]:
+    def measures(self) -> dict[Measure, float | None]:
         return {"final": self.final, "best": self.best, "auc": self.auc}
 
 
@@ -110,10 +112,9 @@ class ArmSummary:
 
     name: str
     runs: tuple[RunSummary, ...]
-    estimates: Mapping[str, Estimate | None]
-    """Per measure."""
+    estimates: Mapping[Measure, Estimate | None]
     tokens_to_reference: float | None
-    """Median over all runs, where one that never arrives takes for ever; None if that is the median."""
+    """Median over all runs, infinite for a run that never arrives; None where the median is infinite."""
     seconds_to_reference: float | None
     reached: int
 
@@ -130,16 +131,16 @@ class ArmSummary:
 class Summary:
     comparison: Comparison
     level: float | None
-    """What `tokens_to_reference` reaches: the mean final value of the reference arm."""
+    """The level of `tokens_to_reference`: the mean final value of the reference arm."""
     span: float | None
-    """Completions up to which curves are averaged: what every finished run sampled."""
+    """Completions up to which curves are averaged: as many as every finished run sampled."""
     arms: tuple[ArmSummary, ...]
     differences: tuple[Difference, ...]
     """arm - reference, for each arm after the first and each measure."""
     verdicts: tuple[str, ...]
     """A sentence for each arm after the first."""
     remarks: tuple[str, ...]
-    """Sentences about what went wrong and what to mind."""
+    """Sentences about failures and other caveats."""
 
 
 def curve(run: RunResult, metric: str) -> Curve:
@@ -199,79 +200,6 @@ def summarise(comparison: Comparison) -> Summary:
     )  # fmt: skip
 
 
-def results(summary: Summary) -> dict[str, Any]:
-    """What results.json holds."""
-
-    def seed(run: RunSummary) -> dict[str, Any]:
-        return run.measures() | {
-            "curve": [list(point) for point in zip(run.curve.steps, run.curve.values, strict=True)],
-            "tokens_to_reference": run.tokens_to_reference,
-            "seconds_to_reference": run.seconds_to_reference,
-            "failure": run.failure,
-            "collapsed": run.collapsed,
-        }
-
-    def arm(arm: ArmSummary) -> dict[str, Any]:
-        return {
-            "seeds": {str(run.seed): seed(run) for run in arm.runs},
-            "mean": {name: value and value.mean for name, value in arm.estimates.items()},
-            "interquartile_mean": {name: value and value.interquartile_mean for name, value in arm.estimates.items()},
-            "collapsed": arm.collapsed,
-        }
-
-    return {
-        "name": summary.comparison.name,
-        "metric": summary.comparison.metric,
-        "command": summary.comparison.command,
-        "verdicts": list(summary.verdicts),
-        "remarks": list(summary.remarks),
-        "arms": {one.name: arm(one) for one in summary.arms},
-        "differences": [
-            {
-                "arm": d.arm, "reference": d.reference, "measure": d.measure, "seeds": list(d.seeds),
-                "values": list(d.values), "mean": d.mean, "student": d.student and list(d.student),
-                "bootstrap": d.bootstrap and list(d.bootstrap), "verdict": str(d.verdict),
-            }
-            for d in summary.differences
-        ],
-    }  # fmt: skip
-
-
-def assert_equal(found: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Differences of two `results`, a sentence each: metric values of every arm and seed, exactly.
-
-    Wall-clock values, statistics and texts are not compared: the former vary, the latter follow from the values.
-    """
-    if found["metric"] != stored["metric"]:
-        return [f"the metric is {found['metric']!r}, stored is {stored['metric']!r}"]
-    lines = []
-    for name in dict.fromkeys([*stored["arms"], *found["arms"]]):
-        if name not in found["arms"] or name not in stored["arms"]:
-            lines.append(f"arm {name!r} is {'only stored' if name in stored['arms'] else 'not stored'}")
-            continue
-        ours, theirs = found["arms"][name]["seeds"], stored["arms"][name]["seeds"]
-        for seed in dict.fromkeys([*theirs, *ours]):
-            if seed not in ours or seed not in theirs:
-                lines.append(f"{name}, seed {seed} is {'only stored' if seed in theirs else 'not stored'}")
-            else:
-                lines += [f"{name}, seed {seed}: {line}" for line in _changes(ours[seed], theirs[seed])]
-    return lines
-
-
-def _changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterable[str]:
-    if (ours["failure"] is None) != (theirs["failure"] is None):
-        yield "it " + ("finished" if ours["failure"] is None else "failed") + ", unlike the stored run"
-    for name in (*MEASURES, "tokens_to_reference"):
-        if ours[name] != theirs[name]:
-            yield f"{name} is {ours[name]!r}, stored is {theirs[name]!r}"
-    if len(ours["curve"]) != len(theirs["curve"]):
-        yield f"{len(ours['curve'])} evaluations, stored are {len(theirs['curve'])}"
-    for (step, value), (stored_step, stored_value) in zip(ours["curve"], theirs["curve"], strict=False):
-        if (step, value) != (stored_step, stored_value):
-            yield f"{value!r} at step {step:.0f}, stored is {stored_value!r} at step {stored_step:.0f}"
-            return
-
-
 def require_metric(arm: ArmResult, metric: str) -> None:
     """Where no run of the arm logged the metric: raises RunError if one failed, else UserError with close names."""
     if any(metric in row for run in arm.runs for row in run.history):
@@ -315,7 +243,7 @@ def _run(run: RunResult, metric: str, span: float | None, level: float | None) -
     )
 
 
-def _difference(arm: ArmSummary, reference: ArmSummary, measure: str, metric: str) -> Difference:
+def _difference(arm: ArmSummary, reference: ArmSummary, measure: Measure, metric: str) -> Difference:
     def finished(side: ArmSummary) -> dict[int, float]:
         values = {run.seed: run.measures()[measure] for run in side.runs if run.failure is None}
         return {seed: value for seed, value in values.items() if value is not None}

@@ -8,21 +8,32 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from cispo.compare.comparison import MEASURES, ArmResult, ArmSummary, Comparison, Summary
 from cispo.compare.scaling import Fit, scaling_curve
 from cispo.compare.statistics import bootstrap_band
 
 if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.typing import LineStyleType
 
 _INK, _GRID = "#222222", "#dddddd"
-# Okabe and Ito's colours, which stay apart for colour-blind readers; the reference arm is black. Dashes say it again.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the reference arm is black. Dashes repeat it.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
-# From this many seeds on a bootstrap interval says more than the range, which it is with 3.
+_DASHES: tuple[LineStyleType, ...] = (
+    "-",
+    "--",
+    "-.",
+    (0, (1, 1)),
+    (0, (5, 1, 1, 1, 1, 1)),
+    (0, (8, 2)),
+    (0, (3, 1, 1, 1)),
+)
+# Seeds from which bands are bootstrap intervals; of 3 seeds that interval is their range.
 _BOOTSTRAP_FROM = 4
 _DIAGNOSTICS = (
     (("reward/mean",), "training reward"),
@@ -37,7 +48,7 @@ _DIAGNOSTICS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """The same picture for a wide and for a narrow screen, as data: addresses."""
+    """The same picture for a wide and for a narrow screen, as `data:` URLs."""
 
     wide: str
     narrow: str
@@ -47,7 +58,7 @@ class Picture:
 def comparison_pictures(
     summary: Summary, fits: Sequence[Fit], *, curves: Path, diagnostics: Path
 ) -> dict[str, Picture]:
-    """The pictures of the page by name; curves and diagnostics are written to these files too."""
+    """The pictures of the page by name; `curves` and `diagnostics` are the files of two of them."""
     comparison, metric, height = summary.comparison, summary.comparison.metric, 1.3 + 0.45 * len(summary.arms)
     pictures = {
         "curves": picture(
@@ -79,7 +90,7 @@ def picture(
     draw: Callable[[Figure, bool], None], text: str, *, wide: tuple[float, float], narrow: tuple[float, float],
     file: Path | None = None,
 ) -> Picture:  # fmt: skip
-    """Draws twice, as one size cannot be read on both screens; the wide one goes to `file` too."""
+    """Draws once for each screen, as one size cannot be read on both; the wide one is written to `file` too."""
     from matplotlib.figure import Figure  # without pyplot, which would keep it and may open a window
 
     made = []
@@ -97,26 +108,29 @@ def picture(
     return Picture(wide=wide_address, narrow=narrow_address, text=text)
 
 
-def arm_style(index: int) -> dict[str, Any]:
+class LineStyle(TypedDict):
+    color: str
+    linestyle: LineStyleType
+
+
+def arm_style(index: int) -> LineStyle:
     """Colour and dashes of an arm's line; arm 0 is the reference."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": _DASHES[index % len(_DASHES)]}
 
 
-def legend(figure: Figure, names: Sequence[str], narrow: bool, extra: Mapping[str, Any] | None = None) -> None:
+def legend(figure: Figure, names: Sequence[str], narrow: bool, extra: Mapping[str, Artist] | None = None) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], linewidth=2.2, label=_label(name), **arm_style(i)) for i, name in enumerate(names)]
-    handles += [] if extra is None else extra.values()
+    lines = [Line2D([], [], linewidth=2.2, **arm_style(index)) for index in range(len(names))]
+    handles: list[Artist] = [*lines, *(extra or {}).values()]
     labels = [_label(name) for name in (*names, *(extra or ()))]
-    columns = 1 if narrow and max(map(len, labels)) > 18 else 2 if narrow else 4
-    figure.legend(
-        handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=10, handlelength=2.6
-    )
+    across = 1 if narrow and max(map(len, labels)) > 18 else 2 if narrow else 4
+    figure.legend(handles, labels, loc="outside upper left", ncols=across, frameon=False, fontsize=10, handlelength=2.6)
 
 
-def _label(name: str, longest: int = 44) -> str:
+def _label(name: str, limit: int = 44) -> str:
     """A name that matplotlib shows as it is: dollars would start a formula."""
-    short = name if len(name) <= longest else name[: longest - 1] + "…"
+    short = name if len(name) <= limit else name[: limit - 1] + "…"
     return short.replace("$", r"\$")
 
 
@@ -129,8 +143,8 @@ def _tokens_axis(axis: Axes) -> None:
     axis.margins(x=0.02)
 
 
-def _band(arm: ArmSummary, bootstrap: bool) -> tuple[Any, Any, Any, Any] | None:
-    """Tokens, mean and ends of the band, up to where the shortest finished run of the arm ends."""
+def _band(arm: ArmSummary, bootstrap: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Tokens, mean, low and high, up to the end of the arm's shortest finished run."""
     import numpy as np
 
     curves = [run.curve for run in arm.runs if run.failure is None and run.curve.values]
@@ -164,10 +178,10 @@ def _draw_curves(figure: Figure, narrow: bool, summary: Summary) -> None:
             grid, mean, low, high = band
             axis.fill_between(grid, low, high, color=colour, alpha=0.13, linewidth=0)
             axis.plot(grid, mean, linewidth=2.2, **arm_style(index))
-    extra: dict[str, Any] = {}
+    extra: dict[str, Artist] = {}
     if max(counts) > 1:
-        said = "95% bootstrap interval of the mean" if bootstrap else "lowest to highest seed"
-        extra[f"band: {said}"] = Patch(color="#999999", alpha=0.35)
+        label = "95% bootstrap interval of the mean" if bootstrap else "lowest to highest seed"
+        extra[f"band: {label}"] = Patch(color="#999999", alpha=0.35)
         extra["one seed"] = Line2D([], [], color="#777777", linewidth=0.8)
     if any(run.failure is not None for arm in summary.arms for run in arm.runs):
         extra["ended with an error"] = Line2D([], [], color="#777777", marker="x", linestyle="", markersize=8)
@@ -182,10 +196,10 @@ def _draw_curves(figure: Figure, narrow: bool, summary: Summary) -> None:
 def _draw_diagnostics(figure: Figure, narrow: bool, comparison: Comparison) -> None:
     logged = {name for arm in comparison.arms for run in arm.runs for row in run.history for name in row}
     panels = [(name, title) for names, title in _DIAGNOSTICS for name in [n for n in names if n in logged][:1]]
-    columns = 2 if narrow else 4
-    rows = max(1, math.ceil(len(panels) / columns))
+    across = 2 if narrow else 4
+    rows = max(1, math.ceil(len(panels) / across))
     for place, (name, title) in enumerate(panels):
-        axis = figure.add_subplot(rows, columns, place + 1)
+        axis = figure.add_subplot(rows, across, place + 1)
         for index, arm in enumerate(comparison.arms):
             _draw_training(axis, arm, name, index)
         axis.set_title(title, fontsize=8 if narrow else 9, loc="left", wrap=True)
@@ -194,7 +208,7 @@ def _draw_diagnostics(figure: Figure, narrow: bool, comparison: Comparison) -> N
         values = [row[name] for arm in comparison.arms for run in arm.runs for row in run.history if name in row]
         if name.startswith("mismatch/") and min(values) > 0 and max(values) > 30 * min(values):
             axis.set_yscale("log")
-        if place >= len(panels) - columns:
+        if place >= len(panels) - across:
             axis.set_xlabel("step", fontsize=8)
     legend(figure, [arm.name for arm in comparison.arms], narrow)
 
@@ -242,7 +256,7 @@ def _draw_forest(figure: Figure, narrow: bool, summary: Summary) -> None:
         axis.locator_params(axis="x", nbins=5)
         if place == 2 or not narrow:
             axis.set_xlabel(_label(f"difference from {summary.arms[0].name}", 32), fontsize=9)
-    shown: dict[str, Any] = {
+    shown: dict[str, Artist] = {
         "mean": Line2D([], [], color="#555555", marker="D", linestyle="", markersize=6),
         "seeds": Line2D([], [], color="#555555", marker="o", linestyle="", markersize=4, alpha=0.6),
         "Student's t, 95%": Line2D([], [], color="#555555", linewidth=1.6),

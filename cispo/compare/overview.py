@@ -1,4 +1,4 @@
-"""The page over several comparisons: the same arms in several settings, such as 1, 4 and 16 updates a batch."""
+"""The page over several comparisons: the same arms in several settings, such as 1, 4 and 16 updates per batch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cispo.compare.comparison import ArmResult, ArmSummary, Comparison, Summary, summarise
+from cispo.compare.comparison import ArmResult, ArmSummary, Comparison, Measure, Summary, summarise
 from cispo.compare.figures import arm_style, legend, picture
 from cispo.compare.report import environment, span
+from cispo.compare.results import OverviewResults, Results
 from cispo.compare.statistics import number, seeds_text
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ DROPPED = "is/dropped_frac_posadv"
 
 
 def write_overview(
-    comparisons: Mapping[str, Comparison], pages: Mapping[str, Path], found: Mapping[str, Any], folder: Path
+    comparisons: Mapping[str, Comparison], pages: Mapping[str, Path], found: Mapping[str, Results], folder: Path
 ) -> Path:
     """Writes report.html, settings.png and results.json over all settings into `folder`; returns the page."""
     summaries = {setting: summarise(comparison) for setting, comparison in comparisons.items()}
@@ -42,7 +43,7 @@ def write_overview(
         seeds_text=seeds_text,
     )  # fmt: skip
     (folder / "report.html").write_text(page, encoding="utf-8")
-    stored = json.dumps({"settings": dict(found)}, indent=1, allow_nan=False) + "\n"
+    stored = json.dumps(OverviewResults(settings=dict(found)), indent=1, allow_nan=False) + "\n"
     (folder / "results.json").write_text(stored, encoding="utf-8")
     return folder / "report.html"
 
@@ -86,7 +87,8 @@ def _draw(figure: Figure, narrow: bool, summaries: Mapping[str, Summary], names:
         shift = 0.36 * ((index + 0.5) / len(names) - 0.5)
         found = [(place + shift, _find(summary, name)) for place, summary in enumerate(summaries.values())]
         arms = [(x, *pair) for x, pair in found if pair is not None]
-        for axis, measure in zip(axes, ("final", "auc"), strict=False):
+        measures: tuple[Measure, ...] = ("final", "auc")
+        for axis, measure in zip(axes, measures, strict=False):
             seeds = [(x, [v for run in arm.runs if (v := run.measures()[measure]) is not None]) for x, arm, _ in arms]
             _line(axis, [(x, values) for x, values in seeds if values], index)
         shares = [(x, share) for x, _, result in arms if (share := dropped_share(result)) is not None]

@@ -1,4 +1,4 @@
-"""What `cispo compare` runs: the arms that recipes, algorithms and updates per batch span, on one task and budget."""
+"""The plan of `cispo compare`: the arms that recipes x algorithms x updates per batch span, on one task and budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,7 +16,7 @@ from cispo.errors import UserError
 from cispo.recipe.load import load_recipe, need, parse_recipe
 from cispo.recipe.schema import Recipe
 
-# Keys that say how much and how, not which algorithm: an arm of another algorithm keeps the recipe's.
+# Keys that are no part of an algorithm: an arm of another algorithm keeps the recipe's.
 _SHARED_KEYS = ("updates_per_batch", "epochs", "overlong_penalty")
 _TASK_SECTIONS = ("policy", "data", "eval", "sft", "reward")
 
@@ -28,9 +27,9 @@ class Arm:
 
     name: str
     setting: str
-    """What it is compared within: the recipe and updates per batch where there are several, else ""."""
+    """Arms are compared within a setting: the recipe and updates per batch where there are several, else ""."""
     recipe: Recipe
-    """Of the first seed."""
+    """The recipe of the first seed."""
 
     @property
     def folder_name(self) -> str:
@@ -126,8 +125,8 @@ def _arm_recipe(recipe: Recipe, algorithm: str | None, updates: int | None, over
     return arm
 
 
-def _settings(text: str, algorithm: str) -> dict[str, Any]:
-    settings = {}
+def _settings(text: str, algorithm: str) -> dict[str, object]:
+    settings: dict[str, object] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
@@ -158,7 +157,7 @@ def _check_same_task(recipes: Sequence[Recipe], paths: Sequence[str]) -> None:
 
 
 def _distinct(arms: Sequence[Arm]) -> list[Arm]:
-    """Arms that were named twice run twice, under names of their own: a check that nothing differs by chance."""
+    """Gives arms that are named twice names of their own; both run: a check that nothing differs by chance."""
     seen: dict[tuple[str, str], int] = {}
     result = []
     for arm in arms:

@@ -1,14 +1,23 @@
-"""The page of a comparison: report.html (one file, nothing is fetched), its two main pictures and results.json."""
+"""The page of a comparison: report.html (one file that fetches nothing), its two main pictures and results.json."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cispo.compare.comparison import COLLAPSE, MEASURES, ArmResult, Comparison, Summary, results, summarise
+from cispo.compare.comparison import (
+    COLLAPSE,
+    MEASURES,
+    ArmResult,
+    Comparison,
+    DroppedToken,
+    Summary,
+    summarise,
+)
 from cispo.compare.figures import COLOURS, comparison_pictures
+from cispo.compare.results import results
 from cispo.compare.scaling import fit_arm
 from cispo.compare.statistics import BOOTSTRAP_COVERAGE, Interval, digits_for, number, seeds_text
 
@@ -21,7 +30,7 @@ _TOP_TOKENS = 15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportFiles:
-    """What was written."""
+    """The files of a report."""
 
     page: Path
     curves: Path
@@ -30,7 +39,7 @@ class ReportFiles:
 
 
 def write_report(comparison: Comparison, folder: Path, fit: bool = False) -> ReportFiles:
-    """Writes the page into `folder`, which is made where it is missing; `fit` adds ScaleRL's curve.
+    """Writes the page into `folder`, which it creates; `fit` adds ScaleRL's curve.
 
     Raises:
         UserError: no run of an arm logged the metric.
@@ -56,7 +65,7 @@ def write_report(comparison: Comparison, folder: Path, fit: bool = False) -> Rep
 
 
 def environment() -> Environment:
-    """The templates of this package, with the filters for numbers and tokens; whatever is put in is escaped."""
+    """The templates of this package, with filters for numbers and tokens; every value is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
@@ -71,7 +80,7 @@ def environment() -> Environment:
 
 
 def summary_lines(comparison: Comparison) -> list[RenderableType]:
-    """What the terminal shows: the verdicts, a table with a row an arm, what went wrong."""
+    """The terminal's summary: the verdicts, a table with a row an arm, the remarks."""
     from rich.table import Table
     from rich.text import Text
 
@@ -88,24 +97,24 @@ def summary_lines(comparison: Comparison) -> list[RenderableType]:
             cells.append((number(value.mean) if value else "-") + interval)
         reach = "-" if arm.tokens_to_reference is None else amount(arm.tokens_to_reference)
         of = f" of {len(arm.runs)}"
-        # Text, as a name may hold what rich takes for markup.
+        # As Text: rich would take brackets in a name for markup.
         table.add_row(*map(Text, (arm.name, *cells, reach, f"{arm.reached}{of}", f"{arm.collapsed}{of}")))
     verdicts = [Text(sentence, style="bold") for sentence in summary.verdicts]
     return [*verdicts, table, *(Text(remark) for remark in summary.remarks)]
 
 
-def dropped_tokens(arm: ArmResult) -> list[dict[str, Any]]:
+def dropped_tokens(arm: ArmResult) -> list[DroppedToken]:
     """The tokens that PPO's clip would have dropped most often, counts summed over the runs."""
-    counts = ("count", "kept", *(f"{band}_dropped_{side}adv" for band in ("ppo", "dapo") for side in ("pos", "neg")))
-    rows: dict[tuple[Any, str], dict[str, Any]] = {}
+    names = ("count", "kept", *(f"{band}_dropped_{side}adv" for band in ("ppo", "dapo") for side in ("pos", "neg")))
+    # By id too: different ids may be decoded to the same text.
+    totals: dict[tuple[object, str], dict[str, int]] = {}
     for run in arm.runs:
         for row in run.dropped_tokens:
-            # Different ids may be decoded to the same text.
-            total = rows.setdefault((row.get("id"), row["token"]), {"token": row["token"], **dict.fromkeys(counts, 0)})
-            for name in counts:
-                total[name] += row[name]
-    ordered = sorted(rows.values(), key=lambda row: -(row["ppo_dropped_posadv"] + row["ppo_dropped_negadv"]))
-    return ordered[:_TOP_TOKENS]
+            total = totals.setdefault((row.get("id"), str(row["token"])), dict.fromkeys(names, 0))
+            for name in names:
+                total[name] += int(row[name])
+    ordered = sorted(totals.items(), key=lambda item: -(item[1]["ppo_dropped_posadv"] + item[1]["ppo_dropped_negadv"]))
+    return [{"token": token, **total} for (_, token), total in ordered[:_TOP_TOKENS]]
 
 
 def visible(token: str) -> str:
@@ -134,13 +143,13 @@ def duration(seconds: float) -> str:
 
 
 def span(interval: Interval, *beside: Interval) -> str:
-    """An interval as text; `beside` are others that should have as many digits."""
+    """An interval as text, with as many digits as it and the intervals `beside` it need."""
     digits = digits_for(interval, *beside)
     return f"{number(interval.low, digits)}..{number(interval.high, digits)}"
 
 
 def _highest_level(summary: Summary) -> float:
-    """Where a fitted ceiling must end: at 1 for what looks like a share, far above what was seen otherwise."""
+    """Upper bound of a fitted ceiling: 1 where all values lie in [0, 1], else far above the highest."""
     values = [v for arm in summary.arms for run in arm.runs for v in run.curve.values]
     low, high = min(values), max(values)
     return 1.0 if low >= 0 and high <= 1 else high + 10 * (high - low) + 1e-6

@@ -1,4 +1,4 @@
-"""The saturating curve of ScaleRL (arXiv 2510.13786), fitted to an arm: where would more compute lead?
+"""The saturating curve of ScaleRL (arXiv 2510.13786), fitted to an arm: an extrapolation to more compute.
 
     R(C) = R0 + (A - R0) / (1 + (C_mid / C)^B)
 
@@ -27,7 +27,7 @@ _REACH = 100.0
 
 
 class Parameters(NamedTuple):
-    """Of R(C), but for R0."""
+    """The parameters of R(C) except R0."""
 
     ceiling: float
     steepness: float
@@ -53,11 +53,11 @@ class Fit:
     intervals: tuple[Interval, Interval, Interval] | None
     """95 % bootstrap intervals of the parameters."""
     resampled: str
-    """What the bootstrap draws: seeds or points."""
+    """Units that the bootstrap draws: seeds or points."""
     residual: float | None
     """Root mean square distance of the points from the curve."""
     doubt: str | None
-    """Why the data do not identify the curve of this arm, in one sentence; None if they do."""
+    """Why the data do not identify the curve of this arm, in one sentence; None where they do."""
 
 
 def scaling_curve(compute: np.ndarray, start: float, parameters: Parameters) -> np.ndarray:
@@ -114,13 +114,13 @@ def _points(line: Sequence[Sequence[float]]) -> Points | None:
 
 
 def _bounds(first: float, last: float, start: float, max_level: float) -> tuple[tuple[float, float], ...]:
-    """Of A, log B and log C_mid: the two positive parameters are searched over their logarithms."""
+    """Bounds of A, log B and log C_mid: the two positive parameters are searched over their logarithms."""
     steepness = (math.log(_STEEPNESS[0]), math.log(_STEEPNESS[1]))
     return (min(0.0, start) + 1e-9, max_level), steepness, (math.log(first / _REACH), math.log(last * _REACH))
 
 
 def _grid(start: float, gain: float, places: set[float], max_level: float) -> list[tuple[float, float, float]]:
-    """Where the search begins: a single beginning ends in a local minimum now and then."""
+    """Starting points of the search: a single one ends in a local minimum now and then."""
     ordered = sorted(places)
     ceilings = (min(start + 1.05 * gain, max_level), min(start + 2 * gain, max_level))
     middles = (ordered[len(ordered) // 10], ordered[len(ordered) // 2], 2 * ordered[-1])
@@ -169,7 +169,7 @@ def _least_squares(
 def _intervals(
     seeds: Sequence[Points], bounds: Sequence[tuple[float, float]], best: Parameters
 ) -> tuple[Interval, Interval, Interval]:
-    """Percentile bootstrap over seeds, or over the points of an only seed."""
+    """Percentile bootstrap over seeds, or over the points of a single seed."""
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -1,6 +1,6 @@
-"""Intervals for a handful of seeds, and what may be said of a difference between two arms.
+"""Intervals for a handful of seeds, and the verdict on a difference between two arms.
 
-Two intervals, because each fails in its own way. Student's t assumes normal differences and then covers 95 % at any
+Two intervals, because each has a weakness. Student's t assumes normal differences and then covers 95 % at any
 number of seeds; the percentile bootstrap assumes nothing and covers too little (`BOOTSTRAP_COVERAGE`). A difference is
 called resolved only if both leave out 0.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.95
 _RESAMPLES = 9999
-# The page must be the same page when it is made again.
+# Fixed, so that the same data give the same page.
 _BOOTSTRAP_SEED = 0
 # Differences that agree to this share of their size differ by rounding only, and have no spread to take intervals from.
 _ROUNDING = 1e-12
@@ -45,7 +45,7 @@ class Estimate:
     """A number that was measured once per seed.
 
     The interquartile mean leaves out the lowest and the highest quarter of the seeds (as in rliable, arXiv 2108.13264);
-    below 4 seeds that is nobody and it is the mean.
+    below 4 seeds it leaves out none and is the mean.
     """
 
     count: int
@@ -57,7 +57,7 @@ class Estimate:
 
 
 class Verdict(StrEnum):
-    """What the seeds say of arm - reference."""
+    """The conclusion about arm - reference."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -75,9 +75,9 @@ class Difference:
     arm: str
     reference: str
     measure: str
-    """Which number of a run: final, best or auc."""
+    """The number of a run that is compared: final, best or auc."""
     seeds: tuple[int, ...]
-    """Those that finished in both arms."""
+    """The seeds that finished in both arms."""
     values: tuple[float, ...]
     mean: float | None
     student: Interval | None
@@ -119,7 +119,7 @@ def bootstrap_interval(values: Sequence[float], *, interquartile: bool = False) 
 
 
 def bootstrap_band(values: np.ndarray, *, interquartile: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap over the rows of [n, k] values: lower and upper ends [k] for the k columns."""
+    """Percentile bootstrap over the rows of [n, k] values: lower and upper ends, [k] each."""
     import numpy as np
     from scipy.stats import bootstrap
 
@@ -182,7 +182,7 @@ def difference(
 
 
 def first_reach(x: Sequence[float], y: Sequence[float], level: float) -> float | None:
-    """Where the line through the points first reaches `level`; None if it never does."""
+    """The x at which the line through the points first reaches `level`; None if it never does."""
     for i, value in enumerate(y):
         if value >= level:
             return x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (level - y[i - 1]) / (value - y[i - 1])
@@ -212,7 +212,7 @@ def median_with_never(values: Sequence[float | None]) -> float | None:
 
 
 def number(value: float, digits: int = 3, *, sign: bool = False) -> str:
-    """A number for people: fixed digits, never -0.000, powers of ten for what would not fit."""
+    """A number for people: fixed digits, never -0.000, powers of ten for very small and very large ones."""
     if value and not 10.0**-digits / 2 <= abs(value) < 1e6:
         return f"{value:{'+' if sign else ''}.2e}"
     text = f"{value:{'+' if sign else ''}.{digits}f}"

@@ -355,14 +355,16 @@ def test_original_model_types_are_known(tmp_path: Path) -> None:
     from vllm import ModelRegistry
     from vllm.config import ModelConfig, ParallelConfig
 
-    from cispo.policies.vllm_plugin import ARCHITECTURES, CONFIGS, register
+    from cispo.policies.families import FAMILIES
+    from cispo.policies.vllm_plugin import register
 
     register()
     register()
-    assert set(ARCHITECTURES) <= set(ModelRegistry.get_supported_archs())
+    ours = FAMILIES["minimax"].vllm
+    assert ours is not None and set(ours.architectures) <= set(ModelRegistry.get_supported_archs())
     config = lightning(convention="original", lightning_layers=(True, True, False, True, False))
     config["auto_map"] = {"AutoConfig": "configuration_minimax_m1.MiniMaxM1Config"}  # not run, not asked about
-    for model_type in CONFIGS:
+    for model_type in ours.configs:
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
         # Pickled as on its way to an engine in a process of its own.
         loaded = pickle.loads(pickle.dumps(AutoConfig.from_pretrained(tmp_path)))

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the one dispatch point, and the one that tests override."""
+"""The choice between implementations of an operation: the one dispatch point, and the one that tests override."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Backend = Literal["torch", "triton"]
 def choose_backend(named: Backend | None, *tensors: Tensor) -> Backend:
     """`named` if there is one; else Triton where all tensors are bfloat16 or float32 on a GPU, and torch elsewhere.
 
-    Triton is imported by whoever uses it, so that a machine without a GPU does without it.
+    Callers import Triton themselves, where it is chosen: a machine without a GPU may lack it.
     """
     if named is not None:
         return named

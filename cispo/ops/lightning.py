@@ -10,7 +10,7 @@ long as the longest document has chunks; each step serves every document that st
 and no exponent is positive, so nothing overflows however long the document or steep the slope.
 
 That is the form for a CPU, and for dtypes other than bfloat16 and float32; on a GPU `lightning_triton` runs. An engine
-keeps a state a sequence in slots of a cache: `lightning_prefill` and `lightning_decode` read and write them there.
+keeps the states of its sequences in slots of a cache: `lightning_prefill` and `lightning_decode` read and write there.
 
 Source: arXiv 2401.04658 (Lightning Attention-2), for any document lengths.
 """
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from cispo.ops.backend import Backend, choose_backend
+from cispo.ops.recurrent import RecurrentOp
 
 # Larger heads have no tiles in the table of the kernels.
 _LARGEST_KERNEL_DIM = 256
 
 
 class _Layout(NamedTuple):
-    """Where tokens sit once documents are cut into chunks.
+    """The positions of tokens in documents cut into chunks.
 
     The N chunks are ordered by their place in the document, then by document, longest first: the chunks that one
     step of the scan reads are contiguous, and belong to the first documents of the order.
@@ -64,10 +65,10 @@ def lightning_attention(
     """o_t = q_t S_t with S_t = exp(-s) S_{t-1} + k_t^T v_t, separately in each document and head.
 
     q, k, v [T, H, D]; slopes [H] float32, positive or zero; cu_seqlens [S + 1] int32 (documents may be empty);
-    states [S, H, D, D] float32, zero where `initial_state` is None. Computed in float32 whatever the activations
-    (float64 for float64), except that the kernels multiply bfloat16 operands as they are and round scores and states
-    to bfloat16 for it; the output has q's dtype. `chunk_size` is the largest chunk of the torch form: short documents
-    get shorter ones. Equals `reference.lightning_attention_recurrence`; differentiable in q, k, v and initial state.
+    states [S, H, D, D] float32, zero where `initial_state` is None. Computed in float32 (float64 for float64), except
+    that the kernels multiply bfloat16 operands as they are and round scores and states to bfloat16 for it; the output
+    has q's dtype. `chunk_size` is the largest chunk of the torch form: short documents get shorter ones. Equals
+    `reference.lightning_attention_recurrence`; differentiable in q, k, v and initial state.
     """
     if _uses_kernels(q, k, v, backend):
         from cispo.ops import lightning_triton
@@ -104,8 +105,8 @@ def lightning_prefill(
 ) -> Tensor:
     """`lightning_attention` from and to states in a cache, without gradient; returns the outputs [T, H, D].
 
-    cache [N, H, D, D] float32, dense but for its first stride; slots [S] of any integer dtype, distinct: where document
-    i finds its state and leaves it. fresh [S] bool: documents that start from zero, whatever their slot holds.
+    cache [N, H, D, D] float32, dense but for its first stride; slots [S] of any integer dtype, distinct: the slot that
+    document i reads its state from and writes it to. fresh [S] bool: documents that start from zero instead.
     """
     if _uses_kernels(q, k, v, backend):
         from cispo.ops import lightning_triton
@@ -132,7 +133,7 @@ def lightning_decode(
     """One token of each of S sequences: S = e^-s S + k^T v in the cache, o = q S; without gradient.
 
     q, k, v [S, H, D]; cache, slots and fresh as in `lightning_prefill`, but negative slots are padding: their outputs
-    are zero. On a GPU it is one launch, the same for every content of the tensors, so a CUDA graph can hold it.
+    are zero. On a GPU it is one launch, which depends on shapes alone, so a CUDA graph can hold it.
     """
     if _uses_kernels(q, k, v, backend):
         from cispo.ops import lightning_triton
@@ -157,6 +158,10 @@ def lightning_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, states: Tens
     states.mul_(torch.exp(-slopes.to(dtype))[:, None, None])
     states.addcmul_(k[..., None].to(dtype), v[..., None, :].to(dtype))
     return (q[..., None, :].to(dtype) @ states).squeeze(2).to(q.dtype)
+
+
+LIGHTNING = RecurrentOp(token_inputs=3, packed=lightning_attention, step=lightning_step)
+"""Inputs q, k, v [T, H, D] and slopes [H] float32; states [S, H, D, D]."""
 
 
 def _read(cache: Tensor, slots: Tensor, fresh: Tensor | None) -> Tensor:

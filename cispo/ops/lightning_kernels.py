@@ -1,7 +1,7 @@
 """The Triton kernels of lightning attention; `lightning_triton` launches them and is the one to import.
 
     document    | segment 0           | segment 1           | 2    |    one program a segment, head and block of value
-    segment     | C | C | C | C | C   |                              columns; its state S stays in registers
+    segment     | C | C | C | C | C   |                              dims; its state S stays in registers
     chunk       o_i = e^{-s(i+1)} q_i S + sum_{j<=i} e^{-s(i-j)} (q_i . k_j) v_j
                 S   = e^{-s n} S + sum_j e^{-s(n-1-j)} k_j^T v_j          (n tokens, i and j from 0)
 
@@ -19,7 +19,7 @@ Sources: arXiv 2401.04658 (Lightning Attention-2), algorithms 1 and 2; segments 
 """
 
 # pyright: reportAttributeAccessIssue=false
-# Values in a kernel are Triton's, whatever the annotations of Python's own operators say.
+# Values in a kernel are Triton's; the checker applies the annotations of Python's own operators.
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -46,19 +46,19 @@ def _locate(cu_seqlens, documents, slot, segment_tokens, SEGMENTED: tl.constexpr
 
 @triton.jit
 def _state_block(block, transposed, D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
-    """Offsets [BD, BV] of a block of columns of a [D, D] state (of its transpose), and their mask."""
-    row = tl.arange(0, BD)[:, None]
-    column = block * BV + tl.arange(0, BV)[None, :]
-    return tl.where(transposed, column * D + row, row * D + column), (row < D) & (column < D)
+    """Offsets [BD, BV] of a block of value dims of a [D, D] state (of its transpose), and their mask."""
+    key = tl.arange(0, BD)[:, None]
+    value = block * BV + tl.arange(0, BV)[None, :]
+    return tl.where(transposed, value * D + key, key * D + value), (key < D) & (value < D)
 
 
 @triton.jit
-def _rows(x, stride, first, step, count, column, D: tl.constexpr, BT: tl.constexpr):
-    """Pointers and mask of `count` rows from token `first` on in steps of 1 or -1, [BT, len(column)]."""
+def _rows(x, stride, first, step, count, dims, D: tl.constexpr, BT: tl.constexpr):
+    """Pointers and mask of `count` rows from token `first` on in steps of 1 or -1, [BT, len(dims)]."""
     i = tl.arange(0, BT)
     # Offsets within the tile do not change from chunk to chunk, so the loop only moves the base.
-    pointers = x + first.to(tl.int64) * stride + (step * i[:, None] * stride + column[None, :])
-    return pointers, (i < count)[:, None] & (column < D)[None, :]
+    pointers = x + first.to(tl.int64) * stride + (step * i[:, None] * stride + dims[None, :])
+    return pointers, (i < count)[:, None] & (dims < D)[None, :]
 
 
 @triton.jit
@@ -66,27 +66,27 @@ def _attend(
     q, k, v, out, q_row, k_row, v_row, out_row, state, slope, token, length, block,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """Chunk by chunk over `length` tokens from `token` on, `out` a block of columns; returns the state after them."""
+    """Chunk by chunk over `length` tokens from `token` on, `out` a block of dims; returns the state after them."""
     step: tl.constexpr = -1 if BACKWARDS else 1
     lag: tl.constexpr = 0 if BACKWARDS else 1
     i = tl.arange(0, BT)
-    all_columns, columns = tl.arange(0, BD), block * BV + tl.arange(0, BV)
+    all_dims, dims = tl.arange(0, BD), block * BV + tl.arange(0, BV)
     distance = i[:, None] - i[None, :]
     mask = tl.where(distance >= 0, tl.exp(-slope * tl.maximum(distance, 0)), 0.0)
     carry = tl.exp(-slope * (i + lag))
     for start in range(0, length, BT):
         count = tl.minimum(length - start, BT)
         first = token + step * start
-        q_rows, valid = _rows(q, q_row, first, step, count, all_columns, D, BT)
-        k_rows, _ = _rows(k, k_row, first, step, count, all_columns, D, BT)
-        v_rows, narrow = _rows(v, v_row, first, step, count, columns, D, BT)
+        q_rows, valid = _rows(q, q_row, first, step, count, all_dims, D, BT)
+        k_rows, _ = _rows(k, k_row, first, step, count, all_dims, D, BT)
+        v_rows, narrow = _rows(v, v_row, first, step, count, dims, D, BT)
         b_q = tl.load(q_rows, mask=valid, other=0.0)
         b_k = tl.load(k_rows, mask=valid, other=0.0)
         b_v = tl.load(v_rows, mask=narrow, other=0.0)
         scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * mask
         b_out = tl.dot(b_q, state.to(b_q.dtype), input_precision="ieee") * carry[:, None]
         b_out = tl.dot(scores.to(b_v.dtype), b_v, b_out, input_precision="ieee")
-        out_rows, _ = _rows(out, out_row, first, step, count, columns, D, BT)
+        out_rows, _ = _rows(out, out_row, first, step, count, dims, D, BT)
         tl.store(out_rows, b_out.to(out.dtype.element_ty), mask=narrow)
         # Rows beyond the document hold zeros, so their clamped exponent does not matter.
         fade = tl.exp(-slope * tl.maximum(count - lag - i, 0))
@@ -101,7 +101,7 @@ def attend_kernel(
     documents, heads, segment_tokens, row, head_row, owner_stride,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """One segment, head and block of columns of o, of dq, or (neighbours in the grid read the same rows) of dk or dv.
+    """One segment, head and block of dims of o, of dq, or (neighbours in the grid read the same rows) of dk or dv.
 
     q, k, v with strides (row, head_row, 1); grad and the outputs dense [T, H, D]; incoming and outgoing states of
     document d at owners[d] (d without `owners`), zero where fresh[d]; local from `local_kernel`, or None where a
@@ -166,7 +166,7 @@ def local_kernel(
     k, v, slopes, cu_seqlens, local, documents, heads, segment_tokens, k_row, k_head, v_row, v_head,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """What each segment alone adds to the state, local [total tokens // segment_tokens, H, D, D].
+    """The addition of each segment alone to the state, local [total tokens // segment_tokens, H, D, D].
 
     A document's last segment has no place there: without those, slot - document is different for every segment.
     """
@@ -183,12 +183,12 @@ def local_kernel(
     token = end - 1 - passed if BACKWARDS else begin + passed
     slope = tl.load(slopes + head)
     i = tl.arange(0, BT)
-    all_columns, columns = tl.arange(0, BD), block * BV + tl.arange(0, BV)
+    all_dims, dims = tl.arange(0, BD), block * BV + tl.arange(0, BV)
     fade = tl.exp(-slope * (BT - lag - i))
     state = tl.zeros((BD, BV), tl.float32)
     for start in range(0, segment_tokens, BT):
-        k_rows, valid = _rows(k + head * k_head, k_row, token + step * start, step, BT, all_columns, D, BT)
-        v_rows, narrow = _rows(v + head * v_head, v_row, token + step * start, step, BT, columns, D, BT)
+        k_rows, valid = _rows(k + head * k_head, k_row, token + step * start, step, BT, all_dims, D, BT)
+        v_rows, narrow = _rows(v + head * v_head, v_row, token + step * start, step, BT, dims, D, BT)
         b_k = tl.load(k_rows, mask=valid, other=0.0)
         b_v = tl.load(v_rows, mask=narrow, other=0.0)
         faded = (b_v * fade[:, None]).to(b_v.dtype)
@@ -202,20 +202,20 @@ def decode_kernel(
     q, k, v, out, slopes, cache, owners, fresh, heads, row, head_row, owner_stride,
     D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """S = e^-s S + k^T v in place and o = q S for one token, head and block of columns; negative owners are padding."""
+    """S = e^-s S + k^T v in place and o = q S for one token, head and block of dims; negative owners are padding."""
     blocks: tl.constexpr = (D + BV - 1) // BV
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head, token = rest % heads, (rest // heads).to(tl.int64)
     owner = tl.load(owners + token).to(tl.int64)
-    d, columns = tl.arange(0, BD), block * BV + tl.arange(0, BV)
+    d, dims = tl.arange(0, BD), block * BV + tl.arange(0, BV)
     out += (token * heads + head) * D
     if owner < 0:
-        tl.store(out + columns, tl.zeros((BV,), out.dtype.element_ty), mask=columns < D)
+        tl.store(out + dims, tl.zeros((BV,), out.dtype.element_ty), mask=dims < D)
         return
     offset = token * row + head * head_row
     b_q = tl.load(q + offset + d, mask=d < D, other=0.0).to(tl.float32)
     b_k = tl.load(k + offset + d, mask=d < D, other=0.0).to(tl.float32)
-    b_v = tl.load(v + offset + columns, mask=columns < D, other=0.0).to(tl.float32)
+    b_v = tl.load(v + offset + dims, mask=dims < D, other=0.0).to(tl.float32)
     offsets, inside = _state_block(block, False, D, BD, BV)
     place = cache + owner * owner_stride + head * D * D + offsets
     known = inside
@@ -223,4 +223,4 @@ def decode_kernel(
         known = inside & (tl.load(fresh + token) == 0)
     state = tl.load(place, mask=known, other=0.0) * tl.exp(-tl.load(slopes + head)) + b_k[:, None] * b_v[None, :]
     tl.store(place, state, mask=inside)
-    tl.store(out + columns, tl.sum(b_q[:, None] * state, 0).to(out.dtype.element_ty), mask=columns < D)
+    tl.store(out + dims, tl.sum(b_q[:, None] * state, 0).to(out.dtype.element_ty), mask=dims < D)

@@ -1,29 +1,30 @@
 """Lightning attention on a GPU: plans and launches the kernels, forward, backward and by slot for an engine.
 
-Where one program a document, head and block of columns fills the GPU, a direction is one launch that reads every
-operand once. Otherwise documents are cut into segments: a first launch leaves what each adds to the state, and the
-programs of the second start from the decayed sum of those before them. Nothing is read back to the host, and the tiles
-come from a table, not from a search at run time.
+Where one program a document, head and block of value dims fills the GPU, a direction is one launch that reads every
+operand once. Otherwise documents are cut into segments: a first launch leaves the addition of each to the state, and
+the programs of the second start from the decayed sum of those before them. Nothing is read back to the host, and the
+tiles come from a table, not from a search at run time.
 """
 
 # pyright: reportIndexIssue=false
 # A kernel is launched as kernel[grid](...); without Triton the checker sees a plain function.
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from cispo.ops.autograd import Context
 from cispo.ops.lightning_kernels import attend_kernel, decode_kernel, local_kernel
 
 
 class Tiles(NamedTuple):
-    """How a program works: tokens a chunk, value columns, warps, pipeline stages; how many share a multiprocessor."""
+    """A program's tokens a chunk, block of value dims, warps, pipeline stages; programs a multiprocessor."""
 
     chunk: int
-    columns: int
+    block: int
     warps: int
     stages: int
     resident: int
@@ -47,7 +48,7 @@ TILES = {
         256: Tiles(16, 16, 8, 1, 1),
     },
 }
-# dk and dv, whose programs are neighbours and read the same rows, where two on a multiprocessor beat a deeper pipeline.
+# dk and dv: their programs are neighbours and read the same rows, and two on a multiprocessor beat a deeper pipeline.
 PAIRED_TILES = {(torch.bfloat16, 128): Tiles(64, 64, 4, 2, 2)}
 
 # A shorter segment would spend more on its incoming state than on its tokens.
@@ -55,7 +56,7 @@ _SHORTEST_SEGMENT = 256
 
 
 class _Plan(NamedTuple):
-    """How one direction is cut: tokens a segment, slots for documents' segments, whether there can be more than one."""
+    """The cut of one direction: tokens a segment, slots for documents' segments, whether one may have several."""
 
     segment: int
     slots: int
@@ -109,20 +110,24 @@ def decode(
     q, k, v = _aligned(q, k, v)
     tokens, heads, dim = q.shape
     padded = max(16, triton.next_power_of_2(dim))
-    columns = min(32, padded)
+    block = min(32, padded)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if tokens:
-        decode_kernel[(tokens * heads * triton.cdiv(dim, columns),)](
+        decode_kernel[(tokens * heads * triton.cdiv(dim, block),)](
             q, k, v, out, slopes, cache, slots, fresh, heads, q.stride(0), q.stride(1), cache.stride(0),
-            D=dim, BD=padded, BV=columns, num_warps=4,
+            D=dim, BD=padded, BV=block, num_warps=4,
         )  # fmt: skip
     return out
+
+
+class _Context(Context, Protocol):
+    segment: int | None
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -147,7 +152,7 @@ class _Attend(torch.autograd.Function):
         return out, final
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, slopes, cu_seqlens, initial, local = ctx.saved_tensors
         grad, final_grad = (None if g is None else g.contiguous() for g in grads)
         grad = torch.zeros_like(q, memory_format=torch.contiguous_format) if grad is None else grad
@@ -166,7 +171,7 @@ class _Attend(torch.autograd.Function):
 
 
 class _States(NamedTuple):
-    """Where a launch finds and leaves the states of documents; all optional."""
+    """The states of documents that a launch reads and writes; all optional."""
 
     incoming: Tensor | None
     outgoing: Tensor | None
@@ -197,7 +202,7 @@ def _launch(
 
 
 def _local(k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor, plan: _Plan, backwards: bool) -> Tensor | None:
-    """What each segment but a document's last adds to the state, [., H, D, D]; None where documents are not cut."""
+    """The addition of each segment but a document's last to the state, [., H, D, D]; None where none is cut."""
     if not plan.split:
         return None
     local = _new_states(k, k.shape[0] // plan.segment)
@@ -232,8 +237,8 @@ def _plan(q: Tensor, documents: int, jobs: int, segment: int | None) -> _Plan:
     tiles = TILES[q.dtype][padded]
     if jobs == 2:
         tiles = PAIRED_TILES.get((q.dtype, padded), tiles)
-    columns = min(tiles.columns, padded)
-    programs = jobs * heads * triton.cdiv(dim, columns)
+    block = min(tiles.block, padded)
+    programs = jobs * heads * triton.cdiv(dim, block)
     # As many segments as the multiprocessors have room for at once: more would only add to the states that start one.
     parts = max(1, min(_processors(q.device) * tiles.resident // programs, tokens // _SHORTEST_SEGMENT))
     wanted = segment or triton.cdiv(tokens, parts)
@@ -241,7 +246,7 @@ def _plan(q: Tensor, documents: int, jobs: int, segment: int | None) -> _Plan:
     # Without a cut, the grid's slots are the documents.
     split = segment < tokens
     slots = tokens // segment + documents if split else documents
-    constants = {"D": dim, "BT": tiles.chunk, "BD": padded, "BV": columns}
+    constants = {"D": dim, "BT": tiles.chunk, "BD": padded, "BV": block}
     constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return _Plan(segment, slots, split, slots * programs, constants)
 

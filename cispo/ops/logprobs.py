@@ -3,9 +3,9 @@
     token_logprobs     logprobs, entropy  -> any loss -> backward computes each chunk's logits again   4 products
     fused_token_loss   logprobs, entropy, loss and both gradients while a chunk's logits are alive     3 products
 
-Rows are handled in chunks. The head runs in float32 whatever the policy's dtype (float64 for float64 inputs): a
-bfloat16 head is what kept MiniMax-M1's reward from growing (arXiv 2506.13585, section 3.2), and upcasting bfloat16
-logits is not the same thing. It works from the weight matrix, so tied and untied heads take the same path.
+Rows are handled in chunks. The head runs in float32 for every dtype of the policy (float64 for float64 inputs): a
+bfloat16 head kept MiniMax-M1's reward from growing (arXiv 2506.13585, section 3.2), and upcasting bfloat16 logits is
+not the same. It works from the weight matrix, so tied and untied heads take the same path.
 
 On a GPU the products read bfloat16 operands where hidden and weight both are; logits, sums and softmax stay float32,
 and float32 operands are multiplied in float32, never in TF32. Everywhere else the operands are converted.
@@ -14,11 +14,12 @@ and float32 operands are multiplied in float32, never in TF32. Everywhere else t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from cispo.ops.autograd import Context
 from cispo.ops.backend import Backend, choose_backend
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = 1 << 23
 
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]
-"""(logprobs [n], entropy [n] without gradient, which rows these are) -> the loss of each row, [n] or its sum."""
+"""(logprobs [n], entropy [n] without gradient, slice of these rows) -> the loss of each row, [n], or its sum."""
 
 
 def token_logprobs(
@@ -39,7 +40,7 @@ def token_logprobs(
     chunk_rows: int | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and entropy of its distribution, softmax(hidden @ weight.T / temperature).
+    """Log-probability of each target token, and entropy of softmax(hidden @ weight.T / temperature).
 
     hidden [N, d] and weight [V, d] of any float dtype, targets [N] int64. Returns logprobs [N], differentiable with
     respect to hidden and weight, and entropy [N] in nats, without gradient; both float32 (float64 for float64 inputs).
@@ -59,10 +60,10 @@ def fused_token_loss(
     chunk_rows: int | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of a per-token loss of the log-probabilities, which are those of `token_logprobs`, in a single pass.
+    """Sum of a per-token loss of `token_logprobs`' log-probabilities, in a single pass.
 
-    `loss` is called once a chunk, in order, and its gradient with respect to the log-probabilities is taken at once; it
-    must not look beyond the rows it gets, so a loss of whole sequences (GSPO's ratio) needs `token_logprobs`. Returns
+    `loss` is called once a chunk, in order, and its gradient with respect to the log-probabilities is taken at once. It
+    must depend on the rows it gets alone, so a loss of whole sequences (GSPO's ratio) needs `token_logprobs`. Returns
     the loss, differentiable with respect to hidden and weight, once; logprobs [N] and entropy [N], without gradient.
     """
     head = _head_type(hidden, weight, backend)
@@ -104,12 +105,12 @@ class TorchHead:
         return logprobs, entropy, normaliser
 
     def recall(self, part: slice, normaliser: Tensor) -> None:
-        """Prepares `gradients` of rows whose `normaliser` is known."""
+        """Prepares `gradients` of the rows from their log-sum-exp."""
         logits = (self.hidden[part].to(self.dtype) @ self.weight.T) / self.temperature
         self.probs = torch.exp(logits - normaliser[:, None])
 
     def gradients(self, part: slice, grad: Tensor, hidden: bool, weight: bool) -> Tensor | None:
-        """d hidden of the rows, given d logprobs; adds to `grad_weight`. Either only if asked for."""
+        """d hidden of the rows, given d logprobs, if `hidden`; adds to `grad_weight` if `weight`."""
         grad_logits = self.probs.neg_()
         grad_logits.scatter_add_(1, self.targets[part, None], torch.ones_like(grad_logits[:, :1]))
         grad_logits *= (grad / self.temperature)[:, None]
@@ -124,10 +125,16 @@ class TorchHead:
         gradient.mul_(factor)
 
 
+class _LogprobsContext(Context, Protocol):
+    temperature: float
+    rows: int
+    head_type: type[TorchHead]
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _LogprobsContext,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -145,10 +152,10 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _LogprobsContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
         head = ctx.head_type(hidden, weight, targets, ctx.temperature)
-        needed = ctx.needs_input_grad[:2]
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if needed[0] else None
         for part in _parts(hidden, ctx.rows):
             head.recall(part, normaliser[part])
@@ -158,10 +165,15 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, _weight_gradient(head, weight) if needed[1] else None, None, None, None, None
 
 
+class _LossContext(Context, Protocol):
+    head_type: type[TorchHead]
+    gradients: tuple[Tensor | None, Tensor | None] | None
+
+
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _LossContext,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -170,7 +182,7 @@ class _FusedLoss(torch.autograd.Function):
         rows: int,
         head_type: type[TorchHead],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needed = ctx.needs_input_grad[:2]
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         head = head_type(hidden, weight, targets, temperature)
         logprobs, entropy, _ = _results(hidden)
         grad_hidden = torch.empty_like(hidden) if needed[0] else None
@@ -192,7 +204,7 @@ class _FusedLoss(torch.autograd.Function):
         return total, logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _LossContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of a fused loss can be taken once"
         gradients, ctx.gradients = ctx.gradients, None
         for gradient in gradients:
@@ -203,7 +215,7 @@ class _FusedLoss(torch.autograd.Function):
 
 
 def _results(hidden: Tensor) -> tuple[Tensor, ...]:
-    """Room for the log-probability, entropy and log-sum-exp of every row."""
+    """Uninitialised log-probability, entropy and log-sum-exp of every row."""
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return torch.empty(3, len(hidden), dtype=exact, device=hidden.device).unbind()
 

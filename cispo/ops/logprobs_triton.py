@@ -2,7 +2,7 @@
 
     chunk of rows x slice of vocabulary     logits  = hidden @ weight_slice.T        float32, lives for one slice
                                             weights = exp(logits - c), Z, U          one read, bfloat16 written
-    chunk of rows x vocabulary              weights[target] -= Z                     now -Z d logprob / d logits
+    chunk of rows x vocabulary              weights[target] -= Z                     then -Z d logprob / d logits
                                             scale   = -(d loss / d logprob) / Z
                                             d hidden  = scale * (weights @ weight)
                                             d weight += weights.T @ (scale * hidden)
@@ -36,9 +36,9 @@ def slice_kernel(
 ):  # fmt: skip
     """One row of one slice: weights [rows, vocabulary] (None: not kept) and the running c, Z, U and target logit."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    x = tl.load(logits + row * width + column, mask=inside, other=float("-inf")) * inverse_temperature
+    entry = tl.arange(0, BLOCK)
+    inside = entry < width
+    x = tl.load(logits + row * width + entry, mask=inside, other=float("-inf")) * inverse_temperature
     largest = tl.max(x, 0)
     c = largest
     if not FIRST:
@@ -57,7 +57,7 @@ def slice_kernel(
     tl.store(normaliser + row, z)
     tl.store(moment + row, u)
     if weights is not None:
-        place = weights + row * weights_row + first + column
+        place = weights + row * weights_row + first + entry
         tl.store(place, weight.to(weights.dtype.element_ty), mask=inside)
     target = tl.load(targets + row) - first
     if (target >= 0) & (target < width):
@@ -81,10 +81,10 @@ def close_kernel(
         for index in range(0, slices):
             then = tl.load(references + row * slices + index)
             if then != c:
-                column = index * width + tl.arange(0, BLOCK)
-                inside = column < vocabulary
-                old = tl.load(place + column, mask=inside, other=0.0).to(tl.float32)
-                tl.store(place + column, (old * tl.exp(then - c)).to(weights.dtype.element_ty), mask=inside)
+                entry = index * width + tl.arange(0, BLOCK)
+                inside = entry < vocabulary
+                old = tl.load(place + entry, mask=inside, other=0.0).to(tl.float32)
+                tl.store(place + entry, (old * tl.exp(then - c)).to(weights.dtype.element_ty), mask=inside)
         # The rescaled slice may hold the target, and other threads wrote it.
         tl.debug_barrier()
         tl.store(place + tl.load(targets + row), (tl.exp(distance) - z).to(weights.dtype.element_ty))
@@ -92,7 +92,7 @@ def close_kernel(
 
 @triton.jit
 def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
-    """x *= factor, without touching x where the factor is one: what `loss.backward()` hands down."""
+    """x *= factor, without touching x where the factor is one, as it is in a plain `loss.backward()`."""
     by = tl.load(factor)
     if by != 1.0:
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -100,8 +100,9 @@ def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
         tl.store(x + place, scaled.to(x.dtype.element_ty), mask=place < count)
 
 
-# Columns of one product, and what the weights of one chunk of rows may take.
+# Vocabulary entries of one product.
 _SLICE = 8192
+# Memory for the weights of one chunk of rows, at most.
 _CHUNK_BYTES = 640 << 20
 
 
@@ -159,7 +160,7 @@ class TritonHead:
         self.forward(part, keep=True)
 
     def gradients(self, part: slice, grad: Tensor, hidden: bool, weight: bool) -> Tensor | None:
-        """d hidden of the rows, given d logprobs; adds to `grad_weight`. Either only if asked for."""
+        """d hidden of the rows, given d logprobs, if `hidden`; adds to `grad_weight` if `weight`."""
         kept = self.kept[: len(grad), : len(self.weight)]
         scale = (-grad / (self.normaliser * self.temperature))[:, None]
         rows = self.hidden[part]
@@ -179,7 +180,7 @@ class TritonHead:
             scale_kernel[(triton.cdiv(count, 4096),)](gradient, factor, count, BLOCK=4096)
 
     def _keep(self, rows: int) -> Tensor:
-        """Rows start at multiples of 128 bytes: products of odd vocabularies would crawl."""
+        """Memory for the weights; rows start at multiples of 128 bytes: products of odd vocabularies would crawl."""
         if len(self.kept) < rows:
             stride = triton.cdiv(len(self.weight), 64) * 64
             self.kept = torch.empty(rows, stride, dtype=self.dtype, device=self.hidden.device)
@@ -187,7 +188,7 @@ class TritonHead:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32: exact products and float32 sums whichever the operands' dtype."""
+    """a @ b in float32: exact products and float32 sums for every dtype of the operands."""
     if a.dtype == torch.bfloat16:
         return torch.mm(a, b, out_dtype=torch.float32)
     with _true_float32(a.dtype, a.device):

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# Queries of one product: less is computed in vain behind the diagonal, and more products are started.
+from cispo.ops.autograd import Context
+
+# Queries of one product: fewer waste less work behind the diagonal, and start more products.
 _QUERIES = 64
 
 
@@ -24,9 +26,9 @@ class Batch(NamedTuple):
     """Documents of similar length, padded on the right."""
 
     rows: Tensor
-    """[B, W] int64: the row that each place reads; behind a document's end its last row again."""
+    """[B, W] int64: the row that each place reads; behind a document's end, its last row again."""
     skip: int = 0
-    """Places at the start whose queries nobody asks for."""
+    """Places at the start that are keys alone, without queries."""
 
     @property
     def queries(self) -> Tensor:
@@ -44,13 +46,13 @@ class Padding:
     """Documents as padded batches of C rows."""
 
     def __init__(self, batches: list[Batch], places: Tensor, *, shared: bool = False) -> None:
-        """places [C] int64: where each row's query is among the queries of all batches; `shared` says whether a row
-        is read in several documents."""
+        """places [C] int64: the index of each row's query among the queries of all batches; `shared`: several documents
+        may read one row."""
         self.batches, self.places, self.shared = batches, places, shared
 
     @cached_property
     def probabilities(self) -> int:
-        """How many there are for each head."""
+        """Their number for each head."""
         return sum(len(b.rows) * sum((end - start) * end for start, end in b.blocks()) for b in self.batches)
 
     @cached_property
@@ -67,9 +69,14 @@ def product_attention(q: Tensor, k: Tensor, v: Tensor, padding: Padding, scale: 
     return _ProductAttention.apply(q, k, v, padding, q.shape[-1] ** -0.5 if scale is None else scale)  # type: ignore[return-value]
 
 
+class _Context(Context, Protocol):
+    padding: Padding
+    scale: float
+
+
 class _ProductAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: Padding, scale: float) -> Tensor:
+    def forward(ctx: _Context, q: Tensor, k: Tensor, v: Tensor, padding: Padding, scale: float) -> Tensor:
         ctx.padding, ctx.scale = padding, scale
         outputs, saved = [], []
         for batch in padding.batches:
@@ -90,7 +97,7 @@ class _ProductAttention(torch.autograd.Function):
         return torch.cat(outputs).index_select(0, padding.places).unflatten(1, (-1, v.shape[-1]))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         padding, (grad,), saved = ctx.padding, grads, list(ctx.saved_tensors)
         sizes = [batch.queries.numel() for batch in padding.batches]
         spread = grad.new_zeros(sum(sizes), *grad.shape[1:]).index_copy_(0, padding.places, grad).split(sizes)
@@ -156,7 +163,7 @@ def _mask(like: Tensor, start: int, end: int, groups: int) -> Tensor:
 
 
 def _collect(x: Tensor, padding: Padding, rows: int) -> Tensor:
-    """The gradient of `rows` rows from that of all places; what is behind a document's end is zero."""
+    """The gradient of `rows` rows from that of all places, which is zero behind a document's end."""
     if not padding.shared:
         return x.index_select(0, padding.places)
     readers = padding.readers

@@ -1,10 +1,18 @@
-"""What a policy's attention layers ask for, and how packed documents answer: causal softmax attention in two forms.
+"""The attention that a policy's layers call, and its implementations on packed documents.
+
+    Attention --softmax--> causal softmax attention    --recurrent--> a kind of linear attention (`ops.recurrent`)
+
+    Documents          packed documents, nothing shared
+    SharedPrompts      packed documents, with prompts in common that pass the layers once
+    cache.Cache        a sampler's rows; its prompts pass as Documents
+
+Softmax attention on packed documents has two forms:
 
     varlen    flash attention's own for packed documents, nothing padded: bfloat16 and float16 on a GPU
     padded    documents of similar length in one batch, padded on the right: every other device and dtype; on a CPU as
               plain products while the probabilities are few (`ops.product_attention`)
 
-What a form needs to know of the documents is worked out once a forward pass, for all layers (`Documents`).
+The index tensors of a form are computed once a forward pass, for all layers.
 """
 
 from __future__ import annotations
@@ -16,34 +24,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.ops.lightning import lightning_attention
 from cispo.ops.product_attention import Batch, Padding, product_attention
+from cispo.ops.recurrent import RecurrentOp
 
-# 64 MiB of float32 a layer.
+# Probabilities of a layer that are kept for the gradient at most: 64 MiB of float32.
 _KEPT_PROBABILITIES = 1 << 24
 
 AttentionForm = Literal["varlen", "padded"]
 
 
 class Attention(Protocol):
-    """How the tokens of one forward pass see others: inside packed documents, or through a sampler's cache.
+    """Which tokens those of one forward pass see: the earlier ones of a packed document, or of a row of a cache.
 
-    Layers are called in the same order in every pass, which is how a cache tells them apart.
+    Layers call in the same order in every pass, which is how a cache tells them apart.
     """
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """Causal softmax attention, [T, H, D]: q [T, H, D]; k, v [T, K, D]; scale is 1 / sqrt(D) where None."""
         ...
 
-    def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        """Lightning attention, [T, H, D]: q, k, v [T, H, D]; slopes [H] float32."""
+    def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
+        """The outputs of `op`, a row a token: the first `op.token_inputs` inputs are [T, ...]."""
         ...
 
 
 class Documents:
-    """Where the documents of a pack start: made once for all layers, so that a GPU is asked for lengths once at most.
+    """The documents of a pack: made once for all layers, so that lengths are read from a GPU once at most.
 
-    cu_seqlens [S + 1] int32, documents may be empty. `max_seqlen` saves asking for the longest one's length.
+    cu_seqlens [S + 1] int32, documents may be empty. A given `max_seqlen` saves reading the longest one's length.
     """
 
     def __init__(self, cu_seqlens: Tensor, tokens: int, max_seqlen: int | None = None) -> None:
@@ -58,8 +66,8 @@ class Documents:
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return causal_attention(q, k, v, self, scale)
 
-    def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        return lightning_attention(q, k, v, slopes, self.cu_seqlens)[0]
+    def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
+        return op.packed(*inputs, self.cu_seqlens)[0]
 
     @cached_property
     def padding(self) -> Padding:
@@ -87,18 +95,19 @@ class Documents:
 
 
 class SharedPrompts:
-    """Packed documents of which prompts that several have in common are read once: everything but attention is shared.
+    """Packed documents with prompts in common, which pass the layers once: everything but attention is shared.
 
-    The C distinct tokens are what passes through the layers; attention sees all T, laid out as documents.
+    The C distinct tokens pass through the layers; attention sees all T, laid out as documents.
     """
 
     def __init__(self, documents: Documents, unique_index: Tensor, inverse: Tensor) -> None:
-        """distinct [C] int64: one place of each among the T tokens; reading [T] int64: which one each token equals."""
+        """unique_index [C] int64: one place of each distinct token among the T; inverse [T] int64: the distinct token
+        that each of the T equals."""
         self.documents, self.unique_index, self.inverse = documents, unique_index, inverse
 
     @cached_property
     def padding(self) -> Padding:
-        """In terms of the C tokens: what a document has in common with an earlier one is among its keys alone."""
+        """In terms of the C tokens: those that a document shares with an earlier one are among its keys alone."""
         starts = self.documents.cu_seqlens.long()
         own = torch.zeros(len(self.inverse) + 1, dtype=torch.long, device=starts.device)
         own[self.unique_index + 1] = 1
@@ -110,13 +119,12 @@ class SharedPrompts:
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         if _choose_form(q) == "padded" and _few(q, self.padding):
             return product_attention(q, k, v, self.padding, scale)
-        return self.documents.softmax(*self._all(q, k, v), scale).index_select(0, self.unique_index)
+        q, k, v = (x.index_select(0, self.inverse) for x in (q, k, v))
+        return self.documents.softmax(q, k, v, scale).index_select(0, self.unique_index)
 
-    def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        return self.documents.lightning(*self._all(q, k, v), slopes).index_select(0, self.unique_index)
-
-    def _all(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return q.index_select(0, self.inverse), k.index_select(0, self.inverse), v.index_select(0, self.inverse)
+    def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
+        tokens = [x.index_select(0, self.inverse) for x in inputs[: op.token_inputs]]
+        return self.documents.recurrent(op, *tokens, *inputs[op.token_inputs :]).index_select(0, self.unique_index)
 
 
 def causal_attention(
@@ -135,17 +143,17 @@ def causal_attention(
     if not len(q):
         return q.new_zeros(*q.shape[:2], v.shape[-1])
     if (form or _choose_form(q)) == "varlen":
-        # Kernels swap heads and queries where the bound is 1, and then take no empty documents: 2 is a bound as well.
+        # Kernels swap heads and queries where the bound is 1, and then take no empty documents: 2 is a bound too.
         max_seqlen = max(documents.max_seqlen, 2)
         starts = documents.cu_seqlens
-        # The operation that `torch.nn.attention.varlen` wraps, whose own arguments change from release to release.
+        # `torch.nn.attention.varlen` wraps this operation, but its own arguments change from release to release.
         return torch.ops.aten._flash_attention_forward(
             q, k, v, starts, starts, max_seqlen, max_seqlen, 0.0, True, False, scale=scale
         )[0]
     padding = documents.padding
     if _few(q, padding):
         return product_attention(q, k, v, padding, scale)
-    # The causal mask alone keeps out what is behind a document's end.
+    # The causal mask alone keeps out the padding behind a document's end.
     outputs = []
     for batch in padding.batches:
         padded = [x.index_select(0, batch.rows.flatten()).unflatten(0, batch.rows.shape) for x in (q, k, v)]
@@ -154,7 +162,7 @@ def causal_attention(
 
 
 def _few(q: Tensor, padding: Padding) -> bool:
-    """Whether the probabilities may be kept, by the form that is exact and fast for few."""
+    """Whether `product_attention` runs: exact dtypes on a CPU, and few enough probabilities to keep."""
     exact = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
     return exact and q.shape[1] * padding.probabilities <= _KEPT_PROBABILITIES
 

@@ -1,11 +1,11 @@
-"""What a sampler keeps of the tokens that a policy has read: keys and values, and lightning states, a row a sequence.
+"""A sampler's cache of the tokens that a policy has read: keys and values, and recurrent states, a row a sequence.
 
     prompts --read--> new rows, hidden [rows, d]     a prompt that several rows share is computed once
     tokens  --step--> hidden [n, d]                  one token of every row
     rows    --drop--                                 the last rows move into the places of those that go
 
-The learner's policy runs as it is; the cache only answers for its attention layers (`attention.Attention`). Rows are
-dense, [0, n): every operation takes all sequences at once, and none that has ended.
+The learner's policy runs as it is; the cache implements its attention (`attention.Attention`). Rows are dense, [0, n):
+every operation takes all sequences at once, and none that has ended.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.ops.lightning import lightning_attention, lightning_step
+from cispo.ops.recurrent import RecurrentOp
 from cispo.policies.attention import Documents, causal_attention
-from cispo.policies.policy import Policy, ShortStep
+from cispo.policies.policy import Policy
+from cispo.policies.short_step import ShortStep
 
 # Tokens that a row has room for at first; the room doubles when a sequence outgrows it.
 _FIRST_ROOM = 64
 
-# What an idle cache may hold on to: memory that is new has to be cleared, in every step of a small policy.
+# Memory that an idle cache keeps at most: new memory has to be cleared, in every step of a small policy.
 _IDLE_BYTES = 64 << 20
 
 
@@ -33,18 +34,18 @@ class Cache:
 
     def __init__(self) -> None:
         self.lengths = torch.zeros(0, dtype=torch.long)
-        """[n]: how many tokens of each row's sequence have been read."""
+        """[n] int64: tokens of each row's sequence that have been read."""
         self.keys_values: list[Tensor] = []
-        """[2, rows, K, room, D] for each softmax layer, finite everywhere; rows and room are what was reserved."""
+        """[2, rows, K, room, D] for each softmax layer, finite everywhere; rows and room as reserved."""
         self.states: list[Tensor] = []
-        """[rows, H, D, D] for each lightning layer, at least float32."""
+        """[rows, ...] for each recurrent call of a step, at least float32."""
         self.rows, self.room = 0, _FIRST_ROOM
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def read(self, policy: Policy, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
-        """Adds len(copies) rows, of which row i starts with prompts[copies[i]]; no prompt is empty.
+        """Adds len(copies) rows; row i of them starts with prompts[copies[i]]. No prompt is empty.
 
         Returns the hidden state after each new row's last token, [len(copies), d].
         """
@@ -60,7 +61,7 @@ class Cache:
     def step(self, policy: Policy, tokens: Tensor, short: ShortStep | None = None) -> Tensor:
         """Reads one token of every row, [n] int64; returns the hidden state after it, [n, d].
 
-        `short` is the policy's step in fewer operations, where it has one (`short_steps.short_step`).
+        `short` is the policy's step in fewer operations, where it has one (`families.short_step`).
         """
         self._reserve(len(self), int(self.lengths.max()) + 1)
         stepping = _Stepping(self)
@@ -72,7 +73,7 @@ class Cache:
         return hidden
 
     def drop(self, gone: Tensor) -> Tensor:
-        """Takes out the rows where `gone` [n] is True; returns which row each place holds now, [rows that stay]."""
+        """Takes out the rows where `gone` [n] is True; returns the old row in each place, [rows that stay]."""
         left = len(gone) - int(gone.sum())
         holes = gone[:left].nonzero()[:, 0]
         movers = left + (~gone[left:]).nonzero()[:, 0]
@@ -101,12 +102,12 @@ class Cache:
 
 
 def _vectors(rows: Tensor, places: Tensor, heads: int, room: int) -> Tensor:
-    """[n * heads]: which of a layer's vectors [rows * heads * room, D] belong to place places[i] of rows[i]."""
+    """[n * heads]: the indices, among a layer's vectors [rows * heads * room, D], of place places[i] of rows[i]."""
     return ((rows[:, None] * heads + torch.arange(heads)) * room + places[:, None]).flatten()
 
 
 def _write(layer: Tensor, vectors: Tensor, k: Tensor, v: Tensor) -> None:
-    """Puts k and v [n, K, D] where `vectors` says; layer is [2, rows, K, room, D]."""
+    """Copies k and v [n, K, D] to the indices `vectors`; layer is [2, rows, K, room, D]."""
     # As whole vectors: an index of two axes with one between them is copied number by number.
     for store, new in zip(layer, (k, v), strict=True):
         store.view(-1, layer.shape[-1]).index_copy_(0, vectors, new.reshape(-1, layer.shape[-1]))
@@ -119,7 +120,7 @@ def _enlarged(x: Tensor, axis: int, size: int) -> Tensor:
 
 
 class _Reading:
-    """The pass over new prompts: attention inside packed documents, whose keys, values and states the cache keeps."""
+    """The pass over new prompts: attention inside packed documents; the cache keeps their keys, values and states."""
 
     def __init__(self, cache: Cache, bounds: Tensor, copies: Tensor) -> None:
         """bounds [P + 1] int64: where each prompt starts; copies [R] int64: the prompt of each new row."""
@@ -127,29 +128,29 @@ class _Reading:
         self.documents = Documents(bounds.int(), int(bounds[-1]))
         self.new = slice(len(cache), len(cache) + len(copies))
         lengths = bounds.diff()[copies]
-        # Each token of a new row: its row, its place there, and where the packed prompts have it.
+        # Each token of a new row: its row, its place there, and its place in the packed prompts.
         self.rows = torch.arange(self.new.start, self.new.stop).repeat_interleave(lengths)
         self.places = torch.cat([torch.arange(n) for n in lengths.tolist()])
         self.sources = bounds[:-1][copies].repeat_interleave(lengths) + self.places
-        self.softmax_layers = self.lightning_layers = 0
+        self.softmax_calls = self.recurrent_calls = 0
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        layers, number = self.cache.keys_values, self.softmax_layers
+        layers, number = self.cache.keys_values, self.softmax_calls
         if number == len(layers):
             layers.append(k.new_zeros(2, self.cache.rows, k.shape[1], self.cache.room, k.shape[2]))
         vectors = _vectors(self.rows, self.places, k.shape[1], self.cache.room)
         _write(layers[number], vectors, k.index_select(0, self.sources), v.index_select(0, self.sources))
-        self.softmax_layers += 1
+        self.softmax_calls += 1
         return causal_attention(q, k, v, self.documents, scale)
 
-    def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        output, states = lightning_attention(q, k, v, slopes, self.documents.cu_seqlens, output_final_state=True)
+    def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
+        output, states = op.packed(*inputs, self.documents.cu_seqlens, output_final_state=True)
         assert states is not None
-        layers, number = self.cache.states, self.lightning_layers
+        layers, number = self.cache.states, self.recurrent_calls
         if number == len(layers):
             layers.append(states.new_zeros(self.cache.rows, *states.shape[1:]))
         layers[number][self.new] = states[self.copies]
-        self.lightning_layers += 1
+        self.recurrent_calls += 1
         return output
 
 
@@ -181,11 +182,11 @@ class _Stepping:
         return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(q.shape)
 
     def _once(self, heads: int) -> tuple[Tensor, Tensor]:
-        """What layers of so many heads share: where their new vectors go, and the mask as [n * heads, 1, longest]."""
+        """For all layers of so many heads: the indices of their new vectors, and the mask [n * heads, 1, longest]."""
         if heads not in self._of_heads:
             mask = self.mask[:, None].expand(-1, heads, -1).reshape(len(self.rows) * heads, 1, -1)
             self._of_heads[heads] = _vectors(self.rows, self.lengths, heads, self.room), mask
         return self._of_heads[heads]
 
-    def lightning(self, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
-        return lightning_step(q, k, v, slopes, next(self.states)[: len(self.rows)])
+    def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
+        return op.step(*inputs, next(self.states)[: len(self.rows)])

@@ -1,22 +1,106 @@
-"""The families of policies."""
+"""The families of policies: one entry each; the first entry that matches a config.json is its family.
+
+    config.json --family_of--> Family -> build, short_step -> the learner and the torch engine
+                                      -> vllm              -> vLLM's registries (`vllm_plugin`), engine start
+
+A new family is a folder beside this file and an entry in FAMILIES.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch
 
-from cispo.policies.dense.model import HFPolicy
-from cispo.policies.dense.short_step import _LLAMA_LIKE, LlamaStep
+from cispo.policies.minimax.config import is_lightning_config
 from cispo.policies.minimax.model import LightningPolicy
+from cispo.policies.minimax.model import build as build_minimax
 from cispo.policies.minimax.short_step import LightningStep
-from cispo.policies.policy import Policy, ShortStep
+from cispo.policies.policy import HFConfig, Policy
+from cispo.policies.short_step import ShortStep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMModel:
+    """A family's own model inside vLLM, by name: nothing here imports vLLM. Classes are given as "module:Class"."""
+
+    architectures: tuple[str, ...]
+    """Names in config.json's `architectures` for which vLLM loads the model."""
+    model: str
+    """An nn.Module with vLLM's model interface, and `count_cached_states(model_config)` for the size of the cache."""
+    configs: Mapping[str, str] = field(default_factory=dict)
+    """Config class of each model_type that transformers does not know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Policies that share a config, an implementation and names of weights."""
+
+    matches: Callable[[HFConfig], bool]
+    """Whether a config.json describes a policy of this family."""
+    build: Callable[[HFConfig, Path | None, torch.dtype], Policy]
+    """(config, folder of the weights or None, dtype) -> a policy with undefined weights on torch's default device.
+
+    Raises UserError where the config has no meaning in the family.
+    """
+    short_step: Callable[[Policy], ShortStep | None]
+    """The policy's step in few operations, float32 only; None where it has none."""
+    vllm: VLLMModel | None = None
+    """None where vLLM's own model serves the family."""
+
+
+def _minimax_step(policy: Policy) -> ShortStep:
+    assert isinstance(policy, LightningPolicy)
+    return LightningStep(policy)
+
+
+# transformers is imported for dense policies alone: it takes seconds in a new process.
+def _build_dense(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> Policy:
+    from cispo.policies.dense.model import build
+
+    return build(config, dtype)
+
+
+def _dense_step(policy: Policy) -> ShortStep | None:
+    from cispo.policies.dense.short_step import short_step
+
+    return short_step(policy)
+
+
+_MINIMAX_M1 = "cispo.policies.minimax.hf_configs:MiniMaxM1Config"
+_MINIMAX_TEXT_01 = "cispo.policies.minimax.hf_configs:MiniMaxText01Config"
+
+FAMILIES = {
+    "minimax": Family(
+        matches=is_lightning_config,
+        build=build_minimax,
+        short_step=_minimax_step,
+        vllm=VLLMModel(
+            architectures=("MiniMaxForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM"),
+            model="cispo.policies.minimax.vllm_model:LightningForCausalLM",
+            # The original dialect's model types in every spelling; transformers knows "minimax" alone.
+            configs={
+                "minimax_m1": _MINIMAX_M1,
+                "MiniMaxM1": _MINIMAX_M1,
+                "minimax_text_01": _MINIMAX_TEXT_01,
+                "minimax_text01": _MINIMAX_TEXT_01,
+                "MiniMaxText01": _MINIMAX_TEXT_01,
+            },
+        ),
+    ),
+    "dense": Family(matches=lambda _: True, build=_build_dense, short_step=_dense_step),
+}
+
+
+def family_of(config: HFConfig) -> Family:
+    """The family of a config.json's content; the dense one takes every config that no other does."""
+    return next(family for family in FAMILIES.values() if family.matches(config))
 
 
 def short_step(policy: Policy) -> ShortStep | None:
-    """The policy's step in few operations; None where it has none: other models, and below float32, which rounds."""
+    """The policy's step in few operations; None where it has none, and below float32: it would round differently."""
     if policy.lm_head_weight.dtype != torch.float32:
         return None
-    if isinstance(policy, LightningPolicy):
-        return LightningStep(policy)
-    if isinstance(policy, HFPolicy) and type(policy.model).__name__ in _LLAMA_LIKE:
-        return LlamaStep(policy) if policy.model.config.hidden_act == "silu" else None
-    return None
+    return family_of(policy.hf_config()).short_step(policy)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cispo.ops.autograd import Context
 
 
 class RMSNorm(nn.Module):
@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda and x.dtype == self.weight.dtype:
-            # One kernel, float32 inside whatever it reads and writes; on a CPU it would round before the weight.
+            # One kernel, float32 inside for every dtype; on a CPU it would round before the weight.
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         normed = _RMSNorm.apply(x.to(wide), self.weight.to(wide), self.eps)
@@ -33,13 +33,13 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), (x, weight, scale) = grads, ctx.saved_tensors
         products = (grad * x).flatten(0, -2)
         means = torch.mv(products, weight).view_as(scale).div_(-x.shape[-1])
@@ -83,40 +83,23 @@ class _Rotation(torch.autograd.Function):
     """Three passes over x, and three over its gradient, which is rotated back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         signed = signed_sine(sin)
         ctx.save_for_backward(cos, signed)
         return turned(x, cos, signed)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, signed = ctx.saved_tensors
         return turned(grads[0], cos, -signed), None, None
 
 
 def signed_sine(sin: Tensor) -> Tensor:
-    """[..., D] with every angle twice, to what `turned` takes: the first half turns against the second."""
+    """The sine that `turned` takes, [..., D], of one that has every angle twice: the first half is negated."""
     half = sin.shape[-1] // 2
     return torch.cat([-sin[..., :half], sin[..., half:]], -1)
 
 
 def turned(x: Tensor, cos: Tensor, signed: Tensor) -> Tensor:
-    """x * cos + swap(x) * sin: swap exchanges the halves, and the sine brings the first one's sign."""
+    """x * cos + swap(x) * signed: swap exchanges the halves of the last axis."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed)
-
-
-class Norm(NamedTuple):
-    weight: Tensor
-    eps: Tensor
-    """A scalar, so that it is added in the operation that squares and divides."""
-
-
-def norm_of(module: Any) -> Norm:
-    assert isinstance(module, RMSNorm)
-    return Norm(module.weight, torch.tensor(module.eps))
-
-
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """`layers.RMSNorm` for a few rows: on a CPU F.rms_norm is a dozen operations."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * torch.addcmul(norm.eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)

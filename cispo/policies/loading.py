@@ -1,9 +1,9 @@
-"""What a policy is, and how one is loaded, initialised and saved.
+"""Loading, initialising and saving of policies.
 
     config.json + *.safetensors --load_policy--> Policy --save_policy--> config.json + model.safetensors
     config, seed                --init_policy-->
 
-The config picks the family: MiniMax-01 models run on `lightning.LightningPolicy`, every other on `hf.HFPolicy`.
+The config picks the family (`families.family_of`).
 """
 
 from __future__ import annotations
@@ -12,25 +12,24 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cispo.errors import UserError
 from cispo.files import read_json, write_json
-from cispo.policies.minimax.config import is_lightning_config, parse_config, read_config
-from cispo.policies.policy import Policy
+from cispo.policies.families import family_of
+from cispo.policies.policy import HFConfig, Policy
 
-# What torch and others pickle weights into.
+# Files of pickled weights, as torch and others write them.
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
     """Loads a folder with config.json and safetensors weights (one file or several), or a Hugging Face hub id.
 
-    Raises UserError naming the folder where it is not a policy: no or broken config.json, no weights, or weights that
-    are not those of the config.
+    Raises UserError naming the folder where it is no policy: no or a broken config.json, no weights, weights that do
+    not fit the config.
     """
     from safetensors import SafetensorError
 
@@ -40,7 +39,7 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     config = read_json(folder / "config.json")
     files = weight_files(folder)
     try:
-        policy = _build(config, folder, dtype)
+        policy = family_of(config).build(config, folder, dtype)
         policy.load_hf(_read_weights(files))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
@@ -49,31 +48,31 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     return policy
 
 
-def init_policy(config: Mapping[str, Any], seed: int, dtype: torch.dtype = torch.float32) -> Policy:
-    """A policy with random weights from a config.json's content; the same for a seed whatever ran before.
+def init_policy(config: HFConfig, seed: int, dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy with random weights from a config.json's content; they depend on the config and the seed alone.
 
     Matrices are normal with the config's initializer_range, norms one, biases zero.
     """
-    policy = _build(config, None, dtype)
+    policy = family_of(config).build(config, None, dtype)
     std = policy.hf_config().get("initializer_range", 0.02)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if parameter.ndim > 1:
-                # Drawn in float32 whatever the policy's dtype: a bfloat16 policy is the float32 one, rounded.
+                # Always drawn in float32: a bfloat16 policy is the float32 one, rounded.
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return policy
 
 
-def count_parameters(source: str | None, config: Mapping[str, Any] | None) -> int:
+def count_parameters(source: str | None, config: HFConfig | None) -> int:
     """Parameters of the policy that a folder's or hub id's config.json, or `config`, describes; allocates nothing."""
     if config is None:
         assert source is not None
         config = read_json(local_folder(source) / "config.json")
     with torch.device("meta"):
-        return sum(p.numel() for p in _undefined(config, None, torch.float32).parameters())
+        return sum(p.numel() for p in family_of(config).build(config, None, torch.float32).parameters())
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:
@@ -81,8 +80,8 @@ def save_policy(policy: Policy, folder: str | Path) -> None:
     write_policy(policy.to_hf(), policy.hf_config(), folder)
 
 
-def write_policy(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | Path) -> None:
-    """What `save_policy` writes, of tensors in checkpoint format and a config.json's content."""
+def write_policy(state: Mapping[str, Tensor], config: HFConfig, folder: str | Path) -> None:
+    """`save_policy` of tensors in checkpoint format and a config.json's content."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -94,30 +93,8 @@ def write_policy(state: Mapping[str, Tensor], config: Mapping[str, Any], folder:
     write_json(folder / "config.json", config)
 
 
-def _build(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Policy:
-    """A policy in memory whose weights are yet to be set."""
-    if not is_lightning_config(config):
-        return _undefined(config, folder, dtype)
-    with torch.device("meta"):
-        policy = _undefined(config, folder, dtype)
-    assert isinstance(policy, nn.Module)
-    return policy.to_empty(device="cpu")
-
-
-def _undefined(config: Mapping[str, Any], folder: Path | None, dtype: torch.dtype) -> Policy:
-    """A policy with undefined weights on the device of the context."""
-    if not is_lightning_config(config):
-        from cispo.policies.dense import model as hf
-
-        return hf.build(config, dtype)
-    from cispo.policies.minimax.model import LightningPolicy
-
-    parsed = parse_config(config) if folder is None else read_config(folder)
-    return LightningPolicy(parsed, config).to(dtype)
-
-
 def local_folder(source: str | Path) -> Path:
-    """The folder itself, or a copy of the hub's model of that name. Raises UserError where there is neither."""
+    """The folder itself, or a copy of the hub's model of that name. Raises UserError where neither exists."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -137,7 +114,7 @@ def local_folder(source: str | Path) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a policy's folder; no other format is read, since most of them run code when loaded.
 
-    Raises UserError where there is none, or one that the index names is missing.
+    Raises UserError where the folder has none, or lacks one that its index names.
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# On a CPU, so few tokens (a decode step) go through all of few experts sooner than they are sorted by expert.
+# On a CPU, all of few experts on so few tokens (a decode step) are faster than sorting the tokens by expert.
 FEW_TOKENS = 64
 
 
@@ -40,7 +40,7 @@ def routing_weights(probs: Tensor, chosen: Tensor) -> Tensor:
 class Experts(nn.Module):
     """E SwiGLU experts in two fused weights: gate_up_proj [E, 2I, d], gate first, and down_proj [E, d, I].
 
-    On a GPU in bfloat16 no shape and no launch depends on what is chosen, so that a CUDA graph can hold it.
+    On a GPU in bfloat16 no shape and no launch depends on the choices, so that a CUDA graph can hold it.
     """
 
     def __init__(self, hidden: int, width: int, num_experts: int) -> None:
@@ -95,7 +95,7 @@ class MoE(nn.Module):
 
 
 def expert_counts(chosen: Tensor, mask: Tensor, num_experts: int) -> Tensor:
-    """How many (token, slot) pairs went to each expert, [E] float32, over the tokens where `mask` [T] is True.
+    """(token, slot) pairs that went to each expert, [E] float32, over the tokens where `mask` [T] is True.
 
     Counts add up over micro-batches and ranks.
     """

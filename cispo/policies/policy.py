@@ -1,17 +1,27 @@
-"""A policy: a language model on packed tokens, and its outputs."""
+"""A policy: a language model on packed tokens, its outputs, and the names of its weights on disk.
+
+tokens, positions [T], cu_seqlens [S + 1] --forward--> Documents --attend--> PolicyOutput
+checkpoint names  --place_of--> Place --load_hf--> parameters --to_hf--> checkpoint names
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from cispo.policies.attention import Attention
+from cispo.errors import UserError
+from cispo.policies.attention import Attention, Documents
+
+HFConfig: TypeAlias = Mapping[str, Any]
+"""The content of a config.json: names and types are those of the model's own code."""
 
 
 class RouterOutput(NamedTuple):
-    """What the router of one MoE layer decided."""
+    """Decisions of one MoE layer's router."""
 
     probs: Tensor
     """[T, E]: softmax over all experts, at least float32."""
@@ -28,76 +38,115 @@ class PolicyOutput(NamedTuple):
     """One entry per MoE layer; empty for a dense policy."""
 
 
-class Policy(Protocol):
-    """A language model on packed tokens. Implementations are nn.Modules; these are the parts the project relies on."""
+class Place(NamedTuple):
+    """Destination of a checkpoint's tensor: a parameter, or one expert's part of a fused one."""
+
+    parameter: str
+    expert: int | None = None
+    half: Literal["gate", "up"] | None = None
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The view of `parameter` that the tensor fills."""
+        view = parameter if self.expert is None else parameter[self.expert]
+        if self.half is None:
+            return view
+        gate, up = view.chunk(2)
+        return gate if self.half == "gate" else up
+
+
+class Policy(nn.Module, ABC):
+    """A language model on packed tokens, without cache, padding or dropout.
+
+    A family implements `attend`, the shapes, and the two directions of its naming: `place_of` and `disk_places`.
+    """
+
+    __call__: Callable[..., PolicyOutput]
+    _gradient_checkpointing = False
 
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether each layer is recomputed in the backward pass instead of keeping its activations."""
-        ...
+        return self._gradient_checkpointing
 
     @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enabled: bool) -> None: ...
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self._gradient_checkpointing = enabled
 
     @property
+    @abstractmethod
     def lm_head_weight(self) -> Tensor:
         """[V, d]; the embedding where they are tied."""
-        ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        return self.lm_head_weight.shape[0]
 
     @property
+    @abstractmethod
     def max_positions(self) -> int:
-        """Longest sequence the policy is made for."""
-        ...
+        """Longest sequence, in tokens, that the policy is made for."""
 
     @property
     def router_shape(self) -> tuple[int, int]:
         """(MoE layers, experts of each); (0, 0) for a dense policy."""
-        ...
+        return 0, 0
 
     def forward(
         self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
     ) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32: where each document starts, then T.
+        """tokens and positions [T] int64; cu_seqlens [S + 1] int32: the start of each document, then T.
 
         `max_seqlen` is the length of the longest document; without it, it is read from the device.
         """
-        ...
+        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), max_seqlen))
 
+    @abstractmethod
     def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
-        """`forward`, where `attention` says how tokens see one another: a sampler's cache takes this way."""
-        ...
+        """`forward` with any form of attention: packed documents, shared prompts, a sampler's cache."""
+
+    @abstractmethod
+    def hf_config(self) -> dict[str, Any]:
+        """The config.json that goes with `to_hf`."""
+
+    @abstractmethod
+    def place_of(self, name: str) -> Place | None:
+        """Destination of the checkpoint's tensor `name`, in any naming of the family; need not exist in this policy.
+
+        None for tensors that are not copied: buffers that are recomputed, the second name of a tied head.
+        """
+
+    @abstractmethod
+    def disk_places(self) -> Iterator[tuple[str, Place]]:
+        """The names that `to_hf` writes, in order, each with the part of a parameter that it holds."""
 
     def to_hf(self) -> dict[str, Tensor]:
         """The weights under the names that checkpoints use: views, detached, a tied lm_head left out."""
-        ...
+        parameters = dict(self.named_parameters())
+        return {name: place.of(parameters[place.parameter].detach()) for name, place in self.disk_places()}
 
+    @torch.no_grad()
     def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies a whole checkpoint in. Raises UserError for a missing, unexpected or misshapen weight."""
-        ...
-
-    def hf_config(self) -> dict[str, Any]:
-        """The config.json that goes with `to_hf`."""
-        ...
-
-    def __call__(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
-    ) -> PolicyOutput: ...
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def eval(self) -> Any: ...
-
-    def to(self, target: Any, /) -> Any: ...
-
-
-ShortStep = Callable[[Tensor, Tensor, Attention], Tensor]
-"""(tokens [n] int64, positions [n] int64, attention) to the hidden states after the final norm, [n, d]."""
+        parameters = dict(self.named_parameters())
+        missing: dict[str, dict[Place, str]] = {}
+        for name, place in self.disk_places():
+            missing.setdefault(place.parameter, {})[place] = name
+        for name, tensor in weights:
+            place = self.place_of(name)
+            if place is None:
+                continue
+            parameter = parameters.get(place.parameter)
+            if parameter is None or (place.expert is not None and place.expert >= len(parameter)):
+                raise UserError(f"weight {name!r} has no place in this policy: is it a checkpoint of another model?")
+            target = place.of(parameter)
+            if target.shape != tensor.shape:
+                shapes = f"{list(tensor.shape)}, this policy needs {list(target.shape)}"
+                raise UserError(f"weight {name!r} has shape {shapes}: is it a checkpoint of another model?")
+            target.copy_(tensor)
+            if place.expert is None:
+                missing[place.parameter].clear()
+            else:
+                missing[place.parameter].pop(place, None)
+        lacking = [name for names in missing.values() for name in names.values()]
+        if lacking:
+            raise UserError(f"{len(lacking)} weights are missing, the first is {lacking[0]!r}")

@@ -24,7 +24,7 @@ class ValueModel(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
         """tokens and positions [T] int64, cu_seqlens [S + 1] int32, `max_seqlen` as in `Policy.forward`; [T] float32.
 
-        Entry t is the value of the state after reading tokens up to t, from which the next token is sampled.
+        Entry t is the value of the state after reading tokens up to t; the next token is sampled from that state.
         """
         hidden = self.backbone(tokens, positions, cu_seqlens, max_seqlen).hidden
         return self.head(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))[:, 0]

@@ -1,16 +1,16 @@
 """Any dense Hugging Face causal language model as a policy on packed tokens.
 
 The base model runs on one row [1, T] of packed documents. Everything but attention works token by token, and
-attention is ours: registered with transformers under a name, it finds in the keyword arguments of the forward pass
-what tokens see (`attention.Attention`: packed documents, or a sampler's cache), so no [T, T] mask exists and nothing
-crosses from one document to another.
+attention is ours: registered with transformers under a name, it takes an `attention.Attention` (packed documents, or a
+sampler's cache) from the keyword arguments of the forward pass. So no [T, T] mask exists and nothing crosses from one
+document to another.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -29,9 +29,9 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import AttentionInterface
 
 from cispo.errors import UserError
-from cispo.policies.attention import Attention, Documents
+from cispo.policies.attention import Attention
 from cispo.policies.layers import RMSNorm, rotate
-from cispo.policies.policy import PolicyOutput
+from cispo.policies.policy import HFConfig, Place, Policy, PolicyOutput
 
 ATTENTION = "cispo_packed"
 
@@ -43,6 +43,7 @@ _LOGIT_SCALE_KEYS = (
 )  # fmt: skip
 _PLAIN_ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 _PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_PREFIX = "model."  # of HFPolicy's parameters before transformers' own names
 _BUFFER = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 
 
@@ -55,7 +56,7 @@ def _packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     attention: Attention | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention in the form transformers calls: query [1, H, T, D], key and value [1, K, T, D], to [1, T, H, D]."""
     asked = [name for name in _UNSUPPORTED_ATTENTION if kwargs.get(name) is not None]
@@ -69,6 +70,25 @@ def _packed_attention(
 AttentionInterface.register(ATTENTION, _packed_attention)
 
 
+def _replace_norms_and_attention(model: nn.Module) -> None:
+    """Replaces the modules of `_PLAIN_NORMS` by our RMSNorm, and the forward method of those in `_PLAIN_ATTENTION`.
+
+    A patch of transformers' modules, seen with 5.19. Their norm is seven operations that keep a float32 copy of the
+    activations for the backward pass, and their rotation takes four times the operations of ours. Modules of any other
+    class are left as they are.
+    """
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__ in _PLAIN_NORMS:
+                assert isinstance(norm.weight, nn.Parameter)
+                own = RMSNorm(len(norm.weight), vars(norm)["variance_epsilon"])
+                own.weight = norm.weight
+                setattr(parent, name, own)
+    for module in model.modules():
+        if type(module).__name__ in _PLAIN_ATTENTION:
+            module.forward = MethodType(_short_attention, module)
+
+
 def _short_attention(
     self: Any,
     hidden_states: Tensor,
@@ -76,7 +96,7 @@ def _short_attention(
     attention_mask: Tensor | None = None,
     *,
     attention: Attention,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """`forward` of the modules in `_PLAIN_ATTENTION`, with the rotation in a quarter of their operations."""
     q, k, v = (
@@ -90,11 +110,11 @@ def _short_attention(
     return self.o_proj(attended.flatten(1))[None], None
 
 
-class HFPolicy(nn.Module):
-    """A dense transformers model without cache, padding or dropout."""
+class HFPolicy(Policy):
+    """A dense transformers model."""
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> None:
-        """Builds the model with undefined weights. Raises UserError where packing would change what it computes."""
+        """Builds the model with undefined weights. Raises UserError where packing would change its outputs."""
         super().__init__()
         _refuse_unsupported(config)
         self.source_config = config.to_dict()
@@ -103,13 +123,13 @@ class HFPolicy(nn.Module):
                 _without_dropout(config), dtype=dtype, attn_implementation=ATTENTION
             )
         self.model.tie_weights()
-        _take_own_norms(self.model)
-        for module in self.model.modules():
-            if type(module).__name__ in _PLAIN_ATTENTION:
-                module.forward = MethodType(_short_attention, module)
+        _replace_norms_and_attention(self.model)
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             raise UserError(_refusal(config, "its output head is not a plain matrix"))
+        # A tied head is one tensor under two names: named_parameters() has it once, state_dict() twice.
+        own = {name for name, _ in self.model.named_parameters()}
+        self._places = {name: Place(_PREFIX + name) if name in own else None for name in self.model.state_dict()}
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -129,25 +149,10 @@ class HFPolicy(nn.Module):
         return head.weight
 
     @property
-    def vocab_size(self) -> int:
-        return self.lm_head_weight.shape[0]
-
-    @property
     def max_positions(self) -> int:
         return self.model.config.max_position_embeddings
 
-    @property
-    def router_shape(self) -> tuple[int, int]:
-        return 0, 0
-
-    def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
-    ) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `max_seqlen` as in `Policy.forward`."""
-        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), max_seqlen))
-
     def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
-        """tokens and positions [T] int64, as in `Policy.attend`."""
         if not len(tokens):  # transformers' reshapes refuse an empty row
             return PolicyOutput(tokens[:, None] * self.lm_head_weight[:1])
         output = self.model.base_model(
@@ -159,47 +164,22 @@ class HFPolicy(nn.Module):
         dtype = str(self.lm_head_weight.dtype).removeprefix("torch.")
         return {**self.source_config, "architectures": [type(self.model).__name__], "dtype": dtype}
 
-    def to_hf(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+    def place_of(self, name: str) -> Place | None:
+        """Takes the model's own names, with or without the base model's prefix."""
+        if _BUFFER.fullmatch(name):
+            return None
+        name = name if name in self._places else f"{self.model.base_model_prefix}.{name}"
+        return self._places.get(name, Place(_PREFIX + name))
 
-    @torch.no_grad()
-    def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes the model's own names, with or without the base model's prefix; raises UserError if they do not fit."""
-        # A tied head is the same tensor under two names: parameters() names it once, state_dict() twice.
-        places = {**self.model.state_dict(), **dict(self.model.named_parameters())}
-        missing = {name for name, _ in self.model.named_parameters()}
-        for name, tensor in weights:
-            if _BUFFER.fullmatch(name):
-                continue
-            place = name if name in places else f"{self.model.base_model_prefix}.{name}"
-            if place not in places:
-                raise UserError(f"weight {name!r} has no place in this policy: is it a checkpoint of another model?")
-            if places[place].shape != tensor.shape:
-                shapes = f"{list(tensor.shape)}, this policy needs {list(places[place].shape)}"
-                raise UserError(f"weight {name!r} has shape {shapes}: is it a checkpoint of another model?")
-            if place in missing:
-                places[place].copy_(tensor)
-                missing.remove(place)
-        if missing:
-            raise UserError(f"{len(missing)} weights are missing, the first is {min(missing)!r}")
+    def disk_places(self) -> Iterator[tuple[str, Place]]:
+        for name, _ in self.named_parameters():
+            yield name.removeprefix(_PREFIX), Place(name)
 
 
-def _take_own_norms(model: nn.Module) -> None:
-    """Puts our RMSNorm where the model's is the plain one, on the same weight.
-
-    Theirs is seven operations that keep a float32 copy of the activations for the backward pass.
+def build(config: HFConfig, dtype: torch.dtype) -> HFPolicy:
+    """A policy with undefined weights on torch's default device. Raises UserError where transformers refuses the config
+    or packing would change the model's outputs.
     """
-    for parent in list(model.modules()):
-        for name, norm in list(parent.named_children()):
-            if type(norm).__name__ in _PLAIN_NORMS:
-                assert isinstance(norm.weight, nn.Parameter)
-                own = RMSNorm(len(norm.weight), vars(norm)["variance_epsilon"])
-                own.weight = norm.weight
-                setattr(parent, name, own)
-
-
-def build(config: Mapping[str, Any], dtype: torch.dtype) -> HFPolicy:
-    """An HFPolicy with undefined weights from a config.json's content; UserError where transformers refuses it."""
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UserError(f"transformers knows no model_type {kind!r}")
@@ -207,7 +187,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> HFPolicy:
         return HFPolicy(AutoConfig.for_model(**config), dtype)
     except UserError:
         raise
-    # What transformers raises for a value of the wrong type or for sizes that do not go together.
+    # transformers' errors for a value of the wrong type or for sizes that do not go together.
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"transformers builds no causal language model from the {kind!r} config: {reason}") from None

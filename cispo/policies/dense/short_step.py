@@ -1,4 +1,7 @@
-"""A decode step of Llama-like models in few operations."""
+"""A decode step of Llama-like models in few operations (`policies.short_step`).
+
+x -> norm -> attention -> + x -> norm -> SwiGLU -> + x      a layer; each row is a sequence
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cispo.policies.attention import Attention
 from cispo.policies.dense.model import HFPolicy
-from cispo.policies.layers import Norm, norm_of, rms_norm, signed_sine, turned
+from cispo.policies.layers import signed_sine, turned
+from cispo.policies.policy import Policy
+from cispo.policies.short_step import Norm, ShortStep, norm_of, rms_norm
 
 _LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def short_step(policy: Policy) -> ShortStep | None:
+    """The step of a Llama-like model; None for any other."""
+    assert isinstance(policy, HFPolicy)
+    known = type(policy.model).__name__ in _LLAMA_LIKE and policy.model.config.hidden_act == "silu"
+    return LlamaStep(policy) if known else None
 
 
 class _LlamaLayer(NamedTuple):
@@ -54,7 +66,7 @@ class LlamaStep:
 
 
 def _llama_attention(layer: _LlamaLayer, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-    # Queries and keys in one tensor: what is done to both is done once.
+    # Queries and keys in one tensor: one norm and one rotation for both.
     dim, heads = layer.head_dim, layer.queries
     both, v = layer.qkv(x).unflatten(-1, (-1, dim)).split([heads + layer.keys, layer.keys], 1)
     if layer.q_norm is not None and layer.k_norm is not None:
@@ -92,7 +104,7 @@ class _Linear(NamedTuple):
 class _Merged:
     """Linear modules that read the same rows, as one product; their weights are copied again where one has changed."""
 
-    def __init__(self, *modules: Any) -> None:
+    def __init__(self, *modules: nn.Linear) -> None:
         self._parts = [_linear_of(module) for module in modules]
         self._versions: list[int] = []
 
@@ -107,5 +119,5 @@ class _Merged:
         return F.linear(x, self._weight, self._bias)
 
 
-def _linear_of(module: Any) -> _Linear:
+def _linear_of(module: nn.Linear) -> _Linear:
     return _Linear(module.weight, module.bias)

@@ -1,6 +1,6 @@
 """The MiniMax-01 family's configuration: one dataclass, two conventions, read from either's config.json.
 
-Two dialects describe the same family and differ in more than names. The *convention* says which one a folder follows:
+Two dialects describe the same family and differ in more than names. The *convention* is the dialect of a folder:
 
     original   model_type or architectures name MiniMaxM1 / MiniMaxText01 (the official checkpoints), or neither is
                given and `attn_type_list` is present
@@ -19,16 +19,15 @@ Sources: modeling_minimax_m1.py of MiniMax-AI/MiniMax-M1; transformers 5.19 mode
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from cispo.errors import UserError
+from cispo.policies.policy import HFConfig
 
 Convention = Literal["hf", "original"]
 
@@ -130,12 +129,12 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + alibi_slopes(2 * power)[0::2][: num_heads - power]
 
 
-def is_lightning_config(config: Mapping[str, Any]) -> bool:
+def is_lightning_config(config: HFConfig) -> bool:
     """Whether a config.json describes a policy of this family."""
     return _convention(config) is not None
 
 
-def _convention(config: Mapping[str, Any]) -> Convention | None:
+def _convention(config: HFConfig) -> Convention | None:
     names = [str(config.get("model_type") or ""), *(config.get("architectures") or [])]
     plain = [n.lower().replace("_", "").replace("-", "").removesuffix("forcausallm") for n in names if n]
     if any(n in _ORIGINAL_NAMES for n in plain):
@@ -147,13 +146,13 @@ def _convention(config: Mapping[str, Any]) -> Convention | None:
     return None
 
 
-def parse_config(config: Mapping[str, Any], *, shared_size: int | None = None) -> LightningConfig:
+def parse_config(config: HFConfig, *, shared_size: int | None = None) -> LightningConfig:
     """Reads a config.json of either dialect.
 
     `shared_size` is the shared expert's width as the weights have it: the original code builds that expert with
     intermediate_size and uses shared_intermediate_size only as a switch.
 
-    Raises UserError where a key is missing or asks for something this family has no meaning for.
+    Raises UserError where a key is missing or its value has no meaning in this family.
     """
     convention = _convention(config)
     if convention is None:
@@ -201,7 +200,7 @@ def parse_config(config: Mapping[str, Any], *, shared_size: int | None = None) -
     return parsed
 
 
-def _layer_kinds(config: Mapping[str, Any], convention: Convention, layers: int) -> tuple[bool, ...]:
+def _layer_kinds(config: HFConfig, convention: Convention, layers: int) -> tuple[bool, ...]:
     key = "attn_type_list" if convention == "original" else "layer_types"
     kinds = config.get(key)
     if kinds is None:
@@ -218,7 +217,7 @@ def _layer_kinds(config: Mapping[str, Any], convention: Convention, layers: int)
     return tuple(meaning[k] for k in kinds)
 
 
-def _shared_size(config: Mapping[str, Any], convention: Convention, intermediate: int, from_weights: int | None) -> int:
+def _shared_size(config: HFConfig, convention: Convention, intermediate: int, from_weights: int | None) -> int:
     if convention == "hf" or not config.get("shared_intermediate_size"):
         return 0
     mode = config.get("shared_moe_mode", "sigmoid")
@@ -259,7 +258,6 @@ def dump_config(config: LightningConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "sliding_window": None,
     }
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
     if config.convention == "original":
         return {
             "architectures": ["MiniMaxM1ForCausalLM"],
@@ -271,7 +269,7 @@ def dump_config(config: LightningConfig) -> dict[str, Any]:
             "postnorm": config.postnorm,
             "shared_intermediate_size": config.shared_size,
             "shared_moe_mode": "sigmoid",
-            **{theirs: values[ours] for ours, theirs in ORIGINAL_KEYS.items()},
+            **{theirs: getattr(config, ours) for ours, theirs in ORIGINAL_KEYS.items()},
         }
     return {
         "architectures": ["MiniMaxForCausalLM"],
@@ -279,17 +277,12 @@ def dump_config(config: LightningConfig) -> dict[str, Any]:
         **common,
         "layer_types": ["linear_attention" if lightning else "full_attention" for lightning in config.lightning_layers],
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        **{theirs: values[ours] for ours, theirs in HF_KEYS.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in HF_KEYS.items()},
     }
 
 
-def read_config(folder: str | Path) -> LightningConfig:
-    """Reads `folder`/config.json; the shared expert's width comes from the weights where there are any."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    return parse_config(config, shared_size=_shared_size_of_weights(Path(folder)))
-
-
-def _shared_size_of_weights(folder: Path) -> int | None:
+def shared_size_of_weights(folder: Path) -> int | None:
+    """Width of the shared expert in the safetensors files of a folder; None where they hold none."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):

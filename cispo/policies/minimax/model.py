@@ -2,7 +2,7 @@
 
     tokens [T] -> embed -> { norm -> attention -> norm -> experts } x L -> norm -> hidden [T, d]
 
-The conventions of the two dialects are in `lightning_config`. A residual is alpha * residual + beta * branch; with
+The conventions of the two dialects are in `config`. A residual is alpha * residual + beta * branch; with
 postnorm the residual is the normalised input (arXiv 2501.08313, section 2.2.3), else the input itself.
 
 Decay slopes are computed from the config in float32 and are neither parameters nor buffers: casting the policy does
@@ -11,7 +11,8 @@ not touch them and a checkpoint does not hold them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,20 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cispo.errors import UserError
-from cispo.policies.attention import Attention, Documents
+from cispo.ops.lightning import LIGHTNING
+from cispo.policies.attention import Attention
 from cispo.policies.layers import RMSNorm, SwiGLU, apply_rotary, rotary_table
-from cispo.policies.minimax.config import LIGHTNING_NORM_EPS, LightningConfig, dump_config
+from cispo.policies.minimax.config import (
+    LIGHTNING_NORM_EPS,
+    LightningConfig,
+    dump_config,
+    parse_config,
+    shared_size_of_weights,
+)
 from cispo.policies.minimax.names import disk_names, place_of
 from cispo.policies.moe import MoE
-from cispo.policies.policy import PolicyOutput, RouterOutput
+from cispo.policies.policy import HFConfig, Place, Policy, PolicyOutput, RouterOutput
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys of config.json that say nothing about the shape and are carried from load to save."""
-
+"""Keys of config.json that are carried from load to save; the shape does not depend on them."""
 
 RunExperts = Callable[[MoE, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Computes what `MoE.forward` does."""
+"""`MoE.forward`, or another form of the same arithmetic."""
 
 
 class LightningAttention(nn.Module):
@@ -55,7 +61,7 @@ class LightningAttention(nn.Module):
         # Interleaved per head: q, k and v of head 0, then of head 1, ...
         heads = F.silu(self.qkv_proj(x)).unflatten(-1, (self.num_heads, 3 * self.head_dim))
         q, k, v = heads.split(self.head_dim, dim=-1)
-        attended = attention.lightning(q, k, v, self.slopes)
+        attended = attention.recurrent(LIGHTNING, q, k, v, self.slopes)
         return self.out_proj(torch.sigmoid(self.output_gate(x)) * self.norm(attended.flatten(1)))
 
 
@@ -117,14 +123,14 @@ class Layer(nn.Module):
         return torch.add(beta * branch, normed if self.postnorm else x, alpha=alpha)
 
 
-class LightningPolicy(nn.Module):
-    """A MiniMax-01 model without cache or padding: packed tokens in, hidden states and router outputs out."""
+class LightningPolicy(Policy):
+    """A MiniMax-01 model: packed tokens in, hidden states and router outputs out."""
 
-    def __init__(self, config: LightningConfig, special_tokens: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, config: LightningConfig, special_tokens: HFConfig) -> None:
+        """`special_tokens` may hold other keys, which are ignored: a config.json as it is, say."""
         super().__init__()
         self.config = config
-        self.special_tokens = {k: v for k, v in (special_tokens or {}).items() if k in SPECIAL_TOKENS}
-        self.gradient_checkpointing = False
+        self.special_tokens = {k: v for k, v in special_tokens.items() if k in SPECIAL_TOKENS}
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -136,10 +142,6 @@ class LightningPolicy(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
     def max_positions(self) -> int:
         return self.config.max_position_embeddings
 
@@ -147,14 +149,7 @@ class LightningPolicy(nn.Module):
     def router_shape(self) -> tuple[int, int]:
         return len(self.layers), self.config.num_experts
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
-    ) -> PolicyOutput:
-        """tokens and positions [T] int64; cu_seqlens [S + 1] int32, `max_seqlen` as in `Policy.forward`."""
-        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), max_seqlen))
-
     def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
-        """tokens and positions [T] int64, as in `Policy.attend`."""
         cos, sin = rotary_table(positions, self.config.rotary_dim, self.config.rope_theta)
         x = self.embed_tokens(tokens)
         router = []
@@ -172,33 +167,24 @@ class LightningPolicy(nn.Module):
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         return {**dump_config(self.config), **self.special_tokens, "dtype": dtype}
 
-    def to_hf(self) -> dict[str, Tensor]:
-        """Weights as views under the names on disk: experts one by one (w1 gate, w3 up, w2 down)."""
-        weights: dict[str, Tensor] = {}
-        for name, parameter in self.named_parameters():
-            parameter = parameter.detach()
-            for disk_name, place in disk_names(name, self.config.num_experts):
-                weights[disk_name] = place.of(parameter)
-        return weights
+    def place_of(self, name: str) -> Place | None:
+        """Takes the names of Hugging Face (experts one by one or fused) and of the original."""
+        place = place_of(name)
+        tied = self.lm_head is None and place is not None and place.parameter == "lm_head.weight"
+        return None if tied else place
 
-    @torch.no_grad()
-    def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes the names of Hugging Face (legacy or fused) and of the original; UserError where they do not fit."""
-        parameters = dict(self.named_parameters())
-        missing = {n: dict(disk_names(n, self.config.num_experts)) for n in parameters}
-        for name, tensor in weights:
-            place = place_of(name)
-            if place is None or (self.lm_head is None and place.parameter == "lm_head.weight"):
-                continue
-            if place.parameter not in parameters or (place.expert or 0) >= self.config.num_experts:
-                raise UserError(f"weight {name!r} has no place in this policy: is it a checkpoint of another model?")
-            target = place.of(parameters[place.parameter])
-            if target.shape != tensor.shape:
-                shapes = f"{list(tensor.shape)}, this policy needs {list(target.shape)}"
-                raise UserError(f"weight {name!r} has shape {shapes}: is it a checkpoint of another model?")
-            target.copy_(tensor)
-            left = missing[place.parameter]
-            missing[place.parameter] = {n: p for n, p in left.items() if place.expert is not None and p != place}
-        lacking = [name for left in missing.values() for name in left]
-        if lacking:
-            raise UserError(f"{len(lacking)} weights are missing, the first is {lacking[0]!r}")
+    def disk_places(self) -> Iterator[tuple[str, Place]]:
+        for name, _ in self.named_parameters():
+            yield from disk_names(name, self.config.num_experts)
+
+
+def build(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> LightningPolicy:
+    """A policy with undefined weights on torch's default device; `folder` holds the weights that it will get, if any.
+
+    Raises UserError where the config has no meaning in this family.
+    """
+    device = torch.get_default_device()
+    shared_size = None if folder is None else shared_size_of_weights(folder)
+    with torch.device("meta"):  # no time spent on torch's own initial weights
+        policy = LightningPolicy(parse_config(config, shared_size=shared_size), config).to(dtype)
+    return policy.to_empty(device=device)

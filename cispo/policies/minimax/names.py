@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from torch import Tensor
+from cispo.policies.policy import Place
 
-
-class Place(NamedTuple):
-    """Where a tensor of a checkpoint lives: a parameter, or one expert's share of a fused one."""
-
-    parameter: str
-    expert: int | None = None
-    half: Literal["gate", "up"] | None = None
-
-    def of(self, parameter: Tensor) -> Tensor:
-        """The view of `parameter` that this place is."""
-        view = parameter if self.expert is None else parameter[self.expert]
-        if self.half is None:
-            return view
-        gate, up = view.chunk(2)
-        return gate if self.half == "gate" else up
-
-
-_EXPERT = re.compile(r"(layers\.\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight")
-
-
+_EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(w[123])\.weight")
 _BUFFER = re.compile(r".*\.(slope_rate|query_decay|key_decay|diagonal_decay|inv_freq)")
-
+_SOFTMAX_PROJECTION = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight")
 
 _EXPERT_WEIGHTS: dict[str, tuple[str, Literal["gate", "up"] | None]] = {
     "w1": ("gate_up_proj", "gate"),
@@ -38,15 +19,18 @@ _EXPERT_WEIGHTS: dict[str, tuple[str, Literal["gate", "up"] | None]] = {
 
 
 def place_of(name: str) -> Place | None:
-    """Where the checkpoint's tensor `name` goes, in any of the three namings; None for buffers that are recomputed."""
+    """Destination of the checkpoint's tensor `name`, in any of the three namings; None for buffers.
+
+    Buffers are recomputed from the config: those of a checkpoint are rounded to its dtype.
+    """
     if _BUFFER.fullmatch(name):
         return None
-    name = name.removeprefix("model.")
+    name = name.removeprefix("model.").replace(".block_sparse_moe.", ".mlp.")
     if match := _EXPERT.fullmatch(name):
-        layer, expert, weight = match.groups()
+        experts, expert, weight = match.groups()
         fused, half = _EXPERT_WEIGHTS[weight]
-        return Place(f"{layer}.mlp.experts.{fused}", int(expert), half)
-    return Place(name.replace(".block_sparse_moe.", ".mlp."))
+        return Place(f"{experts}.{fused}", int(expert), half)
+    return Place(name)
 
 
 def disk_names(parameter: str, num_experts: int) -> list[tuple[str, Place]]:
@@ -63,24 +47,13 @@ def disk_names(parameter: str, num_experts: int) -> list[tuple[str, Place]]:
     ]
 
 
-_VLLM_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(w[123])\.weight")
+def vllm_target(place: Place) -> tuple[str, tuple[str | Place, ...]]:
+    """The parameter of vLLM's model that corresponds to a place of the policy, and further arguments of its loader.
 
-
-_FUSED = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
-
-
-_SOFTMAX_PROJECTION = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight")
-
-
-def checkpoint_target(name: str) -> tuple[str, tuple[str | int, ...]]:
-    """Where a checkpoint's tensor goes: the parameter's name here, and which part of it (empty: the whole).
-
-    Takes the original names, Hugging Face's on disk (experts one by one) and in memory (experts fused).
+    Those are the letter of the projection where q, k and v are one parameter, the place for one expert's part, and none
+    for a whole parameter.
     """
-    name = name.replace(".block_sparse_moe.", ".mlp.")
-    if match := _VLLM_EXPERT.fullmatch(name):
-        experts, index, matrix = match.groups()
-        return f"{experts}.{_FUSED[matrix]}", (matrix, int(index))
+    name = place.parameter if place.parameter.startswith("lm_head.") else f"model.{place.parameter}"
     if match := _SOFTMAX_PROJECTION.fullmatch(name):
         return f"{match[1]}.qkv_proj.weight", (match[2],)
-    return name, ()
+    return name, () if place.expert is None else (place,)

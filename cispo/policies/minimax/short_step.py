@@ -1,23 +1,20 @@
-"""Decode steps in few operations: what a policy of a million parameters waits for is Python and torch's own overhead.
+"""A decode step of the MiniMax-01 policy in few operations (`policies.short_step`).
 
-    x -> norm -> attention -> + x -> norm -> SwiGLU or experts -> + x      a layer; every row a sequence of its own
-
-The same arithmetic as the policies' modules, in float32, on their own parameters: an update in place is seen at once.
-`tests/test_torch_sampler.py` holds each kind against its modules. Any other policy steps through `Policy.attend`.
+x -> norm -> attention -> + residual -> norm -> experts -> + residual      a layer; each row is a sequence
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cispo.ops.lightning import LIGHTNING
 from cispo.policies.attention import Attention
-from cispo.policies.layers import apply_rotary, norm_of, rms_norm, rotary_table
+from cispo.policies.layers import apply_rotary, rotary_table
 from cispo.policies.minimax.model import Layer, LightningAttention, LightningPolicy, SoftmaxAttention
 from cispo.policies.moe import FEW_TOKENS, MoE
+from cispo.policies.short_step import norm_of, rms_norm
 
 
 class LightningStep:
@@ -50,7 +47,7 @@ class _Lightning:
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         heads = F.silu(F.linear(x, self.qkv), inplace=True).view(-1, self.heads, 3 * self.dim)
         q, k, v = heads.split(self.dim, -1)
-        attended = rms_norm(attention.lightning(q, k, v, self.slopes).flatten(1), self.norm)
+        attended = rms_norm(attention.recurrent(LIGHTNING, q, k, v, self.slopes).flatten(1), self.norm)
         return F.linear(attended.mul_(F.linear(x, self.gate).sigmoid_()), self.out)
 
 
@@ -67,7 +64,7 @@ class _Softmax:
         return F.linear(attended.flatten(1), self.o)
 
 
-def _mixer_of(module: Any) -> _Lightning | _Softmax:
+def _mixer_of(module: LightningAttention | SoftmaxAttention) -> _Lightning | _Softmax:
     return _Lightning(module) if isinstance(module, LightningAttention) else _Softmax(module)
 
 

@@ -48,21 +48,16 @@ from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
 from cispo.errors import UserError
 from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
 from cispo.policies.layers import SwiGLU
-from cispo.policies.minimax.config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, read_config
-from cispo.policies.minimax.names import checkpoint_target
-from cispo.policies.minimax.vllm_shares import ShardedRMSNorm, check_shares, load_columns, load_expert, load_rows
+from cispo.policies.minimax.config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, shared_size_of_weights
+from cispo.policies.minimax.names import place_of, vllm_target
+from cispo.policies.minimax.vllm_shares import ShardedRMSNorm, check_shares, load_expert, load_inputs, load_rows
 from cispo.policies.minimax.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
 from cispo.policies.moe import MoE
 
-# Recomputed from the config: Hugging Face's buffers, rounded to the checkpoint's dtype, would be worse.
-_NOT_WEIGHTS = (".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay", ".inv_freq")
-
 
 def resolve_config(model: ModelConfig) -> LightningConfig:
-    """The policy's shape and conventions; the shared expert's width is that of the weights in a local folder."""
-    folder = Path(model.model)
-    shared_size = read_config(folder).shared_size if (folder / "config.json").is_file() else None
-    return parse_config(model.hf_config.to_dict(), shared_size=shared_size)
+    """The policy's shape and conventions; a local folder's weights give the shared expert's width."""
+    return parse_config(model.hf_config.to_dict(), shared_size=shared_size_of_weights(Path(model.model)))
 
 
 class LightningAttention(nn.Module):
@@ -105,10 +100,10 @@ class LightningAttention(nn.Module):
         return self.out_proj(torch.sigmoid(self.output_gate(x)[0]) * out)[0]
 
     def _attend_by_slot(self, q: Tensor, k: Tensor, v: Tensor, batch: LinearAttentionMetadata, cache: Tensor) -> Tensor:
-        """The kernels' way: one launch for all decodes, one or two for all prefills, states read and written in place.
+        """By kernels: one launch for all decodes, one or two for all prefills, states read and written in place.
 
-        A fresh sequence finds its slot as the last owner left it: its state counts as zero. That includes a prompt of
-        one token, which vLLM counts among the decodes, and the padding of a CUDA graph, which has vLLM's null block.
+        A fresh sequence's slot holds the state of its last owner: it counts as zero. That includes a prompt of one
+        token, which vLLM counts among the decodes, and the padding of a CUDA graph, which has vLLM's null block.
         """
         decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
         slots, lengths = batch.state_indices_tensor[:sequences].contiguous(), batch.seq_lens[:sequences]
@@ -133,7 +128,7 @@ class LightningAttention(nn.Module):
         cache = states.view(len(states), -1)
         decodes, sequences = batch.num_decodes, batch.num_decodes + batch.num_prefills
         starts, slots = batch.query_start_loc[: sequences + 1], batch.state_indices_tensor[:sequences].long()
-        # A fresh sequence finds its slot as the last owner left it. That includes a prompt of one token, which vLLM
+        # A fresh sequence's slot holds the state of its last owner. That includes a prompt of one token, which vLLM
         # counts among the decodes.
         fresh = batch.seq_lens[:sequences] <= starts.diff()
         cache.index_fill_(0, slots[fresh], 0)
@@ -174,7 +169,7 @@ class SoftmaxAttention(nn.Module):
         ranks = get_tensor_model_parallel_world_size()
         heads, kv_heads = heads // ranks, max(kv_heads // ranks, 1)
         self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-        # The table covers what the engine serves, not M1's ten million positions.
+        # The table covers the engine's context, not M1's ten million positions.
         self.rotary_emb = get_rope(
             head_dim,
             max_position=vllm_config.model_config.max_model_len,
@@ -222,7 +217,7 @@ class LightningLayer(nn.Module):
         if config.shared_size:
             self.shared_mlp = SwiGLU(hidden, config.shared_size // self.ranks)
             for name, parameter in self.shared_mlp.named_parameters():
-                load = load_columns if name.startswith("down") else load_rows
+                load = load_inputs if name.startswith("down") else load_rows
                 set_weight_attrs(parameter, {"weight_loader": load})
             self.coefficient = nn.Linear(hidden, 1, bias=False)
         self.input_layernorm = RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -244,7 +239,7 @@ class LightningLayer(nn.Module):
 
     def _experts(self, x: Tensor) -> Tensor:
         if x.is_cuda and x.dtype == torch.bfloat16:
-            # What the learner computes in eight launches: logits are float32 sums of bfloat16 products on both sides.
+            # The learner's arithmetic, which takes it eight launches: logits are float32 sums of bfloat16 products.
             logits = torch.mm(x, self.mlp.gate.weight.t(), out_dtype=torch.float32)
             weights, chosen, _ = fused_topk(x, logits, self.mlp.gate.top_k, renormalize=True)
             out = fused_experts(x, self.mlp.experts.gate_up_proj, self.mlp.experts.down_proj, weights, chosen)
@@ -280,7 +275,7 @@ class LightningModel(nn.Module):
 
 
 class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
-    """What vLLM loads for MiniMaxForCausalLM, MiniMaxM1ForCausalLM and MiniMaxText01ForCausalLM."""
+    """The model that vLLM loads for the architectures of the family (`families.FAMILIES`)."""
 
     # Read by vLLM's loader, first match wins: a folder may hold other safetensors beside the model's.
     allow_patterns_overrides = ["model*.safetensors", "*.safetensors", "*.bin"]
@@ -323,8 +318,11 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
         parameters = dict(self.named_parameters())
         loaded = set()
         for name, weight in weights:
-            target, part = checkpoint_target(name)
-            if name.endswith(_NOT_WEIGHTS) or (target == "lm_head.weight" and target not in parameters):
+            place = place_of(name)
+            if place is None:
+                continue
+            target, part = vllm_target(place)
+            if target == "lm_head.weight" and target not in parameters:
                 continue  # a tied head arrives with the embedding
             if target not in parameters:
                 raise UserError(f"the weights hold {name!r}, which the lightning policy of this config does not have")
@@ -332,6 +330,11 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
             load(parameters[target], weight, *part)
             loaded.add(target)
         return loaded
+
+    @classmethod
+    def count_cached_states(cls, model: ModelConfig) -> int:
+        """State layers as vLLM's cache counts them: one a `LightningStates`."""
+        return states_per_holder(resolve_config(model))[0]
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:

@@ -1,7 +1,7 @@
-"""Tensor parallelism of the lightning policy in vLLM: which share of each weight a rank has, and a norm over all heads.
+"""Tensor parallelism of the lightning policy in vLLM: a rank's share of each weight, and a norm over all heads.
 
-Projections and the vocabulary are cut by vLLM's own layers; here is what those do not know: experts by their width, the
-shared expert too, and the norm of a lightning layer, whose mean square is that of every rank's heads.
+vLLM's own layers cut projections and the vocabulary. Here are the rest: experts by their width, the shared expert too,
+and the norm of a lightning layer, with the mean square over every rank's heads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from cispo.errors import UserError
 from cispo.policies.minimax.config import LightningConfig
+from cispo.policies.policy import Place
 
 
 class ShardedRMSNorm(nn.Module):
@@ -39,14 +40,11 @@ def share(weight: Tensor, dim: int) -> Tensor:
     return weight.chunk(get_tensor_model_parallel_world_size(), dim)[get_tensor_model_parallel_rank()]
 
 
-def load_expert(param: Tensor, loaded_weight: Tensor, matrix: str | None = None, expert: int | None = None) -> None:
-    """Copies one expert's w1, w2 or w3, or all experts at once; vLLM's reloading needs the first name to be `param`."""
-    if expert is not None:
-        target = param.data[expert]
-        if matrix == "w2":
-            weight = share(loaded_weight, 1)
-        else:
-            target, weight = target.chunk(2)[0 if matrix == "w1" else 1], share(loaded_weight, 0)
+def load_expert(param: Tensor, loaded_weight: Tensor, place: Place | None = None) -> None:
+    """Copies one expert's part, or all experts at once; vLLM's reloading needs the first name to be `param`."""
+    if place is not None:
+        target = place.of(param.data)
+        weight = share(loaded_weight, 1 if place.half is None else 0)
     elif param.shape[1] == loaded_weight.shape[1]:  # down_proj
         target, weight = param.data, share(loaded_weight, 2)
     else:
@@ -56,10 +54,12 @@ def load_expert(param: Tensor, loaded_weight: Tensor, matrix: str | None = None,
 
 
 def load_rows(param: Tensor, loaded_weight: Tensor) -> None:
+    """Copies this rank's share of the output features."""
     param.data.copy_(share(loaded_weight, 0))
 
 
-def load_columns(param: Tensor, loaded_weight: Tensor) -> None:
+def load_inputs(param: Tensor, loaded_weight: Tensor) -> None:
+    """Copies this rank's share of the input features."""
     param.data.copy_(share(loaded_weight, 1))
 
 

@@ -1,9 +1,9 @@
-"""Where the lightning layers' states live in vLLM's cache, and how little of the host's time that takes.
+"""The lightning layers' states in vLLM's cache, at little cost to the host.
 
     LightningStates (several layers, one slot a sequence) -> StateSpec -> StateManager
 
 vLLM sorts the layers of its cache into groups of one size and one kind, and asks each group's manager about every
-sequence in every step: at 512 sequences of a small model that is what a step waits for. With as many holders as there
+sequence in every step: at 512 sequences of a small model a step waits for that. With as many holders as there
 are softmax layers there are two groups, where a layer of its own for each state would make four or more, and the
 manager of the states has nothing to look up once a sequence has its slot.
 """
@@ -20,6 +20,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateDtypeCalculator
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -39,10 +40,10 @@ class StateManager(MambaManager):
             0 if self.req_to_blocks.get(request_id) else super().get_num_blocks_to_allocate(request_id, *args, **kwargs)
         )
 
-    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[Any]:
+    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
         return [] if self.req_to_blocks.get(request_id) else super().allocate_new_blocks(request_id, *args, **kwargs)
 
-    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
+    def remove_skipped_blocks(self, *args: object, **kwargs: object) -> None:
         pass
 
 

@@ -1,0 +1,40 @@
+"""A decode step in few operations: its type, and the norm that the families' steps share.
+
+A policy of a million parameters waits for Python and for torch's overhead per operation. A short step is the arithmetic
+of the policy's modules in float32, on their own parameters, so that an update in place is seen at once; each row is a
+sequence of its own. `tests/test_torch_sampler.py` holds each against its modules. A policy without one steps through
+`Policy.attend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cispo.policies.attention import Attention
+from cispo.policies.layers import RMSNorm
+
+ShortStep = Callable[[Tensor, Tensor, Attention], Tensor]
+"""(tokens [n] int64, positions [n] int64, attention) to the hidden states after the final norm, [n, d]."""
+
+
+class Norm(NamedTuple):
+    """Weight and eps of an RMSNorm."""
+
+    weight: Tensor
+    eps: Tensor
+    """A scalar, so that it is added in the operation that squares and divides."""
+
+
+def norm_of(module: nn.Module) -> Norm:
+    assert isinstance(module, RMSNorm)
+    return Norm(module.weight, torch.tensor(module.eps))
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """`layers.RMSNorm` for a few rows: on a CPU F.rms_norm is a dozen operations."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * torch.addcmul(norm.eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)

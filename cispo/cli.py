@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ParamSpec
 
 import typer
+
+P = ParamSpec("P")
 
 app = typer.Typer(
     name="cispo",
@@ -17,7 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)]
+_RECIPE = "A YAML recipe, or the name of a shipped one (quickstart)."
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help=_RECIPE, show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe.", show_default=False)
 ]
@@ -51,19 +54,21 @@ def compare(
         typer.Option(metavar="A,B,...", help="Names, presets or module:NAME; with settings: 'grpo(kl_coef=0)'."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, from the recipe's seed on.")] = 5,
-    metric: Annotated[str, typer.Option(help="What arms are compared by; higher is better.")] = "eval/accuracy",
+    metric: Annotated[str, typer.Option(help="Metric that arms are compared by; higher is better.")] = "eval/accuracy",
     updates_per_batch: Annotated[
         str | None, typer.Option(metavar="K,K,...", help="Optimizer steps a batch; each K is a comparison of its own.")
     ] = None,
     parallel: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as fit by default.")] = None,
     name: Annotated[str | None, typer.Option(help="Folder in output_dir; the recipe's name and -compare.")] = None,
-    plot_only: Annotated[bool, typer.Option("--plot-only", help="Make the report again from what was run.")] = False,
+    plot_only: Annotated[
+        bool, typer.Option("--plot-only", help="Only rewrite the report of the runs that ended.")
+    ] = False,
     fit: Annotated[bool, typer.Option("--fit", help="Fit ScaleRL's sigmoid to each arm.")] = False,
     equal: Annotated[
         Path | None, typer.Option("--assert-equal", metavar="FILE", help="Exit 1 unless results.json equals FILE.")
     ] = None,
 ) -> None:
-    """Run algorithms side by side on one task, several seeds each, and report what differs with intervals."""
+    """Run algorithms side by side on one task, several seeds each, and report their differences with intervals."""
     from cispo.compare.command import compare
 
     _run(
@@ -101,7 +106,7 @@ def evaluate(recipe: RecipeArgument, overrides: Overrides = None, checkpoint: Ch
 def generate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What the user says.")] = "",
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The user's message.")] = "",
     checkpoint: Checkpoint = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many completions.")] = 4,
     column: Annotated[
@@ -136,7 +141,7 @@ def export(
 
 @app.command()
 def doctor(
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML recipe.", show_default=False)] = None,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help=_RECIPE, show_default=False)] = None,
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
 ) -> None:
@@ -146,7 +151,7 @@ def doctor(
     _run(doctor, recipe, overrides or [], checkpoint)
 
 
-def _run(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+def _run(command: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
     """Bad input is one sentence and exit code 2, a run that broke is one and code 1, an interrupt is code 130."""
     from cispo.errors import RunError, UserError
 

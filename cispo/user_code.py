@@ -7,26 +7,28 @@ import importlib
 import importlib.util
 import re
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from cispo.errors import UserError
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
-"""Where `rewards/` lies when CISPO runs from a checkout."""
+_SHIPPED = "rewards"
+"""Package of the shipped rewards in recipes. It is installed as cispo.rewards, so that a user may have one as well."""
+_CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def load_object(path: str, key: str) -> Any:
     """The object that `path` ("module:name", or "module:Class.name") names.
 
-    The current directory and the project's root are searched after everything that is installed. `key` is the recipe
-    key that holds `path`. UserError when it does not parse, does not import, or has no such name.
+    The current directory is searched after everything that is installed, and the shipped rewards after it. `key` is the
+    recipe key that holds `path`. Raises UserError when it does not parse, does not import, or has no such name.
     """
     module_name, _, names = path.partition(":")
     if not module_name or not names:
         raise UserError(f"{key}: '{path}' is not of the form module:name")
-    found: Any = _import_module(module_name, path, key)
+    found: object = _import_module(module_name, path, key)
     for name in names.split("."):
         if not hasattr(found, name):
             raise UserError(f"{key}: '{path}': {_describe(found)} has no '{name}'{_suggest(name, dir(found))}")
@@ -36,34 +38,56 @@ def load_object(path: str, key: str) -> Any:
 
 def _import_module(name: str, path: str, key: str) -> ModuleType:
     importlib.invalidate_caches()
-    _extend_search_path(name)
+    _search_current_directory(name.partition(".")[0])
     try:
-        return importlib.import_module(name)
+        return _import_own_or_shipped(name)
     except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+        if _is_absent(name, error):
             reason = f"there is no module '{error.name}' on the Python path or in the current directory ({Path.cwd()})"
         else:
             reason = f"it needs the module '{error.name}', which is not installed"
         raise UserError(f"{key}: cannot import '{path}': {reason}") from error
-    # Importing runs the user's code: whatever it raises is the reason to report.
+    # The import runs the user's code, so any exception is possible.
     except (Exception, SystemExit) as error:
         raise UserError(f"{key}: cannot import '{path}': {type(error).__name__}: {error}") from error
 
 
-def _extend_search_path(module_name: str) -> None:
-    """Append the directories that a console script leaves out of sys.path, once, and only when they are needed."""
-    top = module_name.partition(".")[0]
-    if top in sys.modules or importlib.util.find_spec(top) is not None:
+def _import_own_or_shipped(name: str) -> ModuleType:
+    """The user's module `name`, else the shipped one under its own name: `rewards.gym` as `cispo.rewards.gym`."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if name.partition(".")[0] != _SHIPPED or not _is_absent(name, error):
+            raise
+        own = error
+    try:
+        return importlib.import_module(f"cispo.{name}")
+    except ModuleNotFoundError as error:
+        raise own if _is_absent(f"cispo.{name}", error) else error from None
+
+
+def _is_absent(name: str, error: ModuleNotFoundError) -> bool:
+    """Whether `name` or a package above it was not found, and not a module that it imports."""
+    return error.name is not None and (name == error.name or name.startswith(error.name + "."))
+
+
+def _search_current_directory(package: str) -> None:
+    """Adds the current directory, which a console script leaves out, to sys.path if `package` lies there.
+
+    It comes last, but before a checkout of CISPO that is on the path: the user's `rewards` wins over the shipped one.
+    """
+    here = str(Path.cwd())
+    if here in sys.path or PathFinder.find_spec(package, [here]) is None:
         return
-    for directory in (str(Path.cwd()), str(PROJECT_ROOT)):
-        if directory not in sys.path:
-            sys.path.append(directory)
+    if package == _SHIPPED or (package not in sys.modules and importlib.util.find_spec(package) is None):
+        checkout = (i for i, folder in enumerate(sys.path) if folder and Path(folder).resolve() == _CHECKOUT)
+        sys.path.insert(next(checkout, len(sys.path)), here)
 
 
-def _describe(found: Any) -> str:
+def _describe(found: object) -> str:
     if isinstance(found, ModuleType):
         return f"module '{found.__name__}' ({getattr(found, '__file__', None) or 'built in'})"
-    return f"'{found.__name__ if hasattr(found, '__name__') else type(found).__name__}'"
+    return f"'{getattr(found, '__name__', type(found).__name__)}'"
 
 
 def _suggest(name: str, names: list[str]) -> str:
@@ -74,6 +98,6 @@ def _suggest(name: str, names: list[str]) -> str:
 def is_hub_id(source: str) -> bool:
     """Whether `source` can be "owner/name" on the Hugging Face hub, and not a misspelt local path.
 
-    The hub client retries for a minute before it gives up, so a path below a folder that exists is never asked for.
+    The hub client retries for a minute before it gives up, so a path below an existing folder is never asked for.
     """
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None and not Path(source).parent.is_dir()

@@ -1,11 +1,10 @@
 """Rewards for programs: the completion's code runs in a sandbox (`cispo.sandbox`) against the tests of its dataset row.
 
     passes_io        column tests       each test is an input and the output that a program prints for it
-    passes_asserts   column test_code   assert statements, or test functions, that call what the code defines
+    passes_asserts   column test_code   assert statements, or test functions, that call the code's definitions
 
-What a program prints, and what `assert f(1, 2) == [3]` compares, is compared outside of the sandbox: the expected
-answer never enters it. Other tests have to share a process with the code that they test: docs/rewards.md says what that
-means.
+A program's output, and the result in `assert f(1, 2) == [3]`, is compared outside of the sandbox: the expected answer
+never enters it. Other tests share a process with the code that they test: docs/rewards.md has the consequences.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cispo.sandbox.run import SandboxResult, run_python
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _HARNESS = Path(__file__).with_name("code_harness.py")
 
-Outcome = tuple[float, dict[str, Any]]
+Outcome = tuple[float, dict[str, object]]
+"""The reward of a completion and its extra values tests_passed, tests and problem."""
 
 
 def passes_io(
     completion: str,
-    tests: Any,
+    tests: object,
     partial: bool = False,
     timeout: float = 2.0,
     total: float = 8.0,
@@ -40,8 +39,8 @@ def passes_io(
 
     `tests` is a list of {"input", "output"}, or {"inputs": [...], "outputs": [...]}, either as such or as JSON. White
     space at the ends of lines, and empty lines at the end, do not count. A test may take `timeout` seconds and all of
-    them `total`, which has to stay below the recipe's `reward.timeout`. Without `partial`, the first test that fails is
-    the last one to run. ValueError when there are no such tests.
+    them `total`, which has to stay below the recipe's `reward.timeout`. Without `partial`, no test runs after the first
+    failure. Raises ValueError when there are no such tests.
     """
     cases = read_cases(tests)
     code = extract_code(completion)
@@ -76,7 +75,7 @@ def passes_asserts(
 
     `test_code` is Python, or a list of pieces of it. A test is an assert or a call at its top level, or a function
     without arguments that is called test...; everything else in it is executed in its place. `timeout` is in seconds,
-    for all tests together. ValueError when it tests nothing or does not parse.
+    for all tests together. Raises ValueError when it tests nothing or does not parse.
     """
     steps, expected = read_steps(test_code if isinstance(test_code, str) else "\n".join(test_code))
     tests = sum(kind != "do" for kind, _ in steps)
@@ -103,8 +102,8 @@ def extract_code(completion: str) -> str:
     return "" if blocks else completion
 
 
-def read_cases(tests: Any) -> list[tuple[str, str]]:
-    """The (input, output) pairs of a column `tests`. ValueError when it holds none, or something else."""
+def read_cases(tests: object) -> list[tuple[str, str]]:
+    """The (input, output) pairs of a column `tests`. Raises ValueError when it holds none, or anything else."""
     if isinstance(tests, str):
         try:
             tests = json.loads(tests)
@@ -124,17 +123,17 @@ def read_cases(tests: Any) -> list[tuple[str, str]]:
     return cases
 
 
-def read_steps(test_code: str) -> tuple[list[tuple[str, str]], dict[int, tuple[Any, bool]]]:
-    """Test code as the harness's steps, and what the steps of kind "value" must give: (value, by identity).
+def read_steps(test_code: str) -> tuple[list[tuple[str, str]], dict[int, tuple[object, bool]]]:
+    """The harness's steps (kind, source), and (value, by identity) that each step of kind "value" must give.
 
-    ValueError when it does not parse or tests nothing.
+    Raises ValueError when the code does not parse or tests nothing.
     """
     try:
         tree = ast.parse(test_code)
     except SyntaxError as error:
         raise ValueError(f"test_code does not parse: {error}") from error
     steps: list[tuple[str, str]] = []
-    expected: dict[int, tuple[Any, bool]] = {}
+    expected: dict[int, tuple[object, bool]] = {}
     for statement in tree.body:
         comparison = _with_literal(statement)
         if comparison is not None:
@@ -152,7 +151,7 @@ def read_steps(test_code: str) -> tuple[list[tuple[str, str]], dict[int, tuple[A
     return steps, expected
 
 
-def _with_literal(statement: ast.stmt) -> tuple[str, Any, bool] | None:
+def _with_literal(statement: ast.stmt) -> tuple[str, object, bool] | None:
     """(expression, value, by identity) of an assert that compares with a literal; None for another statement."""
     if not isinstance(statement, ast.Assert) or not isinstance(statement.test, ast.Compare):
         return None
@@ -179,9 +178,9 @@ def _parameters(function: ast.FunctionDef) -> bool:
 
 
 def _verdicts(
-    stdout: str, secret: str, steps: Sequence[tuple[str, str]], expected: Mapping[int, tuple[Any, bool]]
+    stdout: str, secret: str, steps: Sequence[tuple[str, str]], expected: Mapping[int, tuple[object, bool]]
 ) -> set[int]:
-    """Which steps passed. A solution may print what it likes: a line without the secret is none of ours."""
+    """The steps that passed. Only the harness knows the secret: lines without it are the solution's own output."""
     passed: set[int] = set()
     for number, outcome in re.findall(rf"^{secret} (\d+) (.*)$", stdout, re.MULTILINE):
         step = int(number)
@@ -194,7 +193,7 @@ def _verdicts(
     return passed
 
 
-def _is_equal(text: str, value: Any, identity: bool) -> bool:
+def _is_equal(text: str, value: object, identity: bool) -> bool:
     try:
         found = ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -207,7 +206,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _problem(result: SandboxResult) -> str:
-    """What went wrong in a program, as a few words; "" when it ended well."""
+    """The reason of a program's failure in a few words; "" when it ended well."""
     if result.stopped:
         return result.stopped
     last = result.stderr.strip().rpartition("\n")[2][:200]

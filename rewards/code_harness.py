@@ -1,4 +1,4 @@
-"""Runs in the sandbox, as the program: loads a solution, then takes the steps of its tests and says how each one ended.
+"""The sandboxed program: loads a solution, takes the steps of its tests and reports the outcome of each.
 
 The last line, `main(solution)`, is added by `rewards.code`. Steps come on stdin, as the repr of
 (secret, [(kind, source)]): kind "do" is executed, "check" is executed and counts, "value" is evaluated and its value
@@ -12,10 +12,6 @@ import os
 import sys
 import types
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 
 def main(solution: str) -> None:
     names, pristine = builtins.__dict__, dict(builtins.__dict__)
@@ -23,12 +19,12 @@ def main(solution: str) -> None:
     module = types.ModuleType("solution")
     space = module.__dict__
 
-    # What a solution patches or shadows, before the tests or while they call it, is set right before we go on.
+    # A solution may patch or shadow builtins, before the tests or while they call it.
     def restore() -> None:
         names.update(pristine)
         space["__builtins__"] = builtins
 
-    def run(source: str, kind: str) -> Any:
+    def run(source: str, kind: str) -> object:
         result = evaluate(compiled(source, "solution.py", kind, dont_inherit=True), space)
         restore()
         return result
@@ -63,19 +59,19 @@ def main(solution: str) -> None:
     leave(0)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """The value in built-in types: its repr is a literal, and no method of the solution takes part in comparing."""
     if value is None or isinstance(value, bool):
         return value
-    kind: Any
+    kind: type
     for kind in (int, float, complex, str, bytes):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, dict):
         return {plain(key): plain(inner) for key, inner in value.items()}
-    for kind in (list, tuple, set):
-        if isinstance(value, kind):
-            return kind(plain(inner) for inner in value)
+    for container in (list, tuple, set):
+        if isinstance(value, container):
+            return container(plain(inner) for inner in value)
     if isinstance(value, frozenset):
         return {plain(inner) for inner in value}
     raise TypeError(f"a result of type {type(value).__name__} cannot be compared")

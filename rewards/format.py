@@ -27,7 +27,7 @@ def think_format(completion: str, **_) -> float:
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""What the last well-formed \boxed{...} of a text holds; braces may nest. None when there is none."""
+    r"""The content of the last well-formed \boxed{...} of a text; braces may nest. None when there is none."""
     boxes = [inside for inside in _boxes(text) if inside is not None]
     return boxes[-1].strip() if boxes else None
 
@@ -38,7 +38,7 @@ def _single_box(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[str | None]:
-    r"""What each \boxed{ holds, None where its brace is never closed. \{ and \} are characters, not braces."""
+    r"""The content of each \boxed{, None where its brace is never closed. \{ and \} are characters, not braces."""
     found: list[str | None] = []
     for start in (match.end() for match in re.finditer(r"\\boxed\s*\{", text)):
         depth = 1

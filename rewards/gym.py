@@ -1,7 +1,7 @@
 """reasoning-gym's own verifiers as a reward, prompts with solved examples, and an imperfect teacher for a warm-up.
 
-The rows come from the source "reasoning_gym:TASK". Beware of the raw scores: in countdown a wrong answer scores 0.05
-and none at all 0.01, and many tasks give partial credit, so that averages of them are not shares of solved problems.
+The rows come from the source "reasoning_gym:TASK". Raw scores are no pass rates: a wrong answer in countdown scores
+0.05 and none at all 0.01, and many tasks give partial credit.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from random import Random
-from typing import Any
 
 import reasoning_gym
+from reasoning_gym.dataset import ProceduralDataset
 
 from cispo.errors import UserError
-from cispo.rollout.prompts import load_rows
+from cispo.rollout.prompts import Row, load_rows
 
 
 def score(
-    completion: str, task: str, params: Mapping[str, Any], item: Mapping[str, Any], *, partial: bool = False, **_
+    completion: str, task: str, params: Mapping[str, object], item: dict[str, object], *, partial: bool = False, **_
 ) -> float:
     """1.0 for a right answer and 0.0 for any other.
 
-    With `partial`, the task's partial credit: its score less what no answer (None or an empty one) scores, rescaled to
-    [0, 1]. Columns: `task`, `params` and `item` are on every row of a "reasoning_gym:TASK" source.
+    With `partial`, the task's partial credit: its score less the score of no answer (None or an empty one), rescaled to
+    [0, 1]. The columns `task`, `params` and `item` are on every row of a "reasoning_gym:TASK" source.
     """
     verifier = _verifier(task, json.dumps(dict(params), sort_keys=True))
     value = _raw_score(verifier, completion.strip(), item)
@@ -42,12 +42,12 @@ def few_shot(
     answer: str = "{answer}",
     shots: int = 4,
     split: str = "train",
-    **params: Any,
-) -> Iterator[dict[str, Any]]:
-    """Rows of a split whose `messages` hold solved training problems before the question.
+    **params: object,
+) -> Iterator[Row]:
+    """Rows of a split with `messages` that hold `shots` solved training problems before the question.
 
-    They show a weak model the form of an answer, where words alone do not. `question` and `answer` are templates with
-    the columns of "reasoning_gym:TASK". The solved problems are the same for every row and split.
+    The solved problems show a weak model the form of an answer; they are the same for every row and split. `question`
+    and `answer` are templates with the columns of "reasoning_gym:TASK".
     """
     source, key = f"reasoning_gym:{task}", "few_shot"
     solved = load_rows(source, "train", {"size": shots, "seed": 0, **params}, None, key) if shots else []
@@ -59,10 +59,11 @@ def few_shot(
         yield {**row, "messages": [*before, {"role": "user", "content": question.format_map(row)}]}
 
 
-def demonstrations(task: str, size: int, seed: int, noise: float = 0.7, **params: Any) -> Iterator[dict[str, Any]]:
+def demonstrations(task: str, size: int, seed: int, noise: float = 0.7, **params: object) -> Iterator[Row]:
     """Rows of the task's training split with a column `completion`; a share `noise` of those is wrong in one character.
 
-    The prompt comes from the recipe's template, as it does for "reasoning_gym:TASK".
+    The prompt comes from the recipe's template, as for "reasoning_gym:TASK". Raises UserError for a task without a
+    single right answer.
     """
     rows = load_rows(f"reasoning_gym:{task}", "train", {"size": size, "seed": seed, **params}, None, "demonstrations")
     if not isinstance(rows[0]["answer"], str):
@@ -74,7 +75,7 @@ def demonstrations(task: str, size: int, seed: int, noise: float = 0.7, **params
         yield {**row, "completion": _wrong_answer(row, alphabet, rng) if wrong else row["answer"]}
 
 
-def _wrong_answer(row: Mapping[str, Any], alphabet: list[str], rng: Random) -> str:
+def _wrong_answer(row: Row, alphabet: list[str], rng: Random) -> str:
     """The answer with one character replaced by another that occurs in answers, and no longer right."""
     answer = row["answer"]
     for _ in range(100):
@@ -86,11 +87,11 @@ def _wrong_answer(row: Mapping[str, Any], alphabet: list[str], rng: Random) -> s
 
 
 @lru_cache(maxsize=16)
-def _verifier(task: str, params: str) -> Any:
+def _verifier(task: str, params: str) -> ProceduralDataset:
     return reasoning_gym.create_dataset(task, **{**json.loads(params), "size": 1, "seed": 0})
 
 
-def _raw_score(verifier: Any, answer: str | None, item: Mapping[str, Any]) -> float:
+def _raw_score(verifier: ProceduralDataset, answer: str | None, item: dict[str, object]) -> float:
     try:
         return float(verifier.score_answer(answer, item))
     # Some verifiers fail on an answer that they cannot read instead of scoring it 0.

@@ -11,25 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
-from typing import Any
 
-from cispo.rollout.prompts import load_rows
-from rewards.sorting import with_wrong_digit
+from cispo.rollout.prompts import Row, load_rows
+
+from .sorting import with_wrong_digit
 
 
-def problems(size: int, seed: int, split: str = "train", **params: Any) -> Iterator[dict[str, Any]]:
-    """`size` items of a split, each with a prompt of nothing but its numbers and signs."""
+def problems(size: int, seed: int, split: str = "train", **params: object) -> Iterator[Row]:
+    """`size` items of a split; the prompt is the expression alone, without spaces, and "="."""
     for row in load_rows("reasoning_gym:chain_sum", split, {"size": size, "seed": seed, **params}, None, "chain_sum"):
         yield {**row, "prompt": row["expression"].replace(" ", "") + "="}
 
 
-def demonstrations(size: int, seed: int, noise: float = 0.6, **params: Any) -> Iterator[dict[str, Any]]:
+def demonstrations(size: int, seed: int, noise: float = 0.6, **params: object) -> Iterator[Row]:
     """Training problems with solutions; a share `noise` has one slip: a wrong digit in the result of one line.
 
     The lines after a slip go on from the wrong result, as a person would.
     """
     rng = Random(f"teacher {seed}")
-    for row in problems(size, seed, **params):
+    for row in problems(size, seed, "train", **params):
         slips = rng.random() < noise
         yield {**row, "completion": worked(row["expression"], rng if slips else None)}
 

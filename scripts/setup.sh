@@ -43,5 +43,5 @@ if [ ! -x .venv/bin/python ]; then
   python=$(python_311)
   "$python" -m venv .venv
 fi
-install cpu requirements-cpu.lock pyproject.toml
+install cpu requirements-cpu.lock pyproject.toml setup.py
 if [ "${1:-}" = dev ]; then install dev requirements-dev.lock; fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv, then lints, type-checks and tests: scripts/test.sh [pytest arguments]
+# Sets up .venv, then lints, type-checks and tests, the wheel included: scripts/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh dev

@@ -255,7 +255,7 @@ def test_missing_sections(
 
 
 def test_a_failing_reward_in_a_real_run_with_ray(recipe: Callable[..., Path], tmp_path: Path):
-    """The sentence crosses Ray and the shell as it is; what the run had written stays."""
+    """The sentence crosses Ray and the shell as it is; the files of the run stay."""
     module(tmp_path, "def reward(completion, **_):\n    raise RuntimeError('the judge is down')\n")
     file = recipe(reward={"functions": [{"fn": "my_rewards:reward"}]}, runtime="ray")
     command = [sys.executable, "-m", "cispo.cli", "train", str(file)]

@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from cispo.errors import UserError
-from cispo.recipe.load import dump_yaml, json_schema, known_keys, load_recipe
+from cispo.recipe import migrate as migration
+from cispo.recipe.load import dump_yaml, json_schema, known_keys, load_recipe, stored_recipe
+from cispo.recipe.migrate import REMOVED, RENAMED, Removed, migrate
 from cispo.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +76,8 @@ def test_paths_beside_the_recipe(tmp_path: Path):
         ("learner: {lr: -1}", r"learner.lr = -1"),
         ("learner: {lr: .nan}", r"learner.lr = nan"),
         ("rollout: {engine: sglang}", r"rollout.engine = 'sglang'"),
-        ("rollout: {top_p: 0.9}", r"top_p"),
+        ("rollout: {top_p: 0.9}", r"unknown key rollout.top_p: truncated sampling makes the importance ratio wrong"),
+        ("rollout: {top_k: 50}", r"unknown key rollout.top_k: truncated sampling .* it must stay 0"),
         ("rollout: {temperature: 0}", r"temperature must be above 0"),
         ("rollout: {max_tokens: 64, max_context: 64}", r"leaves no room"),
         ("rollout: {temperature: 0.7, max_tokens: 4000, max_context: 5000}", r"run_length"),
@@ -129,6 +132,66 @@ def test_policy_needs_one_origin(tmp_path: Path, policy: str, message: str):
 def test_bad_overrides(tmp_path: Path, override: str, message: str):
     with pytest.raises(UserError, match=message):
         load_recipe(write(tmp_path, MINIMAL), [override])
+
+
+def test_a_shipped_recipe_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("quickstart", ["seed=3"])
+    assert recipe.seed == 3 and Path(recipe.policy.tokenizer or "").is_dir()
+    assert load_recipe(write(tmp_path, "base: quickstart\nname: mine\n")).policy == recipe.policy
+    with pytest.raises(
+        UserError, match="recipe quick does not exist; the shipped recipes are compare, compare_quick, "
+    ):
+        load_recipe("quick")
+    (tmp_path / "quickstart").write_text(MINIMAL + "name: nearer\n")
+    assert load_recipe("quickstart").name == "nearer"
+
+
+@pytest.fixture
+def renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two keys and a section of a recipe had other names."""
+    for old, new in {"learner.rate": "learner.lr", "old.group": "rollout.group_size", "limits": "control"}.items():
+        monkeypatch.setitem(RENAMED, old, new)
+    migration._warn.cache_clear()
+
+
+@pytest.mark.usefixtures("renamed")
+def test_renamed_keys_are_read_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write(tmp_path, MINIMAL + "learner: {rate: 0.1}\nlimits: {watchdog: 7}\n", "base.yaml")
+    file = write(tmp_path, "base: base.yaml\nold: {group: 4}\n")
+    for overrides, lr in (((), 0.1), (("learner.rate=0.2",), 0.2), (("learner.lr=0.3",), 0.3)):
+        recipe = load_recipe(file, overrides)
+        assert (recipe.learner.lr, recipe.rollout.group_size, recipe.control.watchdog) == (lr, 4, 7)
+    warnings = capsys.readouterr().err.splitlines()
+    assert "cispo: warning: the recipe key learner.rate is read as learner.lr, its new name" in warnings
+    assert len(warnings) == 3, "once each"
+    with pytest.raises(UserError, match="learner.rate is the old name of learner.lr, and the recipe has both"):
+        load_recipe(write(tmp_path, MINIMAL + "learner: {rate: 0.1, lr: 0.2}\n"))
+    with pytest.raises(UserError, match="learner = 3"):
+        load_recipe(write(tmp_path, MINIMAL + "learner: 3\nold: {group: 4}\n"))
+
+
+@pytest.mark.usefixtures("renamed")
+def test_the_recipe_of_an_earlier_version(tmp_path: Path):
+    recipe = load_recipe(write(tmp_path, MINIMAL + "learner: {lr: 0.5}\n"))
+    values = yaml.safe_load(dump_yaml(recipe))
+    values["rollout"] |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    values["learner"]["rate"] = values["learner"].pop("lr")
+    del values["control"], values["train"]["keep"]
+    before = yaml.safe_dump(values)
+    assert stored_recipe(before, where="w") == recipe
+    assert yaml.safe_load(before) == values
+    values["rollout"]["top_p"] = 0.5
+    with pytest.raises(UserError, match="^w: unknown key rollout.top_p: truncated sampling"):
+        stored_recipe(yaml.safe_dump(values), where="w")
+    with pytest.raises(UserError, match="recipe w is not valid YAML"):
+        stored_recipe("a: [", where="w")
+
+
+def test_a_section_can_be_removed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(REMOVED, "gone.key", Removed(3, "there is no other"))
+    assert migrate({"gone": {"key": 3}, "seed": 1}, "w") == {"seed": 1}
+    assert migrate({"gone": {"key": 4}}, "w") == {"gone": {"key": 4}}
 
 
 def test_missing_recipe_and_folder(tmp_path: Path):

@@ -1,22 +1,29 @@
-"""A run that ended and goes on is the same run, bit for bit; what a checkpoint must survive; and what is refused."""
+"""A resumed run is the same run, bit for bit; failures that checkpoints survive; changes that are refused."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from cispo import __version__
 from cispo.commands.train import train
 from cispo.errors import RunError, UserError
 from cispo.output.checkpoint import CheckpointFolder, step_of
+from cispo.recipe.load import dump_yaml, load_recipe
+from cispo.recipe.migrate import RENAMED
+from cispo.recipe.resume import check_same_run
 from tests.test_end_to_end import QUICKSTART, ROOT, SMALL, VARIED, cispo, metrics
 
 SCRIPT = ROOT / "scripts" / "inject_faults.py"
@@ -90,6 +97,63 @@ def test_faults_in_a_real_run(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+OLD_RUN = ROOT / "tests" / "data" / "old_run"
+
+
+@pytest.fixture
+def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a run of version 0.1.0 that was killed after row 4 of its metrics, with step 3 its last checkpoint."""
+    monkeypatch.chdir(ROOT)
+    return Path(shutil.copytree(OLD_RUN, tmp_path / "old_run"))
+
+
+def test_a_run_of_an_earlier_version_goes_on(old_run: Path):
+    """Its recipe has removed keys, and the buffered rollouts of its checkpoint have removed fields."""
+    before = metrics(old_run)
+    train(OLD_RUN.with_suffix(".yaml"), [f"output_dir={old_run.parent}", "train.steps=6"], resume=True)
+    rows = metrics(old_run)
+    assert rows[:4] == before[:4] and [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert rows[4]["staleness/max"] == 1, "the buffered rollouts are trained on"
+    facts = json.loads((old_run / "checkpoints" / "step_000006" / "cispo.json").read_text())
+    assert (facts["cispo_version"], facts["step"], facts["updates"]) == (__version__, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda recipe: recipe["critic"].pop("value_clip"), ""),
+        (lambda recipe: recipe["rollout"].update(top_k=0), ""),
+        (lambda recipe: recipe.update(speed=recipe["learner"].pop("lr")), ""),
+        (lambda recipe: recipe["critic"].update(value_clip=0.3), "has critic.value_clip 0.3, not 0.2"),
+        (
+            lambda recipe: recipe["rollout"].update(top_k=3),
+            r"old_run/recipe.yaml: unknown key rollout.top_k: truncated",
+        ),
+        (lambda recipe: recipe["rollout"].update(beams=3), r"old_run/recipe.yaml: unknown key rollout.beams"),
+    ],
+    ids=["a-newer-key", "a-removed-key", "a-renamed-key", "another-value", "a-removed-value", "an-unknown-key"],
+)
+def test_the_stored_recipe_is_read_through_todays_schema(
+    old_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    edit: Callable[[dict], object],
+    message: str,
+):
+    monkeypatch.setitem(RENAMED, "speed", "learner.lr")
+    file = old_run / "recipe.yaml"
+    stored = yaml.safe_load(file.read_text())
+    edit(stored)
+    file.write_text(yaml.safe_dump(stored))
+    recipe = load_recipe(OLD_RUN.with_suffix(".yaml"), ["train.steps=6"])
+    if message:
+        with pytest.raises(UserError, match=message):
+            check_same_run(recipe, old_run)
+        return
+    check_same_run(recipe, old_run)
+    assert ("recipe key speed is read as learner.lr" in capsys.readouterr().err) == ("speed" in stored)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -102,8 +166,6 @@ def test_what_cannot_be_resumed(tmp_path: Path, change: str, message: str):
     folder = tmp_path / "quickstart"
     (folder / "checkpoints").mkdir(parents=True)
     shown = [sys.executable, "-m", "cispo.cli", "train", str(QUICKSTART), f"output_dir={tmp_path}", *KEYS]
-    from cispo.recipe.load import dump_yaml, load_recipe
-
     (folder / "recipe.yaml").write_text(dump_yaml(load_recipe(QUICKSTART, [f"output_dir={tmp_path}", *KEYS])))
     done = subprocess.run([*shown, change, "--resume"], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

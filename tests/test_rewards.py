@@ -6,7 +6,7 @@ import math
 import pickle
 import threading
 import time
-from typing import Any
+from functools import partial
 
 import pytest
 
@@ -166,7 +166,7 @@ def test_every_task_scores_its_own_answer_right_and_junk_wrong() -> None:
         row = pickle.loads(pickle.dumps(row))  # as it reaches a worker
         if isinstance(row["answer"], str) and gym.score(row["answer"], **row) != 1.0:
             wrong.append(f"{task}: own answer")
-        # Whatever is not "True" means False to game_of_life_halting.
+        # Any text but "True" means False to game_of_life_halting.
         junk = [gym.score(text, **row, partial=p) for text in ("", "xyzzy") for p in (False, True)]
         if task != "game_of_life_halting" and any(value > 0.25 for value in junk):
             wrong.append(f"{task}: junk {junk}")
@@ -185,9 +185,9 @@ def test_gym_teacher_errs_as_often_as_it_is_told_to() -> None:
 
 
 def test_few_shot_solves_training_problems_before_the_question() -> None:
-    sums: dict[str, Any] = {"task": "chain_sum", "size": 100, "seed": 1, "question": "{expression} = ?", "max_terms": 2}
-    rows = list(gym.few_shot(**sums, split="test", shots=2, answer="{expression} = {answer}"))
-    train = {row["expression"] for row in gym.few_shot(**sums, shots=0)}
+    sums = partial(gym.few_shot, "chain_sum", size=100, seed=1, question="{expression} = ?", max_terms=2)
+    rows = list(sums(split="test", shots=2, answer="{expression} = {answer}"))
+    train = {row["expression"] for row in sums(shots=0)}
     for row in rows:
         *solved, question = row["messages"]
         assert question == {"role": "user", "content": f"{row['expression']} = ?"} and row["expression"] not in train
@@ -227,14 +227,14 @@ def test_sorting_teacher_errs_as_often_as_it_is_told_to() -> None:
 # Sums, worked out
 
 
-CHAIN: dict[str, Any] = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 2}
+chain_sums = partial(steps.problems, min_terms=4, max_terms=4, min_digits=1, max_digits=2)
 
 
 def test_sums_are_worked_out_line_by_line() -> None:
     assert steps.worked("36 - 8 + 73") == "36-8=28\n28+73=101"
     assert steps.worked("1 - 9 - 2") == "1-9=-8\n-8-2=-10"
-    rows = list(steps.problems(size=200, seed=2, **CHAIN))
-    assert rows == list(steps.problems(size=200, seed=2, **CHAIN)) != list(steps.problems(size=200, seed=3, **CHAIN))
+    rows = list(chain_sums(size=200, seed=2))
+    assert rows == list(chain_sums(size=200, seed=2)) != list(chain_sums(size=200, seed=3))
     for row in rows:
         assert eval(row["prompt"].removesuffix("=")) == int(row["answer"])
         solution = steps.worked(row["expression"])
@@ -243,13 +243,13 @@ def test_sums_are_worked_out_line_by_line() -> None:
 
 
 def test_sums_to_practise_on_and_to_be_tested_on_are_disjoint() -> None:
-    small: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    train = {row["prompt"] for row in steps.problems(size=80, seed=1, **small)}
-    assert train.isdisjoint(row["prompt"] for row in steps.problems(size=80, seed=1, split="test", **small))
+    small = partial(steps.problems, size=80, seed=1, min_terms=2, max_terms=2, min_digits=1, max_digits=1)
+    assert {row["prompt"] for row in small()}.isdisjoint(row["prompt"] for row in small(split="test"))
 
 
 def test_a_slip_is_one_wrong_digit_that_the_rest_follows() -> None:
-    rows = list(steps.demonstrations(size=3000, seed=1, noise=0.6, **CHAIN))
+    sums = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 2}
+    rows = list(steps.demonstrations(3000, 1, 0.6, **sums))
     slips = [
         sum(eval(left) != int(right) for left, right in (line.split("=") for line in row["completion"].split("\n")))
         for row in rows

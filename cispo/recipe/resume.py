@@ -1,17 +1,15 @@
-"""Which changes a resumed run may have: of where and how long it runs, none that makes it another run."""
+"""Changes that a resumed run may have: those of where and how long it runs, none that makes it another run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from cispo.errors import UserError
+from cispo.recipe.load import read_stored
 from cispo.recipe.schema import Recipe
 
-# Sections and keys that do not change what is computed, or only from now on.
+# Sections and keys that change nothing of the computation, or only of the steps to come.
 _FREE = (
     "output_dir",
     "device",
@@ -33,9 +31,11 @@ _FREE = (
 
 
 def check_same_run(recipe: Recipe, folder: Path) -> None:
-    """Raises UserError where a run folder's recipe differs from `recipe` in a key that makes another run of it."""
-    stored = yaml.safe_load((folder / "recipe.yaml").read_text())
-    before, now = dict(_leaves(stored)), dict(_leaves(recipe.model_dump(mode="json", exclude={"base"})))
+    """Raises UserError where a run folder's recipe differs from `recipe` in a key that makes another run of it.
+
+    A key that is newer than the run has its default in the run.
+    """
+    before, now = _leaves(read_stored(folder / "recipe.yaml")), _leaves(recipe)
     for key in sorted(before.keys() | now.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in _FREE)
         if not free and before.get(key) != now.get(key):
@@ -45,9 +45,14 @@ def check_same_run(recipe: Recipe, folder: Path) -> None:
             )
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(recipe: Recipe) -> dict[str, object]:
+    """Dotted key -> value; an empty section is a value."""
+    return dict(_walk(recipe.model_dump(mode="json", exclude={"base"}), ""))
+
+
+def _walk(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _walk(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

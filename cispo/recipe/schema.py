@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,7 +19,7 @@ class Section(BaseModel):
 class Policy(Section):
     model: str | None = None
     """Folder or hub id of the policy to start from (config.json and safetensors); or give `config`."""
-    config: dict[str, Any] | None = None
+    config: dict[str, object] | None = None
     """A config.json written here: the policy starts from random weights of this shape."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; the model's own when left out."""
@@ -32,7 +32,7 @@ class Data(Section):
     """A .jsonl or .parquet file, a hub id, module:function, or reasoning_gym:TASK."""
     split: str = "train"
     """Which split; of a procedural source, train is one half of all problems and any other name the other half."""
-    args: dict[str, Any] = {}
+    args: dict[str, object] = {}
     """Arguments of the function or parameters of the reasoning-gym task (with size and seed)."""
     limit: Positive | None = None
     """Use only the first so many rows."""
@@ -53,7 +53,7 @@ class Repetition(Section):
 
 class Rollout(Section):
     engine: Literal["vllm", "torch"] = "vllm"
-    """What samples completions; torch is the learner's own policy with a cache, for small policies on a CPU."""
+    """Sampler of completions; torch is the learner's own policy with a cache, for small policies on a CPU."""
     engines: Positive = 1
     """How many engines share the prompts of a step."""
     tensor_parallel: Positive = 1
@@ -78,15 +78,9 @@ class Rollout(Section):
     """Longest completion, in tokens."""
     temperature: Amount = 1.0
     """Sampling temperature; the learner uses the same."""
-    top_p: float = 1.0
-    """Must be 1: truncated sampling has no well-defined importance ratio."""
-    top_k: int = 0
-    """Must be 0, for the same reason."""
-    min_p: float = 0.0
-    """Must be 0, for the same reason."""
     repetition: Repetition = Repetition()
     """When a completion is cut for repeating itself."""
-    engine_args: dict[str, Any] = {}
+    engine_args: dict[str, object] = {}
     """Further arguments for vLLM's engine, passed on as they are."""
 
 
@@ -95,7 +89,7 @@ class RewardTerm(Section):
     """module:function of the reward."""
     weight: float = 1.0
     """Its factor in the sum."""
-    args: dict[str, Any] = {}
+    args: dict[str, object] = {}
     """Further keyword arguments for it."""
 
 
@@ -103,7 +97,7 @@ class Reward(Section):
     functions: Annotated[list[RewardTerm], Field(min_length=1)]
     """Reward functions; their weighted sum is the reward."""
     on_error: Literal["raise", "drop_group"] = "raise"
-    """What a raising or hanging reward does: end the run, or drop the prompt's group and count it."""
+    """Effect of a reward that raises or hangs: end the run, or drop the prompt's group and count it."""
     timeout: Rate = 10.0
     """Seconds that one call may take."""
 
@@ -135,7 +129,7 @@ class Algorithm(Section):
     dual_clip: float | None = None
     """PPO, GRPO and kin: drops tokens with a negative advantage and a ratio above this."""
     ratio_anchor: Literal["rollout", "old"] | None = None
-    """What the ratio divides by: the engine's logprobs, or the learner's before this batch."""
+    """Denominator of the ratio: the engine's logprobs, or the learner's before this batch."""
     advantage: str | None = None
     """group_norm, group_norm_sample (std with n-1), group_mean, leave_one_out, batch_baseline, batch_whiten,
     reward_to_go or gae."""
@@ -144,7 +138,7 @@ class Algorithm(Section):
     lam: Annotated[float, Field(ge=0, le=1)] | None = None
     """GAE: 1 trusts the rewards alone, 0 the critic's next value."""
     reduction: Literal["token", "prompt", "sequence", "sequence_sum", "constant"] | None = None
-    """What a token's loss is divided by."""
+    """Divisor of a token's loss: the tokens of its batch, prompt or sequence, the sequences, or a constant."""
     kl: Literal["k1", "k2", "k3"] | None = None
     """Estimator of the KL to the policy at the start."""
     kl_coef: Amount | None = None
@@ -158,9 +152,9 @@ class Algorithm(Section):
     correction_high: Amount | None = None
     """Upper bound of it (tis: truncation)."""
     zero_variance: Literal["drop", "keep"] | None = None
-    """Whether groups whose rewards are all equal still count in the reduction."""
+    """Whether groups with all rewards equal still count in the reduction."""
     dynamic_sampling: NotNegative | None = None
-    """Most further rounds of sampling that replace such groups (DAPO); 0 is off."""
+    """Most further rounds of sampling that replace groups with all rewards equal (DAPO); 0 is off."""
     overlong_buffer: NotNegative | None = None
     """DAPO's soft penalty over the last so many tokens before max_tokens; 0 is off."""
     overlong_penalty: Amount = 1.0
@@ -168,7 +162,7 @@ class Algorithm(Section):
     updates_per_batch: Positive = 1
     """Minibatches of a batch of rollouts: optimizer steps, each on its own share of the completions."""
     epochs: Positive = 1
-    """How many times a batch is gone through, cut up anew each time."""
+    """Passes over a batch, each with minibatches cut anew."""
 
     @property
     def steps_per_batch(self) -> int:
@@ -237,11 +231,11 @@ class Train(Section):
     eval_samples: Positive = 1
     """Completions of each held-out prompt."""
     max_prompts: NotNegative = 0
-    """Ends the training once so many prompts were sampled, whatever the step; 0 is no bound."""
+    """Ends the training once so many prompts were sampled, at any step; 0 is no bound."""
     save_every: NotNegative = 20
     """Steps between checkpoints, from which `--resume` goes on; the last step is always saved."""
     keep: Positive = 2
-    """How many of the newest checkpoints stay, beside the best by held-out accuracy."""
+    """Number of newest checkpoints that stay, beside the best by held-out accuracy."""
 
 
 class Control(Section):
@@ -250,12 +244,12 @@ class Control(Section):
     window: Annotated[float, Field(ge=0, le=1)] = 0.25
     """How far finished groups may overtake unfinished ones, as a share of max_staleness batches."""
     on_update: Literal["wait", "keep", "recompute", "abort"] = "keep"
-    """What unfinished completions do when new weights arrive: end first; go on with the old keys, values and states;
-    have them recomputed under the new weights; or begin anew."""
+    """How unfinished completions meet new weights: they end first (wait), go on with the old keys, values and states
+    (keep), have those recomputed under the new weights (recompute), or begin anew (abort)."""
     max_restarts: NotNegative = 3
     """Engines that may die and be started again during a run."""
     watchdog: NotNegative = 1800
-    """Seconds without a move after which a run says who waits for whom; it ends after twice that; 0 is never."""
+    """Seconds without progress after which a run reports its waiting calls; after twice that it ends; 0 is never."""
 
 
 class Recipe(Section):
@@ -264,7 +258,7 @@ class Recipe(Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
     """Name of the run folder."""
     seed: NotNegative = 0
-    """Seeds everything that is random."""
+    """Seed of all random numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policies run."""
     runtime: Literal["ray", "local"] = "ray"
@@ -286,12 +280,12 @@ class Recipe(Section):
     curriculum: Curriculum = Curriculum()
     """Which prompts are sampled how often, and how long their completions may be."""
     algorithm: Algorithm = Algorithm()
-    """What turns rewards into a gradient."""
+    """Advantage, loss and reduction: from rewards to a gradient."""
     learner: Learner = Learner()
     """How the policy is updated."""
     critic: Critic = Critic()
     """How a value function is trained, where the algorithm has one."""
     train: Train = Train()
-    """How long, and what is kept."""
+    """Length of the training, evaluations and checkpoints."""
     control: Control = Control()
-    """How sampling and learning overlap, and what happens when a process dies or hangs."""
+    """Overlap of sampling and learning; processes that die or hang."""

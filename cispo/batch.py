@@ -67,13 +67,18 @@ def demonstration(prompt_ids: Sequence[int], completion_ids: Sequence[int], inde
     )
 
 
+def _by_trajectory(groups: Sequence[TrajectoryGroup], samples: Sequence[Sample]) -> list[list[list[Sample]]]:
+    """The samples of the groups, as `to_samples` gives them one group after another: [groups][trajectories][turns]."""
+    remaining = iter(samples)
+    return [[[next(remaining) for _ in t.turns] for t in group.trajectories] for group in groups]
+
+
 # Advantages
 
 
 def with_advantages(groups: Sequence[TrajectoryGroup], samples: Sequence[Sample], algorithm: Algorithm) -> list[Sample]:
     """The samples of the groups (in order, as `to_samples` gives them) with advantages, and returns for a critic."""
-    remaining = iter(samples)
-    turns = [[[next(remaining) for _ in t.turns] for t in group.trajectories] for group in groups]
+    turns = _by_trajectory(groups, samples)
     rewards = [
         [token_rewards(t, own, algorithm) for t, own in zip(group.trajectories, of_group, strict=True)]
         for group, of_group in zip(groups, turns, strict=True)
@@ -132,18 +137,18 @@ def _attach(turns: Sequence[Sample], values: Mapping[str, Tensor]) -> Iterator[S
 # Minibatches
 
 
-def minibatches(samples: Sequence[Sample], count: int, *, seed: int) -> list[list[Sample]]:
-    """`count` nearly equal shares of the batch in an order given by the seed; none of them empty.
+def minibatches(
+    groups: Sequence[TrajectoryGroup], samples: Sequence[Sample], count: int, *, seed: int
+) -> list[list[Sample]]:
+    """`count` nearly equal shares of the groups' samples (in order) in an order given by the seed; none of them empty.
 
-    The turns of a trajectory stay together, and the attempts at a prompt too, except where a share ends among them.
+    The turns of a trajectory stay together, and the attempts of a group too, except where a share ends among them. A
+    prompt that was drawn twice has two groups.
     """
-    groups: dict[int, dict[int, list[Sample]]] = {}
-    for sample in samples:
-        groups.setdefault(sample.group_id, {}).setdefault(sample.index, []).append(sample)
-    order = list(groups.values())
+    order = _by_trajectory(groups, samples)
     if count > 1:
         random.Random(seed).shuffle(order)
-    trajectories = [turns for group in order for turns in group.values()]
+    trajectories = [turns for group in order for turns in group]
     bounds = [round(i * len(trajectories) / count) for i in range(count + 1)]
     shares = [trajectories[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
     return [[sample for turns in share for sample in turns] for share in shares if share]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Literal, ParamSpec
 
 import typer
+from typer.core import TyperCommand
+
+from cispo.errors import RunError, UserError
 
 P = ParamSpec("P")
 
@@ -29,21 +33,77 @@ Checkpoint = Annotated[
 ]
 
 
-@app.command()
+def _sentences(*, answers: bool) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Bad input is one sentence and exit code 2, a run that broke is one and code 1, an interrupt is code 130.
+
+    So is, with code 1, the loss of a command's output where it `answers` a question. A run goes on without a reader.
+    """
+
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            from cispo.output.streams import lost_output
+            from cispo.runtime.interrupts import EXIT_CODE, leave_at_once
+
+            try:
+                command(*args, **kwargs)
+                if answers and (reason := lost_output()) is not None:
+                    raise RunError(f"the output cannot be written: {reason}")
+            except UserError as error:
+                print(f"cispo: {error}", file=sys.stderr)
+                sys.exit(2)
+            except RunError as error:
+                print(f"cispo: {error}", file=sys.stderr)
+                sys.exit(1)
+            except KeyboardInterrupt:
+                leave_at_once()
+                print("cispo: interrupted", file=sys.stderr)
+                sys.exit(EXIT_CODE)
+
+        return run
+
+    return decorate
+
+
+class _Resuming(TyperCommand):
+    """A command with `--resume` and `--resume auto`. An option with an optional value would take any argument."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        rest = iter(args)
+        given: list[str] = []
+        for argument in rest:
+            if argument == "--":
+                given += [argument, *rest]
+            elif argument == "auto" and given[-1:] == ["--resume=last"]:
+                given[-1] = "--resume=auto"
+            else:
+                given.append("--resume=last" if argument == "--resume" else argument)
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=_Resuming)
+@_sentences(answers=False)
 def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the last run of that name, from its newest checkpoint.")
-    ] = False,
+        Literal["no", "last", "auto"],
+        typer.Option(
+            "--resume",
+            metavar="[auto]",
+            show_default=False,
+            help="Go on with the last run of that name, from its newest checkpoint. auto: start it if there is none.",
+        ),
+    ] = "no",
 ) -> None:
     """Run a recipe: supervised warm-up if it has one, then reinforcement learning."""
     from cispo.commands.train import train
 
-    _run(train, recipe, overrides or [], resume=resume)
+    train(recipe, overrides or [], resume="auto" if resume == "auto" else resume == "last")
 
 
 @app.command()
+@_sentences(answers=False)
 def compare(
     items: Annotated[
         list[str],
@@ -71,8 +131,7 @@ def compare(
     """Run algorithms side by side on one task, several seeds each, and report their differences with intervals."""
     from cispo.compare.command import compare
 
-    _run(
-        compare,
+    compare(
         items,
         algorithms=algorithms,
         seeds=seeds,
@@ -87,22 +146,25 @@ def compare(
 
 
 @app.command()
+@_sentences(answers=False)
 def sft(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run only the supervised warm-up of a recipe and save the policy."""
     from cispo.commands.train import sft
 
-    _run(sft, recipe, overrides or [])
+    sft(recipe, overrides or [])
 
 
 @app.command()
+@_sentences(answers=True)
 def evaluate(recipe: RecipeArgument, overrides: Overrides = None, checkpoint: Checkpoint = None) -> None:
     """Measure sampling accuracy on the held-out prompts."""
     from cispo.commands.evaluate import evaluate_checkpoint
 
-    _run(evaluate_checkpoint, recipe, overrides or [], checkpoint)
+    evaluate_checkpoint(recipe, overrides or [], checkpoint)
 
 
 @app.command()
+@_sentences(answers=True)
 def generate(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -116,18 +178,20 @@ def generate(
     """Sample completions of one prompt, with log-probabilities and rewards."""
     from cispo.commands.evaluate import generate
 
-    _run(generate, recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or [])
+    generate(recipe, overrides or [], prompt=prompt, checkpoint=checkpoint, number=n, columns=column or [])
 
 
 @app.command()
+@_sentences(answers=True)
 def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Print the resolved recipe, the algorithm in words, and the process and memory plan."""
     from cispo.commands.show import show
 
-    _run(show, recipe, overrides or [])
+    show(recipe, overrides or [])
 
 
 @app.command()
+@_sentences(answers=True)
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", metavar="OUT", help="A new folder.", show_default=False)],
@@ -136,10 +200,11 @@ def export(
     """Write a checkpoint as a Hugging Face model folder."""
     from cispo.commands.evaluate import export
 
-    _run(export, checkpoint, to, dtype)
+    export(checkpoint, to, dtype)
 
 
 @app.command()
+@_sentences(answers=True)
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help=_RECIPE, show_default=False)] = None,
     overrides: Overrides = None,
@@ -148,28 +213,16 @@ def doctor(
     """Check versions, devices, the lightning op against its reference, and sampler/learner parity of a recipe."""
     from cispo.commands.doctor import doctor
 
-    _run(doctor, recipe, overrides or [], checkpoint)
-
-
-def _run(command: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Bad input is one sentence and exit code 2, a run that broke is one and code 1, an interrupt is code 130."""
-    from cispo.errors import RunError, UserError
-
-    try:
-        command(*args, **kwargs)
-    except UserError as error:
-        print(f"cispo: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"cispo: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("cispo: interrupted", file=sys.stderr)
-        sys.exit(130)
+    doctor(recipe, overrides or [], checkpoint)
 
 
 def main() -> None:
     """Entry point of the `cispo` command."""
+    from cispo.output.streams import spare_writers
+    from cispo.runtime.interrupts import heed_signals
+
+    spare_writers()
+    heed_signals()
     app()
 
 

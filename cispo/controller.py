@@ -22,18 +22,19 @@ from cispo.algorithms.dropped_tokens import DroppedTokens
 from cispo.batch import informative, minibatches, pack_for, to_samples, unpack, with_advantages
 from cispo.buffer import Buffer
 from cispo.errors import Diverged
-from cispo.evaluate import evaluate, num_right
-from cispo.files import load_tensors, read_json
+from cispo.evaluate import evaluate, gaps, num_judged, num_right
+from cispo.files import disk_errors, form_errors, load_tensors, read_json
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.learner.optim import learning_rate
-from cispo.metrics import Updates, sampling_metrics, update_metrics
+from cispo.metrics import Updates, alarms, sampling_metrics, update_metrics
 from cispo.output.checkpoint import CheckpointWriter
 from cispo.output.folder import RunLog
+from cispo.output.integrity import check_sealed, seal
 from cispo.output.screen import Screen
 from cispo.recipe.schema import Recipe
 from cispo.rollout.curriculum import max_tokens_of
-from cispo.rollout.prompt_source import PromptSource
+from cispo.rollout.prompt_source import PromptSource, fingerprint
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, RolloutSetup, roll_out
@@ -44,9 +45,6 @@ from cispo.workers import Workers
 
 # A run whose gradients stay non-finite this many updates in a row will not recover.
 _MAX_SKIPPED = 10
-
-# Truncation above this precedes instability (ScaleRL, arXiv 2510.13786).
-_TRUNCATION_ALARM = 0.10
 
 
 @dataclass(slots=True, kw_only=True)
@@ -113,8 +111,14 @@ class Controller:
         self.screen.phase("train", steps, done=self.finished)
         try:
             with self.interrupts.in_steps():
+                saves = self.interrupts.saves_asked
                 while self.finished < steps and self.prompts_left > 0 and not self.interrupts.requested:
                     await self.next_step(self.finished + 1)
+                    if saves != self.interrupts.saves_asked:
+                        saves = self.interrupts.saves_asked
+                        await self.save(self.finished)
+                        # The machine may be taken away during the next step.
+                        await self.checkpoints.settle(wait=True)
                 await self.save(self.finished)
                 await self.checkpoints.settle(wait=True)
         finally:
@@ -132,7 +136,10 @@ class Controller:
             await self.workers.start_critic(self.workers.version)
         if self.algorithm.needs_reference:
             await self.workers.freeze_reference()
-            await self.workers.save(self._reference)
+            with disk_errors(self._reference):
+                await self.workers.save(self._reference)
+                self.renderer.save(self._reference)
+                seal(self._reference, {})
         await self.sync_weights()
         self.log.metrics(0, self.totals.metrics() | await self.evaluate(0))
         if self.recipe.sft is not None and self.recipe.train.save_every:
@@ -168,9 +175,11 @@ class Controller:
             groups = self.kept(rollouts)
             samples = await self.attach([s for group in groups for s in to_samples(group)])
             samples = with_advantages(groups, samples, self.algorithm)
-            updates = await self.learn(samples, step, position)
+            updates = await self.learn(groups, samples, step, position)
             learned = time.perf_counter()
             metrics = self.metrics(rollouts, samples, updates)
+            for kind, sentence in alarms(self.recipe, metrics, rollouts, self.rewards, step=step):
+                self._warn(kind, sentence)
             await self.sync_weights()
         synced = time.perf_counter()
         if self.recipe.curriculum.length_stages:
@@ -211,8 +220,9 @@ class Controller:
         left = int(min(max(of_steps, prompts), self.prompts_left))
         rollouts = await self.buffer.take(prompts, version=self.workers.version, left=left)
         for group in rollouts.groups:
-            right = num_right(group, self.rewards.names[0])
-            self.train_prompts.observe(group.prompt.id, right=right, attempts=len(group.trajectories))
+            judge = self.rewards.names[0]
+            if attempts := num_judged(group, judge):
+                self.train_prompts.observe(group.prompt.id, right=num_right(group, judge), attempts=attempts)
         self.totals.prompts += prompts
         self.totals.completions += prompts * self.recipe.rollout.group_size
         self.totals.tokens += rollouts.tokens
@@ -267,10 +277,12 @@ class Controller:
             samples = [replace(sample, **{name: row}) for sample, row in zip(samples, rows, strict=True)]
         return samples
 
-    async def learn(self, samples: Sequence[Sample], step: int, position: float) -> Updates:
+    async def learn(
+        self, groups: Sequence[TrajectoryGroup], samples: Sequence[Sample], step: int, position: float
+    ) -> Updates:
         """The optimizer steps of one batch; `position` is the number of batches before it, by their prompts."""
         updates = Updates()
-        for number, share in enumerate(self._shares(samples, step)):
+        for number, share in enumerate(self._shares(groups, samples, step)):
             progress = position * self.recipe.algorithm.steps_per_batch + number
             if self.algorithm.critic:
                 updates.critic.append(await self._update_critic(share, progress))
@@ -279,12 +291,14 @@ class Controller:
                 updates.policy.append(await self._update_policy(share, updates.lr))
         return updates
 
-    def _shares(self, samples: Sequence[Sample], step: int) -> Iterator[list[Sample]]:
+    def _shares(
+        self, groups: Sequence[TrajectoryGroup], samples: Sequence[Sample], step: int
+    ) -> Iterator[list[Sample]]:
         """The minibatches of all epochs, cut anew in each."""
         keys = self.recipe.algorithm
         for epoch in range(keys.epochs):
             seed = seed_of(self.recipe.seed, "minibatches", step, epoch)
-            yield from minibatches(samples, keys.updates_per_batch, seed=seed)
+            yield from minibatches(groups, samples, keys.updates_per_batch, seed=seed)
 
     async def _update_critic(self, share: Sequence[Sample], progress: float) -> list[CriticResult]:
         lr = self._lr(progress, self.recipe.critic.lr)
@@ -330,6 +344,8 @@ class Controller:
             seed=seed_of(self.recipe.seed, "eval"),
         )
         self.log.samples(step, groups, kind="eval")
+        if sentence := gaps(metrics, self.rewards):
+            self._warn("held-out", f"step {step}: {sentence}")
         self.accuracy = metrics.get("eval/accuracy")
         return metrics
 
@@ -363,44 +379,45 @@ class Controller:
             "skipped_in_a_row": self.skipped_in_a_row,
             "accuracy": self.accuracy,
             "warned": sorted(self.warned),
-            "rewards": {"errors": self.rewards.errors, "timeouts": self.rewards.timeouts},
+            "rewards": {"errors": self.rewards.errors, "timeouts": self.rewards.timeouts, "code": self.rewards.code},
+            "held_out": fingerprint(self.eval_prompts),
+            "renderer": self.renderer.fingerprint,
             "prompts": self.train_prompts.state_dict(),
             "buffer": self.buffer.state(),
         }
 
     async def resume(self, checkpoint: Path) -> None:
-        """Restores the loop from a checkpoint, after learners and engines have loaded its policy."""
-        training = checkpoint / "training"
-        state = read_json(training / "driver.json")
-        self.dropped_tokens.counts = load_tensors(training / "driver.safetensors")
-        self.totals = Totals(**state["totals"])
-        self.finished = self.checkpoints.saved = state["finished"]
-        self.skipped_in_a_row, self.accuracy = state["skipped_in_a_row"], state["accuracy"]
-        self.warned = set(state["warned"])
-        self.rewards.errors, self.rewards.timeouts = state["rewards"]["errors"], state["rewards"]["timeouts"]
-        self.train_prompts.load_state_dict(state["prompts"])
+        """Restores the loop from a checkpoint, after learners and engines have loaded its policy.
+
+        Raises UserError where the state is not one that `state` wrote, or of another task.
+        """
+        file = checkpoint / "training" / "driver.json"
+        state = read_json(file)
+        self.dropped_tokens.counts = load_tensors(checkpoint / "training" / "driver.safetensors")
+        with form_errors(file):
+            self.totals = Totals(**state["totals"])
+            self.finished = self.checkpoints.saved = state["finished"]
+            self.skipped_in_a_row, self.accuracy = state["skipped_in_a_row"], state["accuracy"]
+            self.warned = set(state["warned"])
+            self.rewards.errors, self.rewards.timeouts = state["rewards"]["errors"], state["rewards"]["timeouts"]
+            self.rewards.compare(state["rewards"].get("code"), self.screen.warn)
+            self.train_prompts.load_state_dict(state["prompts"])
+            version, waiting = state["version"], state["buffer"]
         await self.workers.restore(checkpoint)
         if self.algorithm.needs_reference:
+            check_sealed(self._reference, "reference policy")
             await self.workers.load_reference(self._reference)
-        await self.workers.sync_weights(state["version"])
-        self.buffer.restore(state["buffer"], prompts=self.train_prompts.prompts, version=state["version"])
+        await self.workers.sync_weights(version)
+        with form_errors(file):
+            self.buffer.restore(waiting, prompts=self.train_prompts.prompts, version=version)
 
     def _warn(self, kind: str, sentence: str) -> None:
         """Prints the first sentence of each kind."""
         if kind not in self.warned:
             self.warned.add(kind)
-            self.screen.print(f"[yellow]warning:[/] {sentence}")
+            self.screen.warn(sentence)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
-        truncated = metrics.get("truncation_frac", 0.0)
-        if truncated > _TRUNCATION_ALARM:
-            self._warn(
-                "truncation",
-                f"{truncated:.0%} of the completions of step {step} were cut at "
-                f"{max_tokens_of(self.recipe, step)} tokens; runs that truncate more than 10 % tend to become unstable",
-            )
-        if metrics["learner/updates"] == 0 and "critic/loss" not in metrics:
-            self._warn("constant", f"every group of step {step} had equal rewards: there was nothing to learn from")
         numbers = {"reward": f"{metrics.get('reward/mean', 0):.3f}"}
         if self.accuracy is not None:
             numbers["accuracy"] = f"{self.accuracy:.3f}"

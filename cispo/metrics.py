@@ -12,15 +12,18 @@ or of the groups (zero_variance_*).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from cispo.algorithms.advantages import is_constant, reaches
 from cispo.algorithms.dropped_tokens import would_drop
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
+from cispo.recipe.schema import Recipe
+from cispo.rollout.curriculum import max_tokens_of
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts
 from cispo.types import FinishReason, Sample, TokenStats, Trajectory, TrajectoryGroup
@@ -35,6 +38,7 @@ def sampling_metrics(rollouts: Rollouts, rewards: RewardRunner, *, version: int)
         | group_metrics(rollouts.groups)
         | {
             "reward/dropped_groups": rollouts.dropped,
+            "reward/unscored": rollouts.unscored,
             "reward/errors": rewards.errors,
             "reward/timeouts": rewards.timeouts,
             "rollout/rounds": rollouts.rounds,
@@ -46,7 +50,8 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
     """Rewards, lengths, finish reasons and staleness of a batch of groups that the policy `version` is trained on.
 
     Lengths are split into completions above their group's mean reward (_better) and the others (_worse). Staleness is
-    in versions: of a completion that of its oldest token (mean, max), and of each token (tokens_mean).
+    in versions: of a completion that of its oldest token (mean, max), and of each token (tokens_mean). reward/NAME is
+    the mean over the completions that the function applies to, reward/NAME_count their number where some are left out.
     """
     trajectories = [t for group in groups for t in group.trajectories]
     if not trajectories:
@@ -58,7 +63,8 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
     }
     sides: dict[str, list[Trajectory]] = {"": trajectories, "_better": [], "_worse": []}
     for group in groups:
-        mean = _mean([t.reward for t in group.trajectories])
+        rewards = [t.reward for t in group.trajectories]
+        mean = max(rewards) if is_constant(rewards) else _mean(rewards)
         for t in group.trajectories:
             sides["_better" if t.reward > mean else "_worse"].append(t)
     for side, some in sides.items():
@@ -75,7 +81,10 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
     }
     names = dict.fromkeys(name for t in trajectories for name in t.rewards)
     for name in names:
-        metrics[f"reward/{name}"] = _mean([t.rewards[name] for t in trajectories if name in t.rewards])
+        values = [t.rewards[name] for t in trajectories if name in t.rewards]
+        metrics[f"reward/{name}"] = _mean(values)
+        if len(values) < len(trajectories):
+            metrics[f"reward/{name}_count"] = len(values)
     return metrics
 
 
@@ -83,12 +92,13 @@ def group_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     """Shares of groups with equal rewards: all, those at the batch's highest reward, and the others."""
     if not groups:
         return {}
-    constant = [g.trajectories[0].reward for g in groups if len({t.reward for t in g.trajectories}) == 1]
+    constant = [g.trajectories[0].reward for g in groups if is_constant([t.reward for t in g.trajectories])]
     highest = max(t.reward for g in groups for t in g.trajectories)
+    right = sum(reaches(r, highest) and not reaches(0.0, r) for r in constant)
     return {
         "zero_variance_frac": len(constant) / len(groups),
-        "zero_variance_right_frac": sum(r == highest and r > 0 for r in constant) / len(groups),
-        "zero_variance_wrong_frac": sum(r != highest or r <= 0 for r in constant) / len(groups),
+        "zero_variance_right_frac": right / len(groups),
+        "zero_variance_wrong_frac": (len(constant) - right) / len(groups),
     }
 
 
@@ -229,13 +239,72 @@ def value_metrics(values: Tensor, returns: Tensor) -> dict[str, float]:
     Explained variance 1 is perfect, 0 no better than a constant; it is 0 also where all returns are equal.
     """
     values, returns = values.double(), returns.double()
-    variance = float(returns.var(correction=0))
+    variance = 0.0 if is_constant(returns) else float(returns.var(correction=0))
     unexplained = float((returns - values).var(correction=0))
     return {
         "critic/explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
         "critic/value_mean": float(values.mean()),
         "critic/return_mean": float(returns.mean()),
     }
+
+
+# Alarms
+
+# Truncation above this precedes instability (ScaleRL, arXiv 2510.13786).
+_TRUNCATION_ALARM = 0.10
+
+MISMATCH_LIMITS = {"float32": ("mismatch/logprob_max", 3e-4), "bfloat16": ("mismatch/logprob_mean", 0.1)}
+"""Policy dtype -> a metric and the most that rounding explains, in nats at temperature 1.
+
+Seen in float32: 1e-6 on a new policy, at most 9e-5 in a million tokens of a trained one; a wrong decay, norm or
+position is 1e-3 and up. Seen in bfloat16: a mean of 3e-3 on hybrids and of 0.03 to 0.04 on a dense policy, with single
+tokens far off.
+"""
+
+
+def alarms(
+    recipe: Recipe, metrics: Mapping[str, float], rollouts: Rollouts, rewards: RewardRunner, *, step: int
+) -> Iterator[tuple[str, str]]:
+    """(kind, sentence) of the faults that a step's metrics show."""
+    truncated = metrics.get("truncation_frac", 0.0)
+    if truncated > _TRUNCATION_ALARM:
+        yield (
+            "truncation",
+            f"{truncated:.0%} of the completions of step {step} were cut at {max_tokens_of(recipe, step)} tokens; runs "
+            "that truncate more than 10 % tend to become unstable",
+        )
+    if rollouts.groups and metrics["learner/updates"] == 0 and "critic/loss" not in metrics:
+        yield "constant", f"every group of step {step} had equal rewards: there was nothing to learn from"
+    if rollouts.dropped:
+        yield (
+            "dropped",
+            f"{rollouts.dropped} groups of step {step} are left out of the training and its means, because a reward "
+            f"failed (reward/dropped_groups counts them): {rewards.last_problem}",
+        )
+    if rollouts.unscored:
+        yield (
+            "unscored",
+            f"no reward function applied to {rollouts.unscored} completions of step {step}, each gave None: they are "
+            "left out of the training (reward/unscored counts them)",
+        )
+    if skipped := metrics["learner/skipped"] + metrics.get("critic/skipped", 0):
+        largest = max((abs(t.reward) for group in rollouts.groups for t in group.trajectories), default=0.0)
+        yield (
+            "skipped",
+            f"{skipped:.0f} updates of step {step} were skipped, because their gradients are not finite: rewards reach "
+            f"{largest:.3g} (scale them down if that is large), else learner.lr is too high",
+        )
+    dtype, control = recipe.policy.dtype, recipe.control
+    name, limit = MISMATCH_LIMITS[dtype]
+    mismatch = metrics.get(name, 0.0)
+    # Tokens after keys and values of older weights differ by more than rounding.
+    of_one_version = control.max_staleness == 0 or control.on_update != "keep"
+    if of_one_version and mismatch > limit / min(recipe.rollout.temperature, 1.0):
+        yield (
+            "mismatch",
+            f"{name} of step {step} is {mismatch:.1e}: engine and learner differ by more than {dtype} explains (about "
+            f"{limit:.0e}), so that they do not compute the same policy; `cispo doctor` says more",
+        )
 
 
 # Arithmetic

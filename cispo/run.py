@@ -1,41 +1,46 @@
 """One run, from a recipe to a filled run folder, for `cispo train`, `cispo sft` and each arm of `cispo compare`.
 
 load_task(recipe) -> Task (prompts, demonstrations ...)      read and checked before anything is written
-Run(recipe, task, folder, screen, interrupts).train()
+with create_run_folder(...) as folder:                       locked, from before the first write to the end
+    Run(recipe, task, folder, screen, interrupts).train()
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
+import torch
 
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import warnings
 from cispo.controller import Controller
-from cispo.errors import Diverged, RunError
+from cispo.errors import Diverged, RunError, UserError
 from cispo.files import disk_errors, write_text
 from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter, step_of
-from cispo.output.folder import RunLog, only_user_of
+from cispo.output.folder import RunLog
+from cispo.output.run_folder import RunFolder
 from cispo.output.screen import Screen
 from cispo.output.summary import learning_curve, summary
+from cispo.policies.loading import check_weights
 from cispo.recipe.load import dump_yaml
 from cispo.recipe.schema import Recipe
-from cispo.rollout.prompt_source import prompt_source_of
+from cispo.rollout.prompt_source import check_same_prompts, prompt_source_of
 from cispo.rollout.prompts import prompts_of
 from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rewards import rewards_of
 from cispo.rollout.rollout import sampling_of
+from cispo.runtime.cluster import check_settings
 from cispo.runtime.interrupts import Interrupts
 from cispo.runtime.ship_code import check_output_dir
 from cispo.runtime.watchdog import Activity, guarded
-from cispo.start import chosen_policy, policy_folder, running_workers
+from cispo.start import check_new_policy, check_vocabulary, chosen_policy, policy_folder, running_workers
 from cispo.types import Prompt, Sample
 from cispo.warmup import demonstrations_of, warm_up
 from cispo.workers import Workers
@@ -54,8 +59,13 @@ class Task:
 def load_task(recipe: Recipe) -> Task:
     """Loads and checks every input of the recipe. Raises UserError; nothing is written or started yet."""
     check_output_dir(recipe.output_dir)
-    if recipe.policy.model is not None:
-        chosen_policy(recipe, None)
+    if recipe.runtime == "ray":
+        check_settings()
+    elif recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda, but there is no GPU here")
+    policy = None if recipe.policy.model is None else chosen_policy(recipe, None)
+    if policy is not None:
+        check_weights(Path(policy))
     algorithm_of(recipe)
     renderer = renderer_of(recipe)
     task = Task(
@@ -64,19 +74,23 @@ def load_task(recipe: Recipe) -> Task:
         prompts=prompts_of(recipe.data, "data", renderer, recipe) if recipe.data else [],
         held_out=prompts_of(recipe.eval, "eval", renderer, recipe) if recipe.eval else [],
     )
+    if policy is None:
+        check_new_policy(recipe, renderer)
+    else:
+        check_vocabulary(policy, renderer)
     if recipe.reward and task.prompts:
-        rewards_of(recipe, task.prompts).close()
+        rewards_of(recipe, {"data": task.prompts, "eval": task.held_out}).close()
     return task
 
 
 class Run:
-    """One training or warm-up in a folder of its own."""
+    """One training or warm-up in a folder of its own, which its caller has locked."""
 
     def __init__(
         self,
         recipe: Recipe,
         task: Task,
-        folder: Path,
+        folder: RunFolder,
         screen: Screen,
         interrupts: Interrupts,
         *,
@@ -87,40 +101,46 @@ class Run:
 
         A run that is not `alone` is an arm of a comparison: it ends without a summary.
         """
-        self.recipe, self.task, self.folder, self.screen = recipe, task, folder, screen
+        self.recipe, self.task, self.screen = recipe, task, screen
+        self._claim, self.folder = folder, folder.path
         self.interrupts, self.checkpoint, self.alone = interrupts, checkpoint, alone
         self.algorithm = algorithm_of(recipe)
         self.activity = Activity()
-        self.checkpoints = CheckpointFolder(folder, recipe.train.keep)
+        self.activity.checks.append(folder.check)
+        self.checkpoints = CheckpointFolder(self.folder, recipe.train.keep)
         self.started = time.perf_counter()
         self.step = -1 if checkpoint is None else step_of(checkpoint)
         """The last completed step; -1 before the start."""
-        self.checkpoints.forget_after(self.step)
-        with disk_errors(folder):
-            write_text(folder / "recipe.yaml", dump_yaml(recipe))
+        if checkpoint is not None:
+            check_same_prompts(checkpoint, recipe, task.renderer, task.prompts, task.held_out)
+        with disk_errors(self.folder):
+            self.checkpoints.forget_after(self.step)
+            # From another current directory as well, the file says where the run is.
+            at_home = recipe.model_copy(update={"output_dir": os.path.abspath(recipe.output_dir)})
+            write_text(self.folder / "recipe.yaml", dump_yaml(at_home))
             initial = self.checkpoints.folder / "initial"
             self.policy = str(checkpoint or policy_folder(recipe, task.renderer, initial))
 
     def announce(self) -> None:
-        self.screen.print(f"[bold]{self.recipe.name}[/]: {self.algorithm.name}, run folder {self.folder}")
+        self.screen.print(f": {self.algorithm.name}, run folder {self.folder}", title=self.recipe.name)
         if self.checkpoint is not None:
             self.screen.print(f"going on after step {self.step}")
         updates, stale = self.recipe.algorithm.steps_per_batch, self.recipe.control.max_staleness
         for sentence in warnings(self.algorithm, updates_per_batch=updates, max_staleness=stale):
-            self.screen.print(f"[yellow]warning:[/] {sentence}")
+            self.screen.warn(sentence)
 
     async def train(self) -> None:
         """The warm-up, if the recipe has one, and the training, or their rest after a resume.
 
-        An interrupt ends it after a step, with a checkpoint. Raises RunError, which names the step to resume from, where
-        an irreplaceable process died, the watchdog fired, or the disk refused.
+        An interrupt ends it after a step, with a checkpoint. Raises RunError, which names the step to resume from: an
+        irreplaceable process died, the watchdog fired, the disk refused, or the folder was removed.
         """
         try:
-            with only_user_of(self.folder):
-                await guarded(self._train(), self.activity, silence=self.recipe.control.watchdog, say=self._say_warning)
+            await self._guarded(self._train())
         except Diverged:
             raise
         except RunError as error:
+            self._claim.check()
             last = self.checkpoints.last()
             hint = f"--resume goes on after step {step_of(last)}" if last else "it had no checkpoint yet"
             raise RunError(f"{error}; {hint} ({self.folder})") from None
@@ -128,7 +148,7 @@ class Run:
     async def _train(self) -> None:
         recipe, task = self.recipe, self.task
         log = RunLog(self.folder, after=self.step)
-        rewards = rewards_of(recipe, task.prompts, self.activity)
+        rewards = rewards_of(recipe, {"data": task.prompts, "eval": task.held_out}, self.activity)
         with self.screen, contextlib.closing(log), contextlib.closing(rewards):
             async with self._workers(critic=self.algorithm.critic) as (workers, engines):
                 # Together: an engine that cannot start ends the warm-up at once.
@@ -147,32 +167,38 @@ class Run:
                     checkpoints=CheckpointWriter(
                         folder=self.checkpoints,
                         workers=workers,
-                        save_tokenizer=task.renderer.tokenizer.save_pretrained,
+                        save_tokenizer=task.renderer.save,
                     ),
                     interrupts=self.interrupts,
                 )
                 try:
                     await controller.train(self.checkpoint)
-                finally:
-                    with disk_errors(self.folder):
+                except BaseException:
+                    # The disk that ended the run may refuse these too.
+                    with contextlib.suppress(RunError):
                         self._finish(log, controller)
+                    raise
+                self._finish(log, controller)
 
     async def sft(self) -> Path:
         """The warm-up alone; returns the checkpoint."""
         assert self.recipe.sft is not None
-        with self.screen, only_user_of(self.folder):
+        await self._guarded(self._sft())
+        return self.checkpoints.finish(self.recipe.sft.steps, {"recipe": self.recipe.name})
+
+    async def _sft(self) -> None:
+        with self.screen:
             async with self._workers(engines=False) as (workers, _):
                 await self._warm_up(workers)
                 with self.checkpoints.writing() as draft:
                     await workers.save(draft)
-                    self.task.renderer.tokenizer.save_pretrained(draft)
-        return self.checkpoints.finish(self.recipe.sft.steps, {"recipe": self.recipe.name})
+                    self.task.renderer.save(draft)
+
+    async def _guarded(self, run: Awaitable[None]) -> None:
+        await guarded(run, self.activity, silence=self.recipe.control.watchdog, say=self.screen.warn)
 
     def _workers(self, **which: bool) -> AbstractAsyncContextManager[tuple[Workers, asyncio.Task[None]]]:
-        return running_workers(self.recipe, self.policy, activity=self.activity, say=self._say_warning, **which)
-
-    def _say_warning(self, sentence: str) -> None:
-        self.screen.print(f"[yellow]warning:[/] {escape(sentence)}")
+        return running_workers(self.recipe, self.policy, activity=self.activity, say=self.screen.warn, **which)
 
     async def _warm_up(self, workers: Workers) -> None:
         if self.recipe.sft is None or self.checkpoint is not None:
@@ -189,13 +215,14 @@ class Run:
         log.dropped_tokens(dropped)
         picture = self.folder / "learning_curve.png"
         title = f"{self.recipe.name}: {self.algorithm.name}, seed {self.recipe.seed}"
-        learning_curve(log.history, picture, title=title)
+        with disk_errors(picture):
+            learning_curve(log.history, picture, title=title)
         if not self.alone:
             return
         self.screen.console.print(summary(log.history, seconds=time.perf_counter() - self.started))
         if dropped:
             most = ", ".join(f"{row['token']!r} {row['ppo_dropped']}" for row in dropped[:5])
-            self.screen.console.print(f"PPO's clip would have dropped, most often: {most}", markup=False)
+            self.screen.print(f"PPO's clip would have dropped, most often: {most}")
         self.screen.print(f"learning curve: {picture}")
         saved, best = self.checkpoints.last(), self.checkpoints.best()
         if saved is not None:

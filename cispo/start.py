@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
+from cispo.engines.engine import check_model
 from cispo.engines.handle import EngineHandle
 from cispo.engines.serving import make_engine
 from cispo.errors import UserError
+from cispo.files import read_json
 from cispo.learner.critic import Critic
 from cispo.learner.handle import CriticHandle, LearnerHandle
 from cispo.learner.learner import Learner
 from cispo.output.checkpoint import check_checkpoint
-from cispo.policies.loading import init_policy, local_folder, save_policy, weight_files
+from cispo.policies.loading import (
+    init_policy,
+    initial_std,
+    local_folder,
+    max_positions_of,
+    save_policy,
+    shape_of,
+)
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
 from cispo.runtime.actors import Closable, Handle, LocalRuntime, RayRuntime, Resources, Runtime
@@ -43,17 +53,46 @@ def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
     """The folder of the first weights, for learner and engines: the recipe's model, or new weights in `folder`."""
     if recipe.policy.model is not None:
         return str(local_folder(recipe.policy.model))
-    policy = init_policy(new_config(recipe, renderer), seed=seed_of(recipe.seed, "policy"))
+    check_new_policy(recipe, renderer)
+    save_policy(init_policy(new_config(recipe, renderer), seed=seed_of(recipe.seed, "policy")), folder)
+    renderer.save(folder)
+    return str(folder)
+
+
+def check_new_policy(recipe: Recipe, renderer: Renderer) -> None:
+    """Raises UserError where policy.config describes no policy, or one of a wrong size for machine or recipe."""
+    policy, context = shape_of(new_config(recipe, renderer)), recipe.rollout.max_context
+    needed, there = sum(4 * p.numel() for p in policy.parameters()), psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"policy.config describes a policy of {needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}"
+        )
     if policy.vocab_size < len(renderer.tokenizer):
         raise UserError(
             f"policy.config.vocab_size {policy.vocab_size} is smaller than the tokenizer's {len(renderer.tokenizer)}"
         )
-    save_policy(policy, folder)
-    return str(folder)
+    initial_std(policy)
+    positions = max_positions_of(policy.hf_config())
+    if positions is not None and context > positions:
+        raise UserError(f"rollout.max_context {context} is above the {positions} positions of policy.config")
+
+
+def check_vocabulary(policy: str, renderer: Renderer) -> None:
+    """Raises UserError where the texts rendered so far hold tokens that the policy's embedding has no row for."""
+    size = read_json(Path(policy) / "config.json").get("vocab_size")
+    if isinstance(size, int) and renderer.highest_id >= size:
+        token = renderer.tokenizer.convert_ids_to_tokens(renderer.highest_id)
+        raise UserError(
+            f"the tokenizer of '{renderer.tokenizer.name_or_path}' is larger than the vocabulary of the policy in "
+            f"{policy}: token {renderer.highest_id} ({token!r}) has no place in {size} rows"
+        )
 
 
 def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
-    """The policy folder of a command: its checkpoint, else the recipe's model. Raises UserError where it holds none."""
+    """The policy folder of a command: its checkpoint, else the recipe's model.
+
+    Raises UserError where it holds none, or none with room for the context.
+    """
     if checkpoint is None:
         if recipe.policy.model is None:
             raise UserError("the recipe starts from random weights: name a policy with --checkpoint DIR")
@@ -61,10 +100,10 @@ def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
         if Path(recipe.policy.model).exists():
             check_checkpoint(recipe.policy.model)
         folder = local_folder(recipe.policy.model)
-        weight_files(folder)
+        check_model(str(folder), recipe.rollout.max_context)
         return str(folder)
     folder = check_checkpoint(checkpoint)
-    weight_files(folder)
+    check_model(str(folder), recipe.rollout.max_context)
     check_same_shape(recipe, folder)
     return str(folder)
 
@@ -73,7 +112,7 @@ def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
     """Raises UserError where a checkpoint is of another model than the recipe's policy.config describes."""
     if recipe.policy.config is None:
         return
-    stored = json.loads((checkpoint / "config.json").read_text())
+    stored = read_json(checkpoint / "config.json")
     for key, wanted in recipe.policy.config.items():
         if key in stored and stored[key] != wanted:
             raise UserError(

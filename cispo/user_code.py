@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import re
 import sys
+import sysconfig
+import traceback
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -49,7 +51,16 @@ def _import_module(name: str, path: str, key: str) -> ModuleType:
         raise UserError(f"{key}: cannot import '{path}': {reason}") from error
     # The import runs the user's code, so any exception is possible.
     except (Exception, SystemExit) as error:
-        raise UserError(f"{key}: cannot import '{path}': {type(error).__name__}: {error}") from error
+        raise UserError(f"{key}: cannot import '{path}': {type(error).__name__}: {error}{_place(error)}") from error
+
+
+def _place(error: BaseException) -> str:
+    """The user's line that led to an error, as " (file, line N)"; "" where Python names it itself."""
+    installed = ("<", __file__, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(installed)]
+    if isinstance(error, SyntaxError) or not frames:
+        return ""
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
 
 
 def _import_own_or_shipped(name: str) -> ModuleType:

@@ -17,8 +17,9 @@ from cispo.learner.optim import learning_rate
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
 from cispo.recipe.schema import Data, Recipe
-from cispo.rollout.prompts import build_prompts, check_length, load_rows
+from cispo.rollout.prompts import Say, build_prompts, fitting, prompt_ids, warn, warn_of_lacking, whole_text
 from cispo.rollout.renderer import Renderer
+from cispo.rollout.rows import Row, load_rows
 from cispo.seeds import seed_of
 from cispo.types import Sample
 from cispo.workers import Workers
@@ -26,19 +27,25 @@ from cispo.workers import Workers
 _SFT = Objective(loss=NegativeLogLikelihood())
 
 
-def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe) -> list[Sample]:
-    """The demonstrations of `sft.data`. Raises UserError naming a row that has no completion or is too long."""
+def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say = warn) -> list[Sample]:
+    """The demonstrations of `sft.data`. Raises UserError naming rows that have no completion or are too long."""
     key = "sft.data"
     rows = load_rows(data.source, data.split, data.args, data.limit, key)
-    samples = []
-    for index, (row, prompt) in enumerate(zip(rows, build_prompts(rows, data.prompt, key), strict=True)):
-        completion = row.get("completion")
-        if not isinstance(completion, str):
-            raise UserError(f"{key}: row {index} has no text in column 'completion' (it has {', '.join(row)})")
-        prompt_ids, completion_ids = renderer.render_demonstration(prompt.messages, completion)
-        check_length(len(prompt_ids) + len(completion_ids) - 1, recipe, f"{key}: row {index}")
-        samples.append(demonstration(prompt_ids, completion_ids, index))
-    return samples
+    completions = [_completion(row, f"{key}: row {index}") for index, row in enumerate(rows)]
+    prompts = prompt_ids(build_prompts(rows, data.prompt, key), key, renderer, recipe, say)
+    warn_of_lacking(completions, f"{key}: {{}} completions", renderer, say)
+    # The last token of a demonstration is predicted, not read.
+    before = [len(prompt) - 1 for prompt in prompts]
+    targets = fitting(completions, renderer.encode_completion, recipe, key, before=before)
+    pairs = zip(prompts, targets, strict=True)
+    return [demonstration(prompt, completion, index) for index, (prompt, completion) in enumerate(pairs)]
+
+
+def _completion(row: Row, where: str) -> str:
+    completion = row.get("completion")
+    if not isinstance(completion, str):
+        raise UserError(f"{where} has no text in column 'completion' (it has {', '.join(map(str, row))})")
+    return whole_text(completion, where)
 
 
 def demonstration_batches(samples: Sequence[Sample], *, batch_size: int, seed: int) -> Iterator[list[Sample]]:

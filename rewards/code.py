@@ -14,14 +14,17 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from cispo.sandbox.run import SandboxResult, run_python
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"[ \t]*```[ \t]*([\w+.-]*)")
 _HARNESS = Path(__file__).with_name("code_harness.py")
 
+Step = tuple[str, str]
+"""Kind and source of a step of `code_harness`."""
+Expected = Mapping[int, tuple[object, bool]]
 Outcome = tuple[float, dict[str, object]]
 """The reward of a completion and its extra values tests_passed, tests and problem."""
 
@@ -82,11 +85,11 @@ def passes_asserts(
     code = extract_code(completion)
     if not code.strip():
         return _outcome(0, tests, partial, "no code")
-    secret = secrets.token_hex(16)
-    program = f"{_HARNESS.read_text()}\nmain({code!r})\n"
-    result = run_python(program, stdin=repr((secret, steps)), timeout=timeout, memory_mb=memory_mb)
-    passed = _verdicts(result.stdout, secret, steps, expected)
-    return _outcome(len(passed), tests, partial, "" if len(passed) == tests else _problem(result) or "wrong result")
+    questions = _Questions(steps, expected)
+    program = f"{_HARNESS.read_text()}\nmain({code!r}, {questions.secret!r})\n"
+    result = run_python(program, stdin=questions, timeout=timeout, memory_mb=memory_mb)
+    passed = questions.passed
+    return _outcome(passed, tests, partial, "" if passed == tests else _problem(result) or "wrong result")
 
 
 def extract_code(completion: str) -> str:
@@ -94,12 +97,32 @@ def extract_code(completion: str) -> str:
 
     A block that is never closed goes on to the end.
     """
-    blocks = [(match[1].lower(), match[2]) for match in _FENCE.finditer(completion)]
+    blocks = _blocks(completion)
     for languages in (("python", "py", "python3"), ("",)):
         found = [code for language, code in blocks if language in languages]
         if found:
             return found[-1]
     return "" if blocks else completion
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """(language, code) of every block between fences, in one pass over the lines."""
+    blocks: list[tuple[str, str]] = []
+    language, code = None, list[str]()
+    *lines, last = text.split("\n")
+    for line in lines:
+        fence = _FENCE.match(line)
+        if language is None:
+            # A fence that ends the text has nothing behind it.
+            language = fence[1].lower() if fence else None
+        elif fence and line.strip(" \t\r") == "```":
+            blocks.append((language, "".join(code)))
+            language, code = None, []
+        else:
+            code.append(line + "\n")
+    if language is not None:
+        blocks.append((language, "".join(code) + ("" if last.strip(" \t\r") == "```" else last)))
+    return blocks
 
 
 def read_cases(tests: object) -> list[tuple[str, str]]:
@@ -123,23 +146,30 @@ def read_cases(tests: object) -> list[tuple[str, str]]:
     return cases
 
 
-def read_steps(test_code: str) -> tuple[list[tuple[str, str]], dict[int, tuple[object, bool]]]:
+def read_steps(test_code: str) -> tuple[list[Step], dict[int, tuple[object, bool]]]:
     """The harness's steps (kind, source), and (value, by identity) that each step of kind "value" must give.
 
     Raises ValueError when the code does not parse or tests nothing.
     """
     try:
-        tree = ast.parse(test_code)
-    except SyntaxError as error:
-        raise ValueError(f"test_code does not parse: {error}") from error
-    steps: list[tuple[str, str]] = []
+        return _steps(ast.parse(test_code))
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"test_code does not parse: {error or type(error).__name__}") from error
+
+
+def _steps(tree: ast.Module) -> tuple[list[Step], dict[int, tuple[object, bool]]]:
+    steps: list[Step] = []
     expected: dict[int, tuple[object, bool]] = {}
+    own = {s.name for s in tree.body if isinstance(s, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     for statement in tree.body:
         comparison = _with_literal(statement)
         if comparison is not None:
             source, value, identity = comparison
             expected[len(steps)] = (value, identity)
             steps.append(("value", source))
+            continue
+        if isinstance(statement, ast.Expr) and (call := _of_candidates(statement.value, own)) is not None:
+            steps.append(("call", call))
             continue
         counts = isinstance(statement, ast.Assert) or isinstance(statement, ast.Expr) and _calls(statement.value)
         steps.append(("check" if counts else "do", ast.unparse(statement)))
@@ -161,11 +191,27 @@ def _with_literal(statement: ast.stmt) -> tuple[str, object, bool] | None:
     for literal, other in ((test.comparators[0], test.left), (test.left, test.comparators[0])):
         try:
             value = ast.literal_eval(literal)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(test.ops[0], ast.Eq) or value is None or isinstance(value, bool):
             return ast.unparse(other), value, isinstance(test.ops[0], ast.Is)
     return None
+
+
+def _of_candidates(expression: ast.expr, own: Collection[str]) -> str | None:
+    """`check(f)`, where the test defines check, as "check(plainly(f))"; None for another expression."""
+    if not isinstance(expression, ast.Call) or not isinstance(expression.func, ast.Name):
+        return None
+    if expression.func.id not in own:
+        return None
+
+    def wrapped(argument: ast.expr) -> ast.expr:
+        if isinstance(argument, ast.Starred) or isinstance(argument, ast.Name) and argument.id in own:
+            return argument
+        return ast.Call(ast.Name("plainly", ast.Load()), [argument], [])
+
+    keywords = [ast.keyword(k.arg, wrapped(k.value) if k.arg else k.value) for k in expression.keywords]
+    return ast.unparse(ast.Call(expression.func, [wrapped(a) for a in expression.args], keywords))
 
 
 def _calls(expression: ast.expr) -> bool:
@@ -177,28 +223,92 @@ def _parameters(function: ast.FunctionDef) -> bool:
     return bool(a.posonlyargs or a.args or a.kwonlyargs or a.vararg or a.kwarg)
 
 
-def _verdicts(
-    stdout: str, secret: str, steps: Sequence[tuple[str, str]], expected: Mapping[int, tuple[object, bool]]
-) -> set[int]:
-    """The steps that passed. Only the harness knows the secret: lines without it are the solution's own output."""
-    passed: set[int] = set()
-    for number, outcome in re.findall(rf"^{secret} (\d+) (.*)$", stdout, re.MULTILINE):
-        step = int(number)
-        if step not in range(len(steps)) or steps[step][0] == "do":
-            continue
-        if steps[step][0] == "check" and outcome == "passed":
-            passed.add(step)
-        elif steps[step][0] == "value" and _is_equal(outcome.removeprefix("value "), *expected[step]):
-            passed.add(step)
-    return passed
+class _Questions:
+    """The steps of a test, put to the program one by one: it learns of a step once the one before has its verdict.
+
+    The first verdict on a step decides, as a line that begins with the secret of that step. Other lines are the
+    solution's own output.
+    """
+
+    def __init__(self, steps: Sequence[Step], expected: Expected) -> None:
+        self.passed = 0
+        self.secret = secrets.token_hex(16)
+        self._steps, self._expected = steps, expected
+        self._asked = -1
+        """The step that was put last; -1 while the solution is loaded."""
+        self._line = bytearray()
+
+    def __call__(self, output: bytes) -> bytes | None:
+        """The next step, b"" without a verdict in the program's new output, None after the last step."""
+        first, *others = output.split(b"\n")
+        self._line += first
+        for part in others:
+            line, self._line = bytes(self._line), bytearray(part)
+            if line.startswith(b"%s " % self.secret.encode()):
+                return self._next(line[len(self.secret) + 1 :].decode(errors="replace"))
+        return b""
+
+    def _next(self, outcome: str) -> bytes | None:
+        if self._asked >= 0:
+            kind, _ = self._steps[self._asked]
+            if kind == "value":
+                right = _is_equal(outcome.removeprefix("value "), *self._expected[self._asked])
+            else:
+                right = outcome == "passed"
+            self.passed += right and kind != "do"
+            if kind == "do" and not right:
+                return None
+        self._asked += 1
+        if self._asked == len(self._steps):
+            return None
+        self.secret = secrets.token_hex(16)
+        return f"{(self.secret, *self._steps[self._asked])!r}\n".encode()
 
 
 def _is_equal(text: str, value: object, identity: bool) -> bool:
+    """Whether a text from the program is a literal of the value.
+
+    It may be written to harm its reader, so containers of another size than the value's are not even built: a set of
+    numbers with equal hashes takes minutes.
+    """
+    if identity:
+        return text == repr(value)
     try:
-        found = ast.literal_eval(text)
+        if len(text) > 64 * len(repr(value)) + 4096:
+            return False
+        return _matches(ast.parse(text, mode="eval").body, value)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return False
-    return found is value if identity else found == value
+
+
+def _matches(node: ast.expr, value: object) -> bool:
+    if isinstance(value, list | tuple):
+        same_kind = isinstance(node, ast.List if isinstance(value, list) else ast.Tuple)
+        return same_kind and len(node.elts) == len(value) and all(map(_matches, node.elts, value))
+    if isinstance(value, dict):
+        if not isinstance(node, ast.Dict) or len(node.keys) != len(value):
+            return False
+        found = {_literal(key): inner for key, inner in zip(node.keys, node.values, strict=True)}
+        return found.keys() == value.keys() and all(_matches(found[key], inner) for key, inner in value.items())
+    if isinstance(value, set):
+        elements = _elements(node)
+        return elements is not None and len(elements) == len(value) and set(map(_literal, elements)) == value
+    return isinstance(node, ast.Constant | ast.UnaryOp | ast.BinOp) and ast.literal_eval(node) == value
+
+
+def _elements(node: ast.expr) -> list[ast.expr] | None:
+    """The elements of {1}, frozenset({1}) or set(); None of another expression."""
+    if isinstance(node, ast.Set):
+        return node.elts
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("set", "frozenset"):
+        return _elements(node.args[0]) if node.args else []
+    return None
+
+
+def _literal(node: ast.expr | None) -> object:
+    if node is None:
+        raise ValueError("a literal unpacks nothing")
+    return ast.literal_eval(node)
 
 
 def _lines(text: str) -> list[str]:

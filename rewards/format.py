@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_THINK = re.compile(r"\s*<think>(?P<reasoning>.*)</think>(?P<answer>.*)", re.DOTALL)
+_BOX = re.compile(r"\\boxed\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def boxed(completion: str, **_) -> float:
@@ -13,40 +14,47 @@ def boxed(completion: str, **_) -> float:
 
 
 def boxed_exact(completion: str, answer: str, **_) -> float:
-    r"""1.0 when the completion has exactly one \boxed{...} and it holds the answer."""
+    r"""1.0 when the completion has exactly one \boxed{...} and it holds the answer.
+
+    ValueError for an answer of None.
+    """
+    if answer is None:
+        raise ValueError("the row has no answer")
     inside = _single_box(completion)
     return float(bool(inside) and inside == str(answer).strip())
 
 
 def think_format(completion: str, **_) -> float:
     """1.0 for one <think>...</think> block at the start, with reasoning inside and an answer after it."""
-    match = _THINK.fullmatch(completion)
-    if match is None or completion.count("<think>") != 1 or completion.count("</think>") != 1:
+    if completion.count("<think>") != 1 or completion.count("</think>") != 1:
         return 0.0
-    return float(bool(match["reasoning"].strip()) and bool(match["answer"].strip()))
+    before, _, rest = completion.partition("<think>")
+    reasoning, end, answer = rest.partition("</think>")
+    return float(not before.strip() and bool(end) and bool(reasoning.strip()) and bool(answer.strip()))
 
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last well-formed \boxed{...} of a text; braces may nest. None when there is none."""
-    boxes = [inside for inside in _boxes(text) if inside is not None]
-    return boxes[-1].strip() if boxes else None
+    spans = [span for span in _boxes(text) if span is not None]
+    return text[slice(*spans[-1])].strip() if spans else None
 
 
 def _single_box(text: str) -> str | None:
-    boxes = _boxes(text)
-    return boxes[0].strip() if len(boxes) == 1 and boxes[0] is not None else None
+    spans = _boxes(text)
+    return text[slice(*spans[0])].strip() if len(spans) == 1 and spans[0] is not None else None
 
 
-def _boxes(text: str) -> list[str | None]:
-    r"""The content of each \boxed{, None where its brace is never closed. \{ and \} are characters, not braces."""
-    found: list[str | None] = []
-    for start in (match.end() for match in re.finditer(r"\\boxed\s*\{", text)):
-        depth = 1
-        for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(match[0], 0)
-            if depth == 0:
-                found.append(text[start : start + match.start()])
-                break
-        else:
-            found.append(None)
-    return found
+def _boxes(text: str) -> list[tuple[int, int] | None]:
+    r"""(start, end) of the content of each \boxed{, None where its brace is never closed. \{ and \} are no braces.
+
+    One pass over the text: boxes may nest as deeply as a policy writes them.
+    """
+    starts = [match.end() for match in _BOX.finditer(text)]
+    ends: dict[int, int] = {}
+    opened: list[int] = []
+    for match in _BRACE.finditer(text, starts[0] - 1 if starts else len(text)):
+        if match[0] == "{":
+            opened.append(match.end())
+        elif match[0] == "}" and opened:
+            ends[opened.pop()] = match.start()
+    return [(start, ends[start]) if start in ends else None for start in starts]

@@ -7,6 +7,9 @@ The rows come from the source "reasoning_gym:TASK". Raw scores are no pass rates
 from __future__ import annotations
 
 import json
+import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from random import Random
@@ -15,7 +18,12 @@ import reasoning_gym
 from reasoning_gym.dataset import ProceduralDataset
 
 from cispo.errors import UserError
-from cispo.rollout.prompts import Row, load_rows
+from cispo.rollout.rows import Row, load_rows
+
+SECONDS = 1.0
+"""Limit of the verifier of an answer. It holds in a main thread, where a reward worker calls rewards."""
+_LONGEST = 10_000
+_HUGE = re.compile(r"[\d.][eE][-+]?\d{5}|\d{10000}", re.ASCII)
 
 
 def score(
@@ -24,7 +32,8 @@ def score(
     """1.0 for a right answer and 0.0 for any other.
 
     With `partial`, the task's partial credit: its score less the score of no answer (None or an empty one), rescaled to
-    [0, 1]. The columns `task`, `params` and `item` are on every row of a "reasoning_gym:TASK" source.
+    [0, 1]. The columns `task`, `params` and `item` are on every row of a "reasoning_gym:TASK" source. An answer that
+    the verifier cannot read, or not within `SECONDS`, scores 0.
     """
     verifier = _verifier(task, json.dumps(dict(params), sort_keys=True))
     value = _raw_score(verifier, completion.strip(), item)
@@ -92,8 +101,36 @@ def _verifier(task: str, params: str) -> ProceduralDataset:
 
 
 def _raw_score(verifier: ProceduralDataset, answer: str | None, item: dict[str, object]) -> float:
-    try:
-        return float(verifier.score_answer(answer, item))
-    # Some verifiers fail on an answer that they cannot read instead of scoring it 0.
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError):
+    right = item.get("answer")
+    if answer is not None and answer != right and _is_beyond_reading(answer, len(str(right))):
         return 0.0
+    alarmed = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, _time_is_up) if alarmed else None
+    try:
+        try:
+            if alarmed:
+                # Again and again: a verifier may catch the first one.
+                signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS / 10)
+            return float(verifier.score_answer(answer, item))
+        finally:
+            if alarmed:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    # Some verifiers fail on an answer that they cannot read, or run it, instead of scoring it 0.
+    except (Exception, SystemExit):
+        return 0.0
+    finally:
+        if alarmed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _time_is_up(*_: object) -> None:
+    raise TimeoutError
+
+
+def _is_beyond_reading(answer: str, length: int) -> bool:
+    """Whether an answer is much longer than a right one of `length` characters, or has a number of 10^4 digits.
+
+    Verifiers are not linear, and arithmetic with such numbers cannot be interrupted.
+    """
+    return len(answer) > _LONGEST + 10 * length or _HUGE.search(answer) is not None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 
 _NUMBER = re.compile(
     r"""(?P<sign>(?<![\w.)])[-+\u2212])?                                # not the minus of 5-3
-        (?P<value>(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)  # 1,234.5 or 1234.5 or .5
+        # 1,234.5 or 1234.5 or .5. Groups begin at the start of a run of digits and commas alone: a run is read once.
+        (?P<value>(?:(?<!\d)(?<!\d,)\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+)
         (?P<exponent>[eE][-+]?\d+)?
         (?:\s?/\s?(?P<divisor>\d+(?:\.\d+)?))?                          # 3/4
         (?P<percent>\s?\\?%)?""",
@@ -28,10 +30,10 @@ def numeric(completion: str, answer: str | float, tolerance: float = 1e-6, **_) 
 
 def last_number(text: str) -> float | None:
     """The last number that a text writes in digits; None if there is none, or if it divides by zero."""
-    matches = list(_NUMBER.finditer(text))
-    if not matches:
+    last = deque(_NUMBER.finditer(text), maxlen=1)
+    if not last:
         return None
-    match = matches[-1]
+    match = last[0]
     number = float(match["value"].replace(",", "") + (match["exponent"] or ""))
     divisor = float(match["divisor"] or 1)
     if divisor == 0:

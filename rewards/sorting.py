@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from random import Random
 
 from cispo.errors import UserError
-from cispo.rollout.prompts import in_split
+from cispo.rollout.rows import in_split
 
 
 def problems(size: int, seed: int, count: int = 4, split: str = "train") -> Iterator[dict[str, str]]:

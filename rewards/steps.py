@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from cispo.rollout.prompts import Row, load_rows
+from cispo.rollout.rows import Row, load_rows
 
 from .sorting import with_wrong_digit
 

@@ -157,7 +157,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
 
     recipe = recipe_of(job)
     task = load_task(recipe)
-    log, rewards = RunLog(Path(job.folder)), rewards_of(recipe, task.prompts)
+    log, rewards = RunLog(Path(job.folder)), rewards_of(recipe, {"data": task.prompts})
     with contextlib.closing(log), contextlib.closing(rewards):
         async with running_workers(recipe, job.model, activity=Activity()) as (workers, engines):
             await engines

@@ -18,6 +18,8 @@ from cispo.algorithms.advantages import (
     LeaveOneOut,
     RewardToGo,
     TokenRewards,
+    is_constant,
+    reaches,
 )
 from cispo.algorithms.choice import resolve
 from cispo.algorithms.describe import describe, warnings
@@ -83,6 +85,28 @@ def test_gae_by_hand():
 def test_equal_rewards_give_exact_zeros(name: str, value: float):
     # 0.1 seven times has a mean that is not 0.1 in floating point: the zeros must be exact all the same.
     assert of_trajectories(ADVANTAGES[name], *[value] * 7) == [0.0] * 7
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_rewards_that_differ_by_rounding_are_equal(name: str):
+    """Sums in another order, float32 beside float64, and terms that cancel."""
+    single = torch.tensor(0.1).item()
+    assert 0.1 + 0.2 != 0.3 and single != 0.1
+    for values in ([0.1 + 0.2, 0.3, 0.3], [single, 0.1], [0.1 + 0.2 - 0.3, 0.0, 0.0], [-1.0, -1.0 - 1e-7]):
+        found = of_trajectories(ADVANTAGES[name], *values)
+        assert found == [0.0] * len(values) or name == "reward_to_go" and max(map(abs, found)) < 1e-6
+        assert is_constant(values)
+
+
+def test_small_differences_are_not_rounding():
+    for values in ([0.5, 0.5001], [1e6, 1e6 + 1], [1e-9, 2e-9], [0.0, 1e-6], [-1.0, 1.0]):
+        assert not is_constant(values)
+    assert of_trajectories(GroupNorm(), 1e6, 1e6 + 1) == pytest.approx([-1, 1])
+
+
+def test_a_threshold_is_reached_but_for_rounding():
+    assert reaches(1.0, 1.0) and reaches(sum([0.1] * 10), 1.0) and reaches(2.0, 1.0)
+    assert not reaches(0.999, 1.0) and not reaches(0.0, 1.0)
 
 
 @settings(max_examples=100, deadline=None)

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from cispo import cli
 from cispo.policies.loading import init_policy, save_policy
+from tests.bad_inputs import CASES
 
 ROOT = Path(__file__).parents[1]
 CHARS = str(ROOT / "recipes" / "tokenizers" / "chars")
@@ -252,6 +254,34 @@ def test_missing_sections(
     assert "no reward: section" in refused(capfd, monkeypatch, "train", recipe(reward=None))
     assert "does not exist" in refused(capfd, monkeypatch, "train", "nowhere.yaml")
     assert "key=value" in refused(capfd, monkeypatch, "show", recipe(), "oops")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Path -> content of every file and folder, without what Python and the lock of a run folder leave."""
+    found = [p for p in folder.rglob("*") if "__pycache__" not in p.parts and p.name != ".lock"]
+    return {str(p): p.read_bytes() if p.is_file() else None for p in found}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_further_bad_inputs(
+    name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """One sentence, exit code 2 or 1, no traceback, and not one file more, less or changed."""
+    if "GPU" in name and torch.cuda.is_available():
+        pytest.skip("there is one")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    make, expected = CASES[name]
+    arguments = make()
+    before = contents(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cispo", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capfd.readouterr()
+    said = [line for line in captured.err.splitlines() if line.startswith("cispo: ")]
+    assert ended.value.code in (1, 2) and len(said) == 1 and "Traceback" not in captured.err + captured.out
+    assert expected in said[0] and len(said[0]) < 500
+    assert contents(tmp_path) == before
 
 
 def test_a_failing_reward_in_a_real_run_with_ray(recipe: Callable[..., Path], tmp_path: Path):

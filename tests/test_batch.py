@@ -73,6 +73,8 @@ def test_a_critic_gets_its_returns():
 
 
 def test_informative():
+    assert not informative(group(0, (0.3, [turn(1)]), (0.1 + 0.2, [turn(2)])))
+    assert not informative(group(0, (0.1, [turn(1)]), (torch.tensor(0.1).item(), [turn(2)])))
     assert not informative(group(0, (0.1, [turn(1)]), (0.1, [turn(2)])))
     assert informative(group(0, (0.1, [turn(1)]), (0.2, [turn(2)])))
 
@@ -82,21 +84,31 @@ def test_minibatches_share_a_batch(count: int):
     """Every sample once, sizes that differ by one at most, the turns of a trajectory together, the same for a seed."""
     groups = [group(i, (1.0, [turn(2), turn(1)]), (0.0, [turn(3)]), (0.5, [turn(1)])) for i in range(6)]
     samples = [s for g in groups for s in to_samples(g)]
-    shares = minibatches(samples, count, seed=3)
+    shares = minibatches(groups, samples, count, seed=3)
     assert len(shares) == count
     assert sorted(id(s) for share in shares for s in share) == sorted(map(id, samples))
     trajectories = [{(s.group_id, s.index) for s in share} for share in shares]
     assert max(map(len, trajectories)) - min(map(len, trajectories)) <= 1
     assert sum(map(len, trajectories)) == 18, "a trajectory's turns are in one minibatch"
-    again = minibatches(samples, count, seed=3)
+    again = minibatches(groups, samples, count, seed=3)
     assert [[id(s) for s in share] for share in again] == [[id(s) for s in share] for share in shares]
     if count > 1:
-        assert [{s.group_id for s in share} for share in minibatches(samples, count, seed=4)] != [
+        assert [{s.group_id for s in share} for share in minibatches(groups, samples, count, seed=4)] != [
             {s.group_id for s in share} for share in shares
         ]
 
 
 def test_fewer_trajectories_than_minibatches():
-    samples = to_samples(group(0, (1.0, [turn(2)]), (0.0, [turn(3)])))
-    assert [len(share) for share in minibatches(samples, 16, seed=0)] == [1, 1]
-    assert minibatches([], 4, seed=0) == []
+    one = group(0, (1.0, [turn(2)]), (0.0, [turn(3)]))
+    assert [len(share) for share in minibatches([one], to_samples(one), 16, seed=0)] == [1, 1]
+    assert minibatches([], [], 4, seed=0) == []
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_a_prompt_that_repeats_in_a_batch_takes_no_step_away(group_size: int):
+    """Four groups of one prompt, as of a small dataset: as many steps as of four prompts."""
+    groups = [group(7, *[(1.0, [turn(2), turn(1)])] * group_size) for _ in range(4)]
+    samples = [s for g in groups for s in to_samples(g)]
+    shares = minibatches(groups, samples, 4, seed=3)
+    assert [len(share) for share in shares] == [2 * group_size] * 4
+    assert sorted(id(s) for share in shares for s in share) == sorted(map(id, samples))

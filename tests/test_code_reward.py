@@ -173,6 +173,170 @@ def test_test_code_that_tests_nothing_is_an_error(bad: str) -> None:
         scored("def f(): return 1", bad)
 
 
+LITERALS = ["assert double(2) == 4", "assert double(-3) == -6", "assert double(5) == 10"]
+CHECK = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-3) == -6\n\ncheck(double)"
+
+FINDS_THE_SECRET = """
+import os, sys
+def harness():
+    frame = sys._getframe()
+    while frame and "secret" not in frame.f_locals:
+        frame = frame.f_back
+    return frame.f_locals
+"""
+
+GUESSES = {
+    "every verdict in a call": FINDS_THE_SECRET + """
+def double(x):
+    found = harness()
+    secret, verdicts = found["secret"], found["verdicts"]
+    for guess in range(-50, 50):
+        lines = [f"{secret} value {guess}", f"{secret} passed", *(f"{secret} {step} value {guess}" for step in range(3))]
+        os.write(verdicts, "".join(f"\\n{line}\\n" for line in lines).encode())
+    return 7
+""",
+    "every verdict while loading": FINDS_THE_SECRET + """
+for step in range(3):
+    for guess in range(-50, 50):
+        secret = harness()["secret"]
+        os.write(1, f"\\n{secret} value {guess}\\n{secret} {step} value {guess}\\n{secret} passed\\n".encode())
+def double(x): return 7
+""",
+    "steps while loading": """
+import os, fcntl
+for descriptor in range(3, 10):
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_NONBLOCK)
+        print(os.read(descriptor, 1 << 20))
+    except OSError:
+        pass
+def double(x): return 7
+""",
+    "a verdict of 5,000 digits": "print('\\n', '1' * 5000, 'passed')\ndef double(x): return 7",
+    "a number of 5,000 digits": "def double(x): return 10 ** 5000",
+    "a set of equal hashes": "def double(x): return {i * (2 ** 61 - 1) for i in range(3000)}",
+    "an object that calls itself a bool": """
+class Fake:
+    __class__ = bool
+    def __eq__(self, other): return True
+    def __repr__(self): return "4"
+def double(x): return Fake()
+""",
+    "a text that equals everything": """
+class Text(str):
+    def __str__(self): return self
+    def __eq__(self, other): return True
+    __hash__ = str.__hash__
+def double(x): return Text("4")
+""",
+    "an object that equals everything": """
+class Always:
+    def __eq__(self, other): return True
+def double(x): return Always()
+""",
+    "a class that equals everything": """
+class double:
+    def __init__(self, x): pass
+    def __eq__(self, other): return True
+""",
+    "builtins during a check": """
+import builtins
+class Always:
+    def __eq__(self, other): return True
+def double(x):
+    builtins.issubclass = lambda *_: False
+    builtins.type = lambda *_: int
+    return Always()
+""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", GUESSES)
+def test_guesses_pass_no_test(attack: str) -> None:
+    """Neither asserts with literals, of which one guess each is allowed, nor the form of HumanEval."""
+    for tests in (LITERALS, CHECK):
+        value, columns = scored(block(GUESSES[attack]), tests, partial=True, timeout=10.0)
+        assert value == 0.0 and columns["tests_passed"] == 0 and columns["problem"]
+
+
+def test_a_solution_cannot_hide_a_lie_in_its_arguments() -> None:
+    tests = "def check(f):\n    values = [3, 1]\n    f(values)\n    assert values == [1, 3]\n\ncheck(order)"
+    assert scored(block("def order(values): values.sort()"), tests)[0] == 1.0
+    lie = "class Always:\n    def __eq__(self, other): return True\ndef order(values): values[:] = [Always(), Always()]"
+    assert scored(block(lie), tests)[1]["tests_passed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "tests"),
+    [
+        ("def f(x): return {1: {2: [3, (4,)]}, 'a': {1, 2}}", "assert f(0) == {'a': {2, 1}, 1: {2: [3, (4,)]}}"),
+        ("def f(x): return frozenset({x})", "assert f(1) == {1}\nassert [f(2)] == [{2}]"),
+        ("def f(x): return set()", "assert f(0) == set()"),
+        ("def f(x): return 10 ** 22", "assert f(0) == 1e22"),
+        ("def f(x): return -1j", "assert f(0) == -1j"),
+        ("def f(x): yield from range(x)", "def check(c):\n    assert list(c(3)) == [0, 1, 2]\ncheck(f)"),
+        ("def f(x): return range(x)", "def check(c):\n    assert c(3) == range(3)\ncheck(f)"),
+        ("def f(x): return {frozenset({x})}", "def check(c):\n    assert c(3) == {frozenset({3})}\ncheck(f)"),
+        ("def f(x): return x", "candidate = f\ndef check(c, k):\n    assert c(k) == k\ncheck(candidate, 3)"),
+        ("def f(x): return x", "def check(c):\n    assert c([1, 2]) == [1, 2]\ncheck(c=f)"),
+        ("def f(x): return len(x)", f"assert f({'a' * 200_000!r}) == 200000"),
+        ("print('a', flush=True)\ndef f(x):\n    print(x, end='')\n    return x", "assert f(1) == 1\nassert f(2) == 2"),
+        ("def f(x): return x", [f"assert f({i}) == {i}" for i in range(300)]),
+        ("state = []\ndef f(x): state.append(x); return len(state)", "assert f(1) == 1\nassert f(1) == 2"),
+    ],
+)  # fmt: skip
+def test_results_that_are_right(code: str, tests: str | list[str]) -> None:
+    assert scored(block(code), tests)[0] == 1.0
+    assert scored(block("def f(*a, **k): return 'wrong'"), tests, partial=True)[0] == 0.0
+
+
+def test_tests_that_cannot_be_parsed_are_an_error_of_the_row() -> None:
+    for bad in (
+        "assert f() == " + "(" * 500 + ")" * 500,
+        "assert " + "-" * 100_000 + "1",
+        "a\0b",
+        "assert f() == " + "9" * 5000,
+    ):
+        with pytest.raises(ValueError, match="test_code"):
+            read_steps(bad)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["```python" + "x" * 10**6, "```" * 333_333, "```\n" * 250_000, "\n" * 10**6, "```python\n" * 100_000, " " * 10**6],
+    ids=["no newline", "fences in a line", "fences", "newlines", "openings", "spaces"],
+)  # fmt: skip
+def test_a_megabyte_is_searched_for_code_in_a_second(text: str) -> None:
+    started = time.process_time()
+    extract_code(text)
+    assert time.process_time() - started < 1.0
+
+
+def test_line_ends_of_windows_close_a_block() -> None:
+    assert extract_code("```python\r\nx = 1\r\n```\r\nThat is all.\r\n") == "x = 1\r\n"
+
+
+def test_a_shipped_judge_that_runs_out_of_time_gives_0_and_ends_nothing() -> None:
+    """The others of the group, and the other functions, keep their values."""
+    functions = [
+        RewardFunction(fn="rewards.code:passes_io", args={"timeout": 600.0, "total": 600.0}),
+        RewardFunction(fn="rewards.exact:exact_match", weight=0.5),
+    ]
+    runner = RewardRunner(functions, timeout=5.0, workers=1)
+    texts = [block("print(2 * int(input()))"), block("import time; time.sleep(600)"), "42"]
+    columns = {"tests": DOUBLE[:1], "answer": "42"}
+    try:
+        (scores,) = asyncio.run(
+            runner.score([Attempts(prompt=Prompt(id=7, messages=(), columns=columns), completions=texts)])
+        )
+    finally:
+        runner.close()
+    assert scores is not None and [score.total for score in scores] == [1.0, 0.0, 0.5]
+    assert scores[1].values == {"passes_io": 0.0, "exact_match": 0.0} and scores[1].extra == {"problem": "time"}
+    assert (runner.timeouts, runner.errors) == (1, 0)
+    assert "rewards.code:passes_io did not finish within 5 s on prompt 7, completion 1" in runner.problems[0]
+
+
 def test_an_endless_loop_gets_no_reward_and_the_worker_lives() -> None:
     functions = [RewardFunction(fn="rewards.code:passes_io", args={"timeout": 3.0})]
     runner = RewardRunner(functions, timeout=30.0, workers=1)

@@ -32,7 +32,7 @@ LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 
 # Where a heavy library may be imported at all, and the rest of the project does without.
 ONLY_IN = {
-    "ray": {"runtime.actors", "runtime.cluster"},
+    "ray": {"runtime.actors", "runtime.cluster", "runtime.local_cluster"},
     "vllm": {
         "engines.vllm_engine",
         "engines.vllm_start",

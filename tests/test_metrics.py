@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from cispo.algorithms.dropped_tokens import DroppedTokens
 from cispo.metrics import (
+    alarms,
     group_metrics,
     importance_metrics,
     mismatch_metrics,
@@ -14,6 +18,8 @@ from cispo.metrics import (
     rollout_metrics,
     value_metrics,
 )
+from cispo.recipe.schema import Control, Policy, Recipe, Rollout
+from cispo.rollout.rollout import Rollouts
 from cispo.types import Completion, FinishReason, Prompt, TokenStats, Trajectory, TrajectoryGroup, Turn
 
 
@@ -126,6 +132,67 @@ def test_rollout_and_group_metrics():
     assert g["zero_variance_right_frac"] == pytest.approx(1 / 3) and g["zero_variance_wrong_frac"] == pytest.approx(
         1 / 3
     )
+
+
+def test_rewards_that_differ_by_rounding_are_equal():
+    tenth = torch.tensor(0.1).item()
+    groups = [group([0.1 + 0.2, 0.3, 0.3], [1, 2, 3]), group([tenth, 0.1], [4, 4]), group([5e-17, 0], [5, 5])]
+    g = group_metrics(groups)
+    assert g["zero_variance_frac"] == 1 and g["zero_variance_right_frac"] == pytest.approx(1 / 3)
+    assert "length/mean_better" not in rollout_metrics(groups, version=5)
+    assert value_metrics(torch.tensor([0.0, 1]), torch.tensor([0.1, tenth]))["critic/explained_variance"] == 0
+
+
+def test_a_mean_over_some_completions_says_over_how_many():
+    some, whole = group([1, 0], [4, 2]), group([1, 1], [3, 3])
+    part = replace(some, trajectories=(some.trajectories[0], replace(some.trajectories[1], rewards={"other": 1.0})))
+    m = rollout_metrics([part, whole], version=5)
+    assert m["reward/exact_match"] == 1 and m["reward/exact_match_count"] == 3
+    assert m["reward/other"] == 1 and m["reward/other_count"] == 1
+    assert not [name for name in rollout_metrics([whole], version=5) if name.endswith("_count")]
+
+
+class Failures:
+    last_problem = "reward f raised OSError on prompt 3"
+
+
+def kinds(metrics: dict[str, float], *, recipe: Recipe | None = None, **changes: Any) -> dict[str, str]:
+    rollouts = Rollouts(
+        **{
+            "groups": [group([1, 0], [4, 2])],
+            "dropped": 0,
+            "tokens": 6,
+            "seconds_sampling": 1.0,
+            "seconds_scoring": 1.0,
+        }
+        | changes
+    )
+    learned = {"learner/updates": 1, "learner/skipped": 0} | metrics
+    return dict(alarms(recipe or Recipe(), learned, rollouts, Failures(), step=2))  # type: ignore[arg-type]
+
+
+def test_alarms():
+    assert kinds({}) == {}
+    assert "cut at 1024 tokens" in kinds({"truncation_frac": 0.2})["truncation"]
+    assert set(kinds({"learner/updates": 0})) == {"constant"}
+    lost = kinds({"learner/updates": 0}, groups=[], dropped=4)
+    assert set(lost) == {"dropped"} and "4 groups of step 2" in lost["dropped"] and "OSError" in lost["dropped"]
+    assert "no reward function applied to 3 completions of step 2" in kinds({}, unscored=3)["unscored"]
+    skipped = kinds({"learner/skipped": 1}, groups=[group([1e38, 0], [4, 2])])["skipped"]
+    assert "1 updates of step 2 were skipped" in skipped and "rewards reach 1e+38" in skipped
+    assert "skipped" in kinds({"critic/skipped": 1})
+
+
+def test_a_mismatch_that_rounding_does_not_explain_is_an_alarm():
+    """Apertus in float32 through vLLM logged 1.9e-3 where other models have 1e-5."""
+    low, high = {"mismatch/logprob_max": 9e-5}, {"mismatch/logprob_max": 1.9e-3, "mismatch/logprob_mean": 1e-4}
+    assert kinds(low) == {} and "mismatch/logprob_max of step 2 is 1.9e-03" in kinds(high)["mismatch"]
+    half, cold = Recipe(policy=Policy(dtype="bfloat16")), Recipe(rollout=Rollout(temperature=0.1))
+    assert kinds(high, recipe=half) == {} and kinds(high, recipe=cold) == {}
+    assert "mismatch" in kinds({"mismatch/logprob_mean": 0.2}, recipe=half)
+    ahead = {"max_staleness": 1}
+    assert kinds(high, recipe=Recipe(control=Control(**ahead, on_update="keep"))) == {}, "keys of older weights"
+    assert "mismatch" in kinds(high, recipe=Recipe(control=Control(**ahead, on_update="recompute")))
 
 
 def test_pass_at_k():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,13 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from cispo.errors import UserError
-from cispo.rollout.prompt_source import PromptSource, Weighting
+from cispo.recipe.schema import Recipe
+from cispo.rollout.prompt_source import PromptSource, Weighting, check_same_prompts, fingerprint, prompt_source_of
+from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.seeds import seed_of
 from cispo.types import Prompt
 
+CHARS = Path(__file__).parents[1] / "recipes" / "tokenizers" / "chars"
 GROUP = 4
 
 
@@ -143,6 +148,58 @@ def test_a_state_of_other_prompts_is_refused():
         PromptSource(prompts(5), seed=0, weighting="difficulty").load_state_dict(state)
     with pytest.raises(UserError, match="digest"):
         PromptSource(prompts(5, "another "), seed=0).load_state_dict(state)
+
+
+def test_a_state_of_other_answers_is_refused_and_of_an_earlier_version_taken():
+    def source(**columns: object) -> PromptSource:
+        return PromptSource([replace(p, columns={**columns, "n": p.id}) for p in prompts(3)], seed=0)
+
+    state = json.loads(json.dumps(source(answer="4", day=datetime.date(2024, 1, 1)).state_dict()))
+    source(day=datetime.date(2024, 1, 1), answer="4").load_state_dict(state)
+    for other in ({"answer": "5", "day": datetime.date(2024, 1, 1)}, {"answer": "4", "day": datetime.date(2024, 1, 2)}):
+        with pytest.raises(UserError, match=r"have columns .* \(an answer or another column was changed\)"):
+            source(**other).load_state_dict(state)
+    del state["columns"]
+    source(answer="5").load_state_dict(state)
+
+
+def test_a_fingerprint_depends_on_nothing_but_the_columns():
+    """Neither on an address in a text, nor on the order of a set, nor on depth."""
+
+    def row(value: object) -> list[Prompt]:
+        return [Prompt(id=0, messages=(), columns={"a": value})]
+
+    assert fingerprint(row(object())) == fingerprint(row(object()))
+    assert fingerprint(row({"b", "a", "c"})) == fingerprint(row({"c", "b", "a"})) != fingerprint(row({"a"}))
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    deep.append(deep)
+    assert fingerprint(row(deep))
+
+
+def test_a_checkpoint_of_another_task_is_refused_before_anything_is_touched(tmp_path: Path):
+    recipe, held_out = Recipe(), [Prompt(id=0, messages=(), columns={"answer": "4"})]
+    renderer = Renderer(load_tokenizer(CHARS))
+    state = {
+        "prompts": prompt_source_of(recipe, prompts(3)).state_dict(),
+        "held_out": fingerprint(held_out),
+        "renderer": renderer.fingerprint,
+    }
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "driver.json").write_text(json.dumps(state))
+    check_same_prompts(tmp_path, recipe, renderer, prompts(3), held_out)
+    with pytest.raises(UserError, match="digest"):
+        check_same_prompts(tmp_path, recipe, renderer, prompts(3, "other "), held_out)
+    with pytest.raises(UserError, match="was evaluated on other prompts"):
+        check_same_prompts(tmp_path, recipe, renderer, prompts(3), [replace(held_out[0], columns={"answer": "5"})])
+    templated = load_tokenizer(CHARS)
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(UserError, match="was trained with another tokenizer or chat template than .* has"):
+        check_same_prompts(tmp_path, recipe, Renderer(templated), prompts(3), held_out)
+    (tmp_path / "training" / "driver.json").write_text("{}")
+    with pytest.raises(UserError, match="driver.json cannot be read"):
+        check_same_prompts(tmp_path, recipe, renderer, prompts(3), held_out)
 
 
 # Against plain references

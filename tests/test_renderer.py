@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cispo.errors import UserError
-from cispo.rollout.renderer import Renderer, load_tokenizer
+from cispo.recipe.schema import Policy, Recipe
+from cispo.rollout.renderer import Renderer, load_tokenizer, renderer_of
 
 ROOT = Path(__file__).parents[1]
 CHARS = ROOT / "recipes" / "tokenizers" / "chars"
@@ -27,10 +29,10 @@ def renderer() -> Renderer:
     return Renderer(load_tokenizer(CHARS))
 
 
-def variant(folder: Path, config: dict[str, object], post_processor: object = None, **files: object) -> Renderer:
+def variant(folder: Path, changes: dict[str, object], post_processor: object = None, **files: object) -> Renderer:
     """The character tokenizer with changes to its config, a post-processor, and more JSON files beside it."""
     shutil.copytree(CHARS, folder)
-    settings = {**json.loads((CHARS / "tokenizer_config.json").read_text()), **config}
+    settings = {**json.loads((CHARS / "tokenizer_config.json").read_text()), **changes}
     (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
     if post_processor is not None:
         tokenizer = json.loads((CHARS / "tokenizer.json").read_text())
@@ -114,6 +116,85 @@ def test_all_eos_ids_are_found(tmp_path: Path) -> None:
     assert variant(tmp_path / "a", {}, generation_config={"eos_token_id": [1, 2]}).eos_ids == (2, 1)
     assert variant(tmp_path / "b", {}, generation_config={"eos_token_id": 3}).eos_ids == (2, 3)
     assert variant(tmp_path / "c", {}, generation_config={"temperature": 1.0}).eos_ids == (2,)
+    assert variant(tmp_path / "d", {}, generation_config={"eos_token_id": [-1, True, "x", 5]}).eos_ids == (2, 5)
+
+
+def test_ends_are_those_of_the_model_whatever_it_is_called(tmp_path: Path) -> None:
+    """In a folder, beside a tokenizer from another folder, and on the hub by its name."""
+    variant(tmp_path / "model", {}, generation_config={"eos_token_id": [1, 2]}, config={"model_type": "llama"})
+    assert renderer_of(Recipe(policy=Policy(model=str(tmp_path / "model")))).eos_ids == (2, 1)
+    of_both = renderer_of(Recipe(policy=Policy(model=str(tmp_path / "model"), tokenizer=str(CHARS))))
+    assert of_both.eos_ids == (2, 1)
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"
+    shutil.copytree(tmp_path / "model", snapshot)
+    (tmp_path / "hub" / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("abc")
+    code = (
+        "from cispo.recipe.schema import Policy, Recipe; from cispo.rollout.renderer import renderer_of;"
+        "print(renderer_of(Recipe(policy=Policy(model='owner/name'))).eos_ids)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "(2, 1)", done.stderr
+
+
+def test_ends_in_config_json_count_where_they_are_a_list(tmp_path: Path) -> None:
+    assert variant(tmp_path / "a", {}, config={"eos_token_id": [2, 5]}).eos_ids == (2, 5)
+    assert variant(tmp_path / "b", {}, config={"eos_token_id": 5}).eos_ids == (2,), "the default of a model's class"
+    both = variant(tmp_path / "c", {}, config={"eos_token_id": [5]}, generation_config={"eos_token_id": 1})
+    assert both.eos_ids == (2, 1)
+
+
+def test_a_saved_folder_renders_and_ends_alike(tmp_path: Path) -> None:
+    generation = {"eos_token_id": [1], "temperature": 0.6}
+    renderer = variant(tmp_path / "t", {"chat_template": TEMPLATE, "pad_token": "<pad>"}, generation_config=generation)
+    renderer.save(tmp_path / "saved")
+    again, messages = Renderer(load_tokenizer(tmp_path / "saved")), [{"role": "u", "content": "b"}]
+    assert again.eos_ids == renderer.eos_ids == (2, 1) and again.render(messages) == renderer.render(messages)
+    assert again.tokenizer.special_tokens_map == renderer.tokenizer.special_tokens_map
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text()) == {
+        "bos_token_id": 1, "pad_token_id": 0, "temperature": 0.6, "eos_token_id": [2, 1]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{{ 1 / 0 }}", "fails on a prompt: ZeroDivisionError: division by zero"),
+        ("{{ messages[0].content + 1 }}", "fails on a prompt: TypeError: can only concatenate str"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on a prompt: RecursionError"),
+        ("{{ raise_exception('no') }}", "refuses a prompt: no"),
+        ("{% if %}", "refuses a prompt: Expected an expression"),
+        ("{{ ('a' * 1000000) * 100000 }}", "takes more than 2 GiB of memory"),
+        (
+            "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+            "does not finish within 0.5 s",
+        ),
+        ("{{ messages }}", "fails on a prompt: TypeError: it takes the content of a message for text"),
+    ],
+    ids=["raises", "wrong type", "recursion", "refuses", "syntax", "gigabytes", "endless", "parts"],
+)
+def test_a_template_that_fails_loops_or_explodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, sentence: str
+) -> None:
+    monkeypatch.setattr("cispo.rollout.template._SECONDS", 0.5)
+    renderer = variant(tmp_path / "t", {"chat_template": template})
+    content = [{"type": "text", "text": "a"}] if template == "{{ messages }}" else "a"
+    with pytest.raises(UserError) as raised:
+        renderer.texts([[{"role": "user", "content": content}]], 1000, "data: row")
+    assert str(raised.value).startswith(f"data: row 0: the chat template of '{tmp_path / 't'}' {sentence}")
+    assert "\n" not in str(raised.value)
+
+
+def test_texts_are_those_of_render_and_long_ones_are_left_out(tmp_path: Path, renderer: Renderer) -> None:
+    templated = variant(tmp_path / "t", {"chat_template": TEMPLATE})
+    conversations = [[{"role": "u", "content": text}] for text in ("a", "b" * 100, "c")]
+    for one in (templated, renderer):
+        texts = one.texts(conversations, 1000, "data: row")
+        assert [one.encode_prompt(str(text)) for text in texts] == [one.render(messages) for messages in conversations]
+    assert [text is None for text in templated.texts(conversations, 60, "data: row")] == [False, True, False]
+    with pytest.raises(UserError, match="half of a character"):
+        renderer.render([{"role": "u", "content": "\ud800"}])
 
 
 def test_bad_tokenizers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +211,15 @@ def test_bad_tokenizers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copytree(CHARS, tmp_path / "broken")
     (tmp_path / "broken" / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match="cannot load the tokenizer of '.*broken'"):
+        load_tokenizer(tmp_path / "broken")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copytree(CHARS, tmp_path / name)
+        (tmp_path / name / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(UserError, match=f"{name}' is not a regular file"):
+            load_tokenizer(tmp_path / name)
+    (tmp_path / "broken" / "tokenizer_config.json").write_text("[" * 30_000)
+    with pytest.raises(UserError, match="tokenizer_config.json' is not JSON"):
         load_tokenizer(tmp_path / "broken")
     (tmp_path / "broken" / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer_config.json' is not JSON"):

@@ -39,6 +39,7 @@ KEYS = [
 
 
 def script() -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("inject_faults", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -213,7 +214,7 @@ def test_a_disk_that_refuses_loses_no_earlier_checkpoint(tmp_path: Path):
 
 
 def test_two_processes_cannot_share_a_run_folder(tmp_path: Path):
-    from cispo.output.folder import only_user_of
+    from cispo.output.run_folder import only_user_of
 
     with only_user_of(tmp_path), pytest.raises(UserError, match="is in use"), only_user_of(tmp_path):
         pass

@@ -68,6 +68,36 @@ def with_child(completion, pids, **_):
     with open(pids, "w") as file: file.write(f"{os.getpid()} {child.pid}")
     time.sleep(1000)
 def no_completion(answer): return 1.0
+
+# As people write them for TRL: every argument is a list with an entry for each completion.
+def trl_answer(completions, answer, **kwargs): return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+def trl_messages(completions, answer, **kwargs):
+    return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
+def trl_rest(completions, **kwargs):
+    assert set(kwargs) == {"prompts", "answer", "tests"}, sorted(kwargs)
+    return [len(p) + len(t) for p, t in zip(kwargs["prompts"], kwargs["tests"], strict=True)]
+async def trl_prompts(prompts, completions, scale=1.0):
+    assert all(p[-1] == {"role": "user", "content": "2?"} for p in prompts), prompts
+    return [scale if c[0]["role"] == "assistant" else None for c in completions]
+def ours_with_kwargs(completions, answer: str, **kwargs): return [float(c == answer) for c in completions]
+def trl_without_kwargs(completions, completion_ids): return [1.0] * len(completions)
+def one_of_messages(completion, **_): return completion[0]["content"] == "a"
+
+def eats(completion, tests, limits, **_):
+    limits["left"] -= 1
+    return len(tests.pop("cases")) + limits["left"]
+def eats_all(completions, tests, **kwargs): return [len(t.pop("cases")) for t in tests]
+def by_position(completion, answer, /, scale=1.0, *, bonus=0.0): return scale * (completion == answer) + bonus
+def may_be_null(completion, answer=None): return 1.0 if answer is None else 0.0
+class Judge:
+    def __call__(self, completion, **_):
+        return self.divide(completion)
+    def divide(self, completion):
+        return 1 / len(completion)
+judge = Judge()
+class Unsayable(Exception):
+    def __str__(self): raise self
+def unsayable(completion, **_): raise Unsayable
 not_a_function = 3
 """
 
@@ -138,6 +168,125 @@ def test_names_tell_functions_apart() -> None:
     assert RewardRunner([RewardFunction(fn=p) for p in paths]).names == (
         "exact_match", "a:score", "b:score", "c:x#1", "c:x#2"
     )  # fmt: skip
+
+
+def of_first(scored: list[list[Score] | None]) -> list[float]:
+    found = totals(scored)[0]
+    assert found is not None
+    return found
+
+
+def test_functions_in_the_form_of_trl_get_lists(user_code: str) -> None:
+    def run(*names: str, columns: dict, messages: tuple = ({"role": "user", "content": "2?"},)) -> list[float]:
+        attempts = Attempts(prompt=Prompt(id=0, messages=messages, columns=columns), completions=["2", "3", "2"])
+        functions = [RewardFunction(fn=f"{user_code}:{name}") for name in names]
+        return of_first(score(functions, [attempts]))
+
+    text = {"answer": "2", "prompt": "2?", "tests": [7], "completion": "the row's own"}
+    assert run("trl_answer", columns=text) == [1.0, 0.0, 1.0]
+    assert run("ours_with_kwargs", columns=text) == [1.0, 0.0, 1.0]
+    assert run("trl_rest", columns=text) == [3.0] * 3, "the prompt is its text"
+    messages = [{"role": "user", "content": "2?"}]
+    for column in ("messages", "prompt"):
+        row = {"answer": "2", column: messages}
+        assert run("trl_messages", columns=row) == [1.0, 0.0, 1.0]
+        assert run("trl_prompts", "trl_messages", columns=row) == [2.0, 1.0, 2.0]
+
+
+def test_a_form_that_does_not_fit_is_explained(user_code: str) -> None:
+    with pytest.raises(UserError, match="needs a column 'completion_ids', but .*; TRL passes it, CISPO does not"):
+        score([RewardFunction(fn=f"{user_code}:trl_without_kwargs")], [group(["a"])])
+    for name in ("one_of_messages", "trl_messages"):
+        with pytest.raises(UserError, match=r"raised TypeError: string indices .* \(a completion is a text; in TRL's"):
+            score([RewardFunction(fn=f"{user_code}:{name}")], [group(["a"], answer="a")])
+
+
+def test_nothing_that_a_function_changes_reaches_the_next_call(user_code: str) -> None:
+    """Columns and args, of one function's next completion, of another function, and of the next group."""
+    eats = RewardFunction(fn=f"{user_code}:eats", args={"limits": {"left": 10}})
+    functions = [eats, eats, RewardFunction(fn=f"{user_code}:eats_all")]
+    groups = [group(["a", "b", "c"], id=i, tests={"cases": [1, 2, 3]}) for i in range(2)]
+    assert totals(score(functions, groups, workers=1)) == [[12.0 + 12.0 + 3.0] * 3] * 2
+    assert groups[0].prompt.columns == {"tests": {"cases": [1, 2, 3]}}
+
+
+def test_parameters_that_are_given_by_position_only(user_code: str) -> None:
+    function = RewardFunction(fn=f"{user_code}:by_position", args={"bonus": 0.5})
+    assert of_first(score([function], [group(["a", "b"], answer="a")])) == [1.5, 0.5]
+    with pytest.raises(UserError, match="needs a column 'answer'"):
+        score([function], [group(["a"])])
+
+
+def test_a_required_column_is_in_every_row_and_not_null(user_code: str) -> None:
+    rows = [Prompt(id=i, messages=(), columns=columns) for i, columns in enumerate([{"answer": "a"}, {}])]
+    runner = RewardRunner([RewardFunction(fn="rewards.exact:exact_match")])
+    try:
+        with pytest.raises(UserError, match="needs a column 'answer', but row 1 of eval has none"):
+            runner.check_rows(rows, "eval")
+        null = Prompt(id=7, messages=(), columns={"answer": None})
+        with pytest.raises(UserError, match="needs a column 'answer', which is null in row 7 of data"):
+            runner.check_rows([rows[0], null], "data")
+    finally:
+        runner.close()
+    optional = RewardRunner([RewardFunction(fn=f"{user_code}:may_be_null")])
+    try:
+        optional.check_rows([null, *rows], "data")
+    finally:
+        optional.close()
+
+
+def test_no_applicable_function_is_not_a_reward_of_0(user_code: str) -> None:
+    (scores,) = score([RewardFunction(fn=f"{user_code}:if_digit")], [group(["7", "x"])])
+    assert scores is not None and [s.values for s in scores] == [{"if_digit": 7.0}, {}]
+
+
+def test_a_reward_beyond_float32_is_a_failure(user_code: str) -> None:
+    functions = [RewardFunction(fn="rewards.exact:exact_match"), RewardFunction(fn=f"{user_code}:length", weight=1e39)]
+    with pytest.raises(
+        UserError, match=r"length returned 2, with the weight 1e\+39 more than float32 holds, on prompt 0"
+    ):
+        score(functions, [group(["", "aa"], answer="a")])
+
+
+def test_code_that_was_changed_between_two_runs_is_said(user_code: str, tmp_path: Path) -> None:
+    functions = [RewardFunction(fn=f"{user_code}:length"), RewardFunction(fn="rewards.exact:exact_match")]
+
+    def code_and_words(code: list[str] | None) -> tuple[list[str], list[str]]:
+        runner, said = RewardRunner(functions), list[str]()
+        runner.check()
+        runner.compare(code, said.append)
+        runner.close()
+        return runner.code, said
+
+    code, said = code_and_words(None)
+    assert said == [] and code_and_words(code) == (code, [])
+    (tmp_path / "user_code.py").write_text(USER_CODE.replace("return len(completion)", "return -len(completion)"))
+    changed, said = code_and_words(code)
+    assert said == ["the code of the reward user_code:length was changed since the run was last saved"]
+    assert changed[0] != code[0] and changed[1] == code[1]
+
+
+def test_errors_are_located_in_the_users_file(user_code: str) -> None:
+    line = next(n for n, text in enumerate(USER_CODE.splitlines(), start=1) if text.startswith("class Judge")) + 4
+    with pytest.raises(UserError, match=rf"judge raised ZeroDivisionError.* \(user_code.py, line {line}\)"):
+        score([RewardFunction(fn=f"{user_code}:judge")], [group([""])])
+    with pytest.raises(UserError, match=r"unsayable raised Unsayable: \(its message cannot be read\) on"):
+        score([RewardFunction(fn=f"{user_code}:unsayable")], [group([""])])
+
+
+def test_a_column_whose_class_fails_is_an_error_of_its_prompt(user_code: str, tmp_path: Path) -> None:
+    """In this process where it is packed, in the worker where it is unpacked: neither waits for ever."""
+    (tmp_path / "odd_columns.py").write_text(
+        "class Packing:\n    def __reduce__(self): raise OSError('no')\n"
+        "def unpack(): raise OSError('no')\n"
+        "class Unpacking:\n    def __reduce__(self): return unpack, ()\n"
+    )
+    from odd_columns import Packing, Unpacking  # type: ignore[import-not-found]
+
+    with pytest.raises(UserError, match="prompt 3 has a column that cannot be sent to a process: 'odd': OSError: no"):
+        score([RewardFunction(fn=f"{user_code}:coin")], [group(["a"], id=3, fine=1, odd=Packing())])
+    with pytest.raises(UserError, match="coin raised OSError: no on prompt 3"):
+        score([RewardFunction(fn=f"{user_code}:coin")], [group(["a"], id=3, fine=1, odd=Unpacking())], timeout=5)
 
 
 @pytest.mark.parametrize(

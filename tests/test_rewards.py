@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import signal
 import threading
 import time
 from functools import partial
@@ -11,7 +12,7 @@ from functools import partial
 import pytest
 
 from cispo.errors import UserError
-from cispo.rollout.prompts import in_split, load_rows
+from cispo.rollout.rows import in_split, load_rows
 from rewards import gym, sorting, steps
 from rewards.exact import exact_match
 from rewards.format import boxed, boxed_exact, extract_boxed, think_format
@@ -118,6 +119,93 @@ def test_numeric_tolerance_is_relative_above_one_and_absolute_below() -> None:
 )
 def test_math_equal(completion: str, answer: str, value: float) -> None:
     assert math_equal(completion, answer) == value
+
+
+# Text of a policy
+
+HOSTILE = {
+    "open boxes": r"\boxed{" * 140_000,
+    "nested boxes": r"\boxed{" * 70_000 + "}" * 70_000,
+    "braces in a box": r"\boxed{" + "{" * 500_000 + "}" * 500_000,
+    "boxes without braces": r"\boxed " * 140_000,
+    "a box far from its brace": r"\boxed" + " " * 10**6,
+    "backslashes": "\\" * 10**6,
+    "thousands": "1," + "111," * 250_000,
+    "thousands and a half": "1" + ",111" * 250_000 + ",1",
+    "digits": "9" * 10**6,
+    "a long fraction": "9" * 500_000 + "/" + "9" * 500_000,
+    "fractions": "1/" * 500_000,
+    "exponents": "1e" * 500_000,
+    "signs": "-" * 10**6,
+    "points": "1.1." * 250_000,
+    "thoughts": "<think>" * 140_000,
+    "open thoughts": "<think>" + "</think" * 140_000,
+    "spaces": " " * 10**6,
+    "lone surrogates": "\ud800" * 10**6,
+    "zero bytes": "\0" * 10**6,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_megabyte_from_a_policy_is_judged_in_a_second(name: str) -> None:
+    text = HOSTILE[name]
+    for judge in (boxed, think_format, *(partial(f, answer="3") for f in (numeric, exact_match, boxed_exact))):
+        started = time.process_time()
+        assert judge(text) == 0.0
+        assert time.process_time() - started < 1.0, judge
+    started = time.process_time()
+    extract_boxed(text)
+    assert time.process_time() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("it is 1,234, which", 1234.0),
+        ("so 1,234,567.", 1234567.0),
+        ("-1,234.5%", -12.345),
+        ("12,345,67", 67.0),
+        ("1234,567", 567.0),
+        ("(1,234)", 1234.0),
+        ("3, 1,234", 1234.0),
+        ("1,234/2", 617.0),
+    ],
+)
+def test_thousands(text: str, value: float) -> None:
+    assert last_number(text) == pytest.approx(value, rel=1e-15)
+
+
+def test_a_row_without_an_answer_is_not_the_word_none() -> None:
+    row: dict = {"answer": None}
+    for judge, text in ((exact_match, "None"), (boxed_exact, r"\boxed{None}"), (numeric, "0")):
+        with pytest.raises(ValueError, match="answer"):
+            judge(text, **row)
+
+
+VERIFIED = ["countdown", "binary_matrix", "n_queens", "coin_flip", "boxnet", "rubiks_cube", "spell_backward"]
+
+
+@pytest.mark.parametrize("task", VERIFIED)
+def test_a_verifier_of_reasoning_gym_is_total(task: str) -> None:
+    """Some of them evaluate the answer: as an expression, or as Python that exits."""
+    row = load_rows(f"reasoning_gym:{task}", "train", {"size": 1, "seed": 0}, None, "data")[0]
+    texts = [
+        "9**9**9**9",
+        "__import__('sys').exit()",
+        "1e999999999",
+        "(" * 5000,
+        "[" * 10**6,
+        "9" * 10**6,
+        "\0",
+        "\ud800",
+    ]
+    texts += ["[0 for _ in iter(int, 1)]", "factorial(99999999)", "U R " * 250_000]
+    for text in texts:
+        started = time.process_time()
+        for partial_credit in (False, True):
+            assert 0.0 <= gym.score(text, **row, partial=partial_credit) < 0.5
+        assert time.process_time() - started < 10 * gym.SECONDS, text[:40]
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_math_equal_gives_up_on_a_tower_of_powers() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cispo.evaluate import evaluate, gaps
 from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.rollout.rewards import RewardFunction, RewardRunner
 from cispo.rollout.rollout import (
@@ -47,6 +48,19 @@ def rewards() -> Iterator[RewardRunner]:
 
 def reward_of(completion: str, **columns: str) -> tuple[float, dict[str, str]]:
     return float(completion == columns["answer"]), {"said": completion}
+
+
+def reward_if_known(completion: str, answer: str | None = None, **_: object) -> float | None:
+    """None without an answer, and for completions of two characters."""
+    return None if answer is None or len(completion) == 2 else float(completion == answer)
+
+
+def nearly_right(completion: str, **_: object) -> float:
+    return sum([0.1] * 10)
+
+
+def longer_is_better(completion: str, **_: object) -> float:
+    return float(len(completion))
 
 
 class Engine:
@@ -112,6 +126,53 @@ def test_roll_out_is_the_three_in_a_row(renderer: Renderer, rewards: RewardRunne
     expected = [1.0, *(overlong_penalty(n, max_tokens=4, buffer=2, penalty=0.5) for n in (3, 4))]
     assert [[t.reward for t in group.trajectories] for group in rollouts.groups] == [expected] * 2
     assert rollouts.seconds_sampling > 0 and rollouts.seconds_scoring > 0
+
+
+def test_a_completion_that_no_function_applies_to_has_no_reward(renderer: Renderer):
+    """Attempts are "3", "34", "345": the second has no reward, and prompt 5 has none at all."""
+    rewards = RewardRunner([RewardFunction(fn="tests.test_rollout:reward_if_known")])
+    setup = RolloutSetup(generate=Engine(renderer).generate, renderer=renderer, rewards=rewards)
+    try:
+        rollouts = asyncio.run(roll_out(PROMPTS, setup, group_size=3, sampling=SAMPLING, seed=7))
+    finally:
+        rewards.close()
+    assert [(t.group_id, t.index, t.reward) for g in rollouts.groups for t in g.trajectories] == [
+        (3, 0, 1.0), (3, 2, 0.0), (4, 0, 1.0), (4, 2, 0.0)
+    ]  # fmt: skip
+    assert (rollouts.dropped, rollouts.unscored) == (0, 5)
+    again = rollouts_from_json(json.loads(json.dumps(rollouts_to_json(rollouts))), [*PROMPTS, *PROMPTS])
+    assert again.unscored == 5 and (rollouts + rollouts).unscored == 10
+
+
+def held_out(renderer: Renderer, *functions: str, samples: int) -> tuple[dict[str, float], str]:
+    rewards = RewardRunner([RewardFunction(fn=f"tests.test_rollout:{f}") for f in functions], on_error="drop_group")
+    setup = RolloutSetup(generate=Engine(renderer).generate, renderer=renderer, rewards=rewards)
+    try:
+        metrics, _ = asyncio.run(evaluate(PROMPTS, setup, samples=samples, sampling=SAMPLING, seed=7))
+        return metrics, gaps(metrics, rewards)
+    finally:
+        rewards.close()
+
+
+def test_held_out_accuracy_says_how_many_prompts_are_in_it(renderer: Renderer):
+    metrics, sentence = held_out(renderer, "reward_of", samples=2)
+    assert metrics["eval/accuracy"] == 0.5 and metrics["eval/pass@2"] == 1.0
+    assert (metrics["eval/prompts"], metrics["eval/dropped"], metrics["eval/unjudged"]) == (2, 1, 0)
+    assert "over 2 prompts and leaves out 1 held-out prompts: a reward failed" in sentence and "KeyError" in sentence
+
+
+def test_a_judge_that_gives_none_is_not_a_wrong_answer(renderer: Renderer):
+    metrics, sentence = held_out(renderer, "reward_if_known", "longer_is_better", samples=3)
+    assert metrics["eval/accuracy"] == 0.5, "the first of two judged completions is right"
+    assert (metrics["eval/prompts"], metrics["eval/dropped"], metrics["eval/unjudged"]) == (2, 1, 2)
+    assert "eval/pass@3" not in metrics and "1 held-out prompts and 2 completions of others" in sentence
+    metrics, sentence = held_out(renderer, "reward_if_known", samples=1)
+    assert (metrics["eval/prompts"], metrics["eval/dropped"]) == (2, 1) and metrics["eval/accuracy"] == 1.0
+
+
+def test_a_judge_is_satisfied_by_1_but_for_rounding(renderer: Renderer):
+    metrics, sentence = held_out(renderer, "nearly_right", samples=1)
+    assert sum([0.1] * 10) < 1 and metrics["eval/accuracy"] == 1.0 and sentence == ""
 
 
 def test_without_rewards_every_reward_is_zero(renderer: Renderer):

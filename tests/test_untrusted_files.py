@@ -17,8 +17,8 @@ from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.vllm_engine import VLLMEngine
 from cispo.errors import UserError
 from cispo.policies.loading import init_policy, load_policy, save_policy
-from cispo.rollout.prompts import load_rows
 from cispo.rollout.renderer import load_tokenizer
+from cispo.rollout.rows import load_rows
 from tests.test_bad_input import CHARS, TINY
 from tests.test_vllm_parity import QWEN3
 

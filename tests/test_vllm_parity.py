@@ -227,6 +227,18 @@ def test_dense_policy_equals_learner_through_two_updates(tied: bool, weights: Pa
             assert difference(engine, policies[version], prompts) <= TOLERANCE
 
 
+def test_a_model_of_vllms_transformers_backend_shares_a_process_with_the_learner(weights: Path, tmp_path: Path) -> None:
+    """Both use transformers' class: neither a learner from before the engine nor one from after it may be changed."""
+    config = QWEN3 | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": 0}
+    policies = [init_policy(config, seed) for seed in range(2)]
+    save_policy(policies[0], tmp_path)
+    with running(tmp_path) as engine:
+        assert difference(engine, policies[0], RAGGED[:12]) <= TOLERANCE
+        update(engine, str(publish_weights(policies[1].to_hf(), weights, 1)), 1)
+        assert difference(engine, policies[1], RAGGED[:12]) <= TOLERANCE
+        assert difference(engine, init_policy(config, 1), RAGGED[:12]) <= TOLERANCE
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     # Heads that are no power of two, an ordinary residual, a shared expert, rotary on the whole head, unequal factors.
     "original": {

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from cispo.errors import RunError
+from cispo.runtime import watchdog
 from cispo.runtime.watchdog import Activity, guarded
 
 
@@ -37,6 +38,31 @@ def test_what_moves_now_and_then_is_left_alone():
 
     asyncio.run(guarded(slow(), activity, silence=0.7, say=said.append))
     assert not said
+
+
+def test_a_run_that_has_lost_what_it_needs_is_ended(monkeypatch: pytest.MonkeyPatch):
+    """Also with the watchdog off, and while its calls wait for ever."""
+    monkeypatch.setattr(watchdog, "_CHECK_EVERY", 0.05)
+    activity, looks, cleaned = Activity(), [], []
+
+    def check() -> None:
+        looks.append(1)
+        if len(looks) > 3:
+            raise RunError("the folder is gone")
+
+    activity.checks.append(check)
+
+    async def hang() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cleaned.append(True)
+
+    for silence in (0, 100):
+        looks.clear()
+        with pytest.raises(RunError, match="^the folder is gone$"):
+            asyncio.run(guarded(hang(), activity, silence=silence, say=print))
+    assert len(cleaned) == 2
 
 
 def test_errors_pass_and_zero_is_off():

@@ -64,9 +64,25 @@ class Advantage(ABC):
         return ""
 
 
+_RELATIVE_ROUNDING = 2.0**-21
+"""Four times float32's epsilon: a few operations in the coarsest format that a reward is computed in."""
+_ABSOLUTE_ROUNDING = 1e-12
+"""Rest of float64 terms that cancel."""
+
+
 def is_constant(rewards: Sequence[float] | Tensor) -> bool:
-    """Whether all rewards of a group are equal, so that nothing can be learned from their comparison."""
-    return bool((torch.as_tensor(rewards) == rewards[0]).all())
+    """Whether all rewards of a group are equal but for rounding, so that nothing can be learned from their comparison.
+
+    0.1 + 0.2 is equal to 0.3, and float32's 0.1 to float64's. Everything that asks whether rewards are equal asks here.
+    """
+    values = torch.as_tensor(rewards, dtype=torch.float64)
+    low, high = values.aminmax()
+    return bool(high - low <= _RELATIVE_ROUNDING * torch.maximum(high, -low) + _ABSOLUTE_ROUNDING)
+
+
+def reaches(reward: float, threshold: float) -> bool:
+    """Whether a reward is at least the threshold, but for rounding."""
+    return reward >= threshold or is_constant([reward, threshold])
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +146,8 @@ class BatchBaseline(Advantage):
 
     def __call__(self, groups: Groups) -> list[list[Tensor]]:
         totals = [_totals(group) for group in groups]
-        baseline = _mean(torch.cat(totals)) if totals else 0.0
-        return [_spread(group, total - baseline) for group, total in zip(groups, totals, strict=True)]
+        centred = _centred(torch.cat(totals)).split([len(total) for total in totals]) if totals else []
+        return [_spread(group, advantages) for group, advantages in zip(groups, centred, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +207,9 @@ def whiten(advantages: list[list[Tensor]]) -> list[list[Tensor]]:
     if not tokens:
         return advantages
     flat = torch.cat(tokens)
-    mean = _mean(flat)
-    std = 1.0 if is_constant(flat) else float(flat.std(correction=0))
+    if is_constant(flat):
+        return [[torch.zeros_like(a) for a in group] for group in advantages]
+    mean, std = float(flat.mean()), float(flat.std(correction=0))
     return [[(a - mean) / std for a in group] for group in advantages]
 
 
@@ -221,18 +238,18 @@ def _spread(group: Sequence[TokenRewards], advantages: Tensor) -> list[Tensor]:
 
 
 def _mean(values: Tensor) -> float:
-    """The mean; of equal values exactly that value, which rounding in a sum would miss by a bit."""
+    """The mean; of equal values exactly the first, which rounding in a sum would miss by a bit."""
     return float(values[0] if is_constant(values) else values.mean())
 
 
 def _centred(totals: Tensor) -> Tensor:
-    return totals - _mean(totals)
+    """The distances from the mean; exact zeros where all are equal."""
+    return torch.zeros_like(totals) if is_constant(totals) else totals - _mean(totals)
 
 
 def _normalised(totals: Tensor, ddof: int, epsilon: float) -> Tensor:
-    if is_constant(totals):
-        return torch.zeros_like(totals)
-    return _centred(totals) / (totals.std(correction=ddof) + epsilon)
+    centred = _centred(totals)
+    return centred if is_constant(totals) else centred / (totals.std(correction=ddof) + epsilon)
 
 
 def _to_go(rewards: Tensor) -> Tensor:

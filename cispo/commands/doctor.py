@@ -21,7 +21,7 @@ from cispo.batch import pack_for, to_samples
 from cispo.errors import UserError
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
-from cispo.output.screen import table_of
+from cispo.output.screen import new_console, table_of, verdict
 from cispo.recipe.load import load_recipe
 from cispo.recipe.schema import Recipe
 from cispo.rollout.prompts import prompts_of
@@ -29,7 +29,7 @@ from cispo.rollout.renderer import renderer_of
 from cispo.rollout.rollout import sampling_of
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
-from cispo.start import policy_folder, running_workers
+from cispo.start import check_vocabulary, policy_folder, running_workers
 from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn
 from cispo.workers import Workers
 
@@ -59,19 +59,19 @@ def doctor(path: Path | None, overrides: Sequence[str], checkpoint: str | None) 
 
     Raises UserError where a check fails.
     """
-    console = Console(highlight=False)
-    console.print("[bold]versions[/]")
+    console = new_console()
+    console.print("versions", style="bold")
     console.print(table_of([("python", platform.python_version()), *_versions()]))
-    console.print("\n[bold]device[/]")
+    console.print("\ndevice", style="bold")
     console.print(table_of(_devices()))
-    console.print("\n[bold]lightning attention against the token recurrence[/]")
+    console.print("\nlightning attention against the token recurrence", style="bold")
     failures = [text for ok, text in _lightning_checks(console) if not ok]
     if path is not None:
-        console.print("\n[bold]sampler against learner[/]")
+        console.print("\nsampler against learner", style="bold")
         failures += _parity(console, load_recipe(path, overrides), checkpoint)
     if failures:
         raise UserError("doctor found: " + "; ".join(failures))
-    console.print("\n[green]all checks passed[/]")
+    console.print("\nall checks passed", style="green")
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -105,7 +105,7 @@ def _lightning_checks(console: Console) -> list[tuple[bool, str]]:
         error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True))
         text = f"{dtype}: largest relative error of outputs and gradients {error:.1e} (limit {limit:.0e})"
         results.append((error <= limit, text))
-        console.print(("[green]ok[/]   " if error <= limit else "[red]FAIL[/] ") + text)
+        console.print(verdict(error <= limit), text)
     return results
 
 
@@ -124,6 +124,7 @@ def _parity(console: Console, recipe: Recipe, checkpoint: str | None) -> list[st
     prompts = prompts_of(source, "eval" if recipe.eval else "data", renderer, recipe)[:64]
     with tempfile.TemporaryDirectory() as temporary:
         policy = checkpoint or policy_folder(recipe, renderer, Path(temporary))
+        check_vocabulary(policy, renderer)
 
         async def run() -> list[str]:
             async with running_workers(recipe, policy, activity=Activity()) as (workers, engines):
@@ -168,7 +169,7 @@ def _report_gap(console: Console, recipe: Recipe, gap: Tensor, when: str, speed:
     largest, mean = float(gap.abs().max()), float(gap.abs().mean())
     text = f"{when}: {len(gap):,} tokens, |dlogp| max {largest:.1e} mean {mean:.1e} (limit {limit:.0e})"
     text += f", {speed:,.0f} tokens/s"
-    console.print(("[green]ok[/]   " if largest <= limit else "[red]FAIL[/] ") + text)
+    console.print(verdict(largest <= limit), text)
     if largest <= limit:
         return []
     share = float((gap.abs() > limit).double().mean())

@@ -12,19 +12,21 @@ import torch
 from rich.table import Table
 
 from cispo.errors import UserError
-from cispo.evaluate import evaluate
+from cispo.evaluate import evaluate, gaps
+from cispo.files import disk_errors
 from cispo.output.checkpoint import check_checkpoint
-from cispo.output.screen import Screen
+from cispo.output.run_folder import no_run_above
+from cispo.output.screen import new_console, visible
 from cispo.policies.loading import load_policy, save_policy
 from cispo.recipe.load import load_recipe, need
 from cispo.recipe.schema import Recipe
-from cispo.rollout.prompts import prompts_of
-from cispo.rollout.renderer import load_tokenizer, renderer_of
+from cispo.rollout.prompts import prompt_ids, prompts_of, warn
+from cispo.rollout.renderer import Renderer, has_tokenizer, load_tokenizer, renderer_of
 from cispo.rollout.rewards import rewards_of
-from cispo.rollout.rollout import RolloutSetup, roll_out, sampling_of
+from cispo.rollout.rollout import RolloutSetup, sample, sampling_of, score
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
-from cispo.start import chosen_policy, running_workers
+from cispo.start import check_vocabulary, chosen_policy, running_workers
 from cispo.types import Prompt
 from cispo.workers import Workers
 
@@ -37,7 +39,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
     renderer = renderer_of(recipe)
     assert recipe.eval is not None
     prompts = prompts_of(recipe.eval, "eval", renderer, recipe)
-    rewards = rewards_of(recipe, prompts)
+    check_vocabulary(policy, renderer)
+    rewards = rewards_of(recipe, {"eval": prompts})
 
     async def run() -> dict[str, float]:
         async with _engines_only(recipe, policy) as workers:
@@ -52,6 +55,8 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
 
     with contextlib.closing(rewards):
         metrics = asyncio.run(run())
+    if sentence := gaps(metrics, rewards):
+        warn(sentence)
     print(json.dumps({"policy": policy, "prompts": len(prompts), **metrics}))
 
 
@@ -79,25 +84,32 @@ def generate(
     renderer = renderer_of(recipe)
     row = dict(c.split("=", 1) for c in columns)
     asked = Prompt(id=0, messages=({"role": "user", "content": prompt},), columns=row)
-    rewards = rewards_of(recipe, [asked]) if recipe.reward and row else None
+    prompt_ids([asked], "--prompt", renderer, recipe, warn)
+    check_vocabulary(policy, renderer)
+    rewards = rewards_of(recipe, {"--column": [asked]}) if recipe.reward and row else None
 
     async def run() -> None:
         async with _engines_only(recipe, policy) as workers:
-            rollouts = await roll_out(
-                [asked],
-                RolloutSetup(generate=workers.generate, renderer=renderer, rewards=rewards),
-                group_size=number,
-                sampling=sampling_of(recipe, renderer),
-                seed=seed_of(recipe.seed, "generate"),
-            )
+            sampling, seed = sampling_of(recipe, renderer), seed_of(recipe.seed, "generate")
+            sampled = await sample([asked], workers.generate, renderer, group_size=number, sampling=sampling, seed=seed)
+            scored = await score(sampled, rewards) if rewards is not None else []
+        if rewards is not None and rewards.problems:
+            warn(f"the completions have no rewards: {rewards.last_problem}")
+        given = {t.index: f"{t.reward:g}" for group in scored for t in group.trajectories}
         table = Table(show_lines=True)
         for heading in ("#", "completion", "tokens", "finish", "logprob", *(["reward"] if row else [])):
             table.add_column(heading)
-        for t in rollouts.groups[0].trajectories:
+        for t in sampled[0].trajectories:
             completion = t.turns[0].completion
-            cells = [str(t.index), t.text, str(t.length), t.finish_reason.value, f"{sum(completion.logprobs):.3f}"]
-            table.add_row(*cells, *([f"{t.reward:g}"] if row else []))
-        Screen().console.print(table)
+            cells = [
+                str(t.index),
+                visible(t.text),
+                str(t.length),
+                t.finish_reason.value,
+                f"{sum(completion.logprobs):.3f}",
+            ]
+            table.add_row(*cells, *([given.get(t.index, "none")] if row else []))
+        new_console().print(table)
 
     try:
         asyncio.run(run())
@@ -111,13 +123,19 @@ def export(checkpoint: Path, to: Path, dtype: str) -> None:
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype!r} is unknown; there are float32 and bfloat16")
     check_checkpoint(str(checkpoint))
+    if to.exists() and not to.is_dir():
+        raise UserError(f"--to {to} is a file")
     if to.exists() and any(to.iterdir()):
         raise UserError(f"--to {to} is not empty")
+    renderer = Renderer(load_tokenizer(str(checkpoint))) if has_tokenizer(checkpoint) else None
     policy = load_policy(str(checkpoint), dtype=getattr(torch, dtype))
-    save_policy(policy, to)
-    with contextlib.suppress(UserError):
-        load_tokenizer(str(checkpoint)).save_pretrained(str(to))
+    with no_run_above(to), disk_errors(to):
+        save_policy(policy, to)
+        if renderer is not None:
+            renderer.save(to)
     written, again = policy.to_hf(), load_policy(str(to), dtype=getattr(torch, dtype)).to_hf()
     assert written.keys() == again.keys() and all(torch.equal(written[k], again[k]) for k in written)
     parameters = sum(t.numel() for t in written.values())
+    if renderer is None:
+        warn(f"{checkpoint} holds no tokenizer, so {to} has none either, and nothing says where completions end")
     print(f"{to}: {parameters:,} parameters, {dtype}")

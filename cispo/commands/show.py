@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from cispo.algorithms import Algorithm
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import describe, warnings
-from cispo.output.screen import table_of
+from cispo.output.screen import new_console, table_of, warn
 from cispo.policies.loading import count_parameters
 from cispo.recipe.load import dump_yaml, load_recipe
 from cispo.recipe.schema import Recipe
@@ -27,20 +25,20 @@ def show(path: Path, overrides: Sequence[str]) -> None:
     """`cispo show`: the resolved recipe, the algorithm in words, the process and memory plan."""
     recipe = load_recipe(path, overrides)
     algorithm = algorithm_of(recipe)
-    console = Console(highlight=False)
-    console.print("[bold]recipe[/]")
-    console.print(dump_yaml(recipe), markup=False)
-    console.print("[bold]algorithm[/]")
+    console = new_console()
+    console.print("recipe", style="bold")
+    console.print(dump_yaml(recipe))
+    console.print("algorithm", style="bold")
     console.print(table_of(describe(algorithm)))
     updates, stale = recipe.algorithm.steps_per_batch, recipe.control.max_staleness
     for sentence in warnings(algorithm, updates_per_batch=updates, max_staleness=stale):
-        console.print(f"[yellow]warning:[/] {sentence}")
+        warn(console, sentence)
     rollout = recipe.rollout
     curriculum = describe_curriculum(recipe.curriculum, group_size=rollout.group_size, max_tokens=rollout.max_tokens)
     if curriculum:
-        console.print("\n[bold]curriculum[/]")
+        console.print("\ncurriculum", style="bold")
         console.print(table_of(curriculum))
-    console.print("\n[bold]processes and memory[/]")
+    console.print("\nprocesses and memory", style="bold")
     console.print(table_of(_plan(recipe, algorithm)))
 
 

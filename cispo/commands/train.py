@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
+from cispo.errors import UserError
 from cispo.output.checkpoint import CheckpointFolder, step_of
-from cispo.output.folder import create_run_folder, last_run_folder
+from cispo.output.folder import logged_steps
+from cispo.output.run_folder import create_run_folder, last_run_folder, no_run_above, only_user_of
 from cispo.output.screen import Screen
 from cispo.recipe.load import load_recipe, need
-from cispo.recipe.resume import check_same_run
+from cispo.recipe.resume import check_same_run, output_dirs
+from cispo.recipe.schema import Recipe
 from cispo.run import Run, load_task
 from cispo.runtime.interrupts import Interrupts
 
 
-def train(path: Path, overrides: Sequence[str], *, resume: bool) -> None:
+def train(path: Path, overrides: Sequence[str], *, resume: bool | Literal["auto"]) -> None:
     """`cispo train`: everything a recipe names is checked first, then a run folder is made and filled.
 
-    With `resume` the last run of that name goes on from its newest whole checkpoint, or from its start.
+    With `resume` the last run of that name goes on from its newest whole checkpoint, or from its start. "auto" starts
+    the first run of a name.
     """
     recipe = load_recipe(path, overrides)
     need(recipe, "data", "reward")
     screen = Screen()
     interrupts = Interrupts(screen.print)
-    if resume:
-        folder = last_run_folder(recipe.output_dir, recipe.name)
-        check_same_run(recipe, folder)
-        checkpoint = CheckpointFolder(folder, recipe.train.keep).last()
-        if checkpoint is not None and step_of(checkpoint) >= recipe.train.steps:
-            screen.print(f"{folder} has all its {recipe.train.steps} steps: a larger train.steps goes on from there")
-            return
-        task = load_task(recipe)
+    places = output_dirs(recipe, path, overrides) if resume else []
+    found = (last_run_folder(place, recipe.name) for place in places)
+    before = next((folder for folder in found if folder is not None), None)
+    if before is not None:
+        _go_on(recipe.model_copy(update={"output_dir": str(before.parent)}), before, screen, interrupts)
+    elif resume is True:
+        raise UserError(f"--resume: {Path(recipe.output_dir) / recipe.name} holds no run")
     else:
         task = load_task(recipe)
-        folder, checkpoint = create_run_folder(recipe.output_dir, recipe.name), None
-    run = Run(recipe, task, folder, screen, interrupts, checkpoint=checkpoint)
-    run.announce()
-    interrupts.run(run.train())
+        with no_run_above(Path(recipe.output_dir)), create_run_folder(recipe.output_dir, recipe.name) as folder:
+            run = Run(recipe, task, folder, screen, interrupts)
+            run.announce()
+            interrupts.run(run.train())
+
+
+def _go_on(recipe: Recipe, path: Path, screen: Screen, interrupts: Interrupts) -> None:
+    """Continues the run in a folder, where it has steps left."""
+    with only_user_of(path) as folder:
+        recipe = check_same_run(recipe, path)
+        checkpoint = CheckpointFolder(path, recipe.train.keep).resume_point(logged_steps(path), screen.warn)
+        if checkpoint is not None and step_of(checkpoint) >= recipe.train.steps:
+            screen.print(f"{path} has all its {recipe.train.steps} steps: a larger train.steps goes on from there")
+            return
+        run = Run(recipe, load_task(recipe), folder, screen, interrupts, checkpoint=checkpoint)
+        run.announce()
+        interrupts.run(run.train())
 
 
 def sft(path: Path, overrides: Sequence[str]) -> None:
@@ -45,7 +61,13 @@ def sft(path: Path, overrides: Sequence[str]) -> None:
     recipe = load_recipe(path, overrides)
     need(recipe, "sft")
     screen = Screen()
+    interrupts = Interrupts(screen.print)
     task = load_task(recipe)
-    run = Run(recipe, task, create_run_folder(recipe.output_dir, recipe.name), screen, Interrupts(screen.print))
-    run.announce()
-    print(f"policy: {asyncio.run(run.sft())}")
+    with no_run_above(Path(recipe.output_dir)), create_run_folder(recipe.output_dir, recipe.name) as folder:
+        run = Run(recipe, task, folder, screen, interrupts)
+        run.announce()
+
+        async def warm_up() -> None:
+            print(f"policy: {await run.sft()}")
+
+        interrupts.run(warm_up())

@@ -16,15 +16,17 @@ import contextlib
 import json
 import os
 import platform
-import shutil
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
+from typing_extensions import TypedDict
 
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import describe
@@ -34,11 +36,14 @@ from cispo.compare.plan import Arm, Plan, make_plan
 from cispo.compare.report import summary_lines, write_report
 from cispo.compare.results import OverviewResults, Results, assert_equal
 from cispo.errors import Diverged, RunError, UserError
-from cispo.files import write_json
+from cispo.files import disk_errors, read_json, write_json
 from cispo.output.checkpoint import CheckpointFolder
-from cispo.output.folder import read_metrics
-from cispo.output.screen import Screen, progress_bars
-from cispo.recipe.load import dump_yaml, read_stored, stored_recipe
+from cispo.output.folder import logged_steps, read_metrics
+from cispo.output.integrity import damage
+from cispo.output.run_folder import RunFolder, no_run_above, only_user_of
+from cispo.output.screen import Screen, new_console, progress_bars
+from cispo.recipe.load import changed, dump_yaml, read_stored, stored_recipe
+from cispo.recipe.resume import difference
 from cispo.recipe.schema import Recipe
 from cispo.run import Run, Task, load_task
 from cispo.runtime.interrupts import Interrupts
@@ -76,13 +81,17 @@ def compare(
     """Runs the arms that have not ended, and reports."""
     stored = _stored(equal)
     plan = make_plan(items, algorithms=algorithms, seeds=seeds, metric=metric, updates=updates, name=name)
-    console = Console(highlight=False)
-    if not plot_only:
-        interrupts = Interrupts(console.print)
-        interrupts.run(run_arms(plan, parallel or _parallel(plan), console, interrupts))
-    elif not plan.folder.is_dir():
+    console = new_console()
+    if plot_only and not plan.folder.is_dir():
         raise UserError(f"--plot-only: there is no comparison in {plan.folder} yet")
-    found = report(plan, console, fit=fit)
+    # A new folder is made once the task is known to be sound.
+    task = None if plan.folder.is_dir() else load_task(plan.arms[0].recipe)
+    with no_run_above(plan.folder.parent), _made(plan.folder):
+        if not plot_only:
+            interrupts = Interrupts(console.print)
+            interrupts.run(run_arms(plan, parallel or _parallel(plan), console, interrupts, task))
+        with disk_errors(plan.folder):
+            found = report(plan, console, fit=fit)
     if stored is not None:
         missing = [setting for setting in found if setting not in stored]
         if missing:
@@ -105,24 +114,25 @@ def _parallel(plan: Plan) -> int:
     return max(1, (os.cpu_count() or 1) // busy)
 
 
-async def run_arms(plan: Plan, parallel: int, console: Console, interrupts: Interrupts) -> None:
-    """Runs all arms that have not ended yet, `parallel` at a time, seed after seed; an interrupt ends them in order."""
+async def run_arms(plan: Plan, parallel: int, console: Console, interrupts: Interrupts, task: Task | None) -> None:
+    """Runs all arms that have not ended yet, `parallel` at a time, seed after seed; an interrupt ends them in order.
+
+    Loads the task where it is not given.
+    """
     first = plan.arms[0].recipe
     todo = [(arm, index) for index in range(plan.seeds) for arm in plan.arms if not _ended(plan, arm, index)]
     total = len(plan.arms) * plan.seeds
-    console.print(
-        f"[bold]{plan.folder}[/]: {len(plan.arms)} arms x {plan.seeds} seeds, {total - len(todo)} of {total} runs "
-        f"ended, {parallel} side by side"
+    Screen(console).print(
+        f": {len(plan.arms)} arms x {plan.seeds} seeds, {total - len(todo)} of {total} runs "
+        f"ended, {parallel} side by side",
+        title=str(plan.folder),
     )
     if not todo:
         return
-    task = load_task(first)
-    try:
-        plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{plan.folder} cannot be written: {error.strerror}") from None
+    task = task or load_task(first)
     needed = max(num_processes(arm.recipe, critic=algorithm_of(arm.recipe).critic) for arm in plan.arms)
-    cluster = make_runtime(first, needed * parallel, Activity())
+    activity = Activity()
+    cluster = make_runtime(first, needed * parallel, activity)
     slots, bars = asyncio.Semaphore(parallel), progress_bars(console)
     warm: dict[int, asyncio.Task[str]] = {}
 
@@ -140,6 +150,8 @@ async def run_arms(plan: Plan, parallel: int, console: Console, interrupts: Inte
                 return
             label = f"{arm.folder_name} seed {arm.recipe.seed + index}"
             await _run_arm(plan, arm, index, start, task, Screen(console, bars=bars, label=label), interrupts)
+            # Without their cluster the other runs would fail one after the other.
+            activity.check()
 
     tasks = [asyncio.create_task(one(arm, index)) for arm, index in todo]
     try:
@@ -177,7 +189,7 @@ def _ended(plan: Plan, arm: Arm, index: int) -> bool:
     if outcome is None:
         return False
     stored = stored_recipe(outcome["identity"], where=f"{folder / 'outcome.json'} identity")
-    if _identity(stored) != _identity(_with_seed(plan, arm, index)):
+    if difference(stored, _with_seed(plan, arm, index)) is not None:
         raise UserError(
             f"{folder} holds a run of another recipe: choose another --name, or delete the folder to run it again"
         )
@@ -186,8 +198,24 @@ def _ended(plan: Plan, arm: Arm, index: int) -> bool:
 
 
 def _outcome(folder: Path) -> Outcome | None:
+    """None where a run has not ended. A damaged file is named, and the run goes on from its checkpoint."""
     file = folder / "outcome.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        return TypeAdapter(Outcome).validate_python(read_json(file))
+    except (UserError, ValidationError):
+        print(f"cispo: warning: {file} is damaged, so its run counts as not ended", file=sys.stderr)
+        return None
+
+
+def _made(folder: Path) -> RunFolder:
+    """Makes a folder where there is none, and locks it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    return only_user_of(folder)
 
 
 async def _warm_up(
@@ -195,20 +223,20 @@ async def _warm_up(
 ) -> str:
     """The policy after the supervised warm-up of a seed, made once: the first arm's, without its algorithm."""
     folder = plan.folder / "warm" / f"seed_{seed}"
-    first = plan.arms[0].recipe.model_dump()
-    neutral = Recipe.model_validate({**first, "seed": seed, "name": "warm", "algorithm": {}})
+    neutral = changed(plan.arms[0].recipe, {"seed": seed, "name": "warm", "algorithm": {}}, where="the warm-up")
     done = CheckpointFolder(folder, 1).whole()
-    if done and _holds(folder, neutral):
+    if done and _holds(folder, neutral) and damage(done[-1], hashes=True) is None:
         return str(done[-1])
     async with slots:
-        _empty(folder)
-        return str(await Run(neutral, task, folder, screen, interrupts, alone=False).sft())
+        with _made(folder) as locked:
+            locked.empty()
+            return str(await Run(neutral, task, locked, screen, interrupts, alone=False).sft())
 
 
 def _holds(folder: Path, recipe: Recipe) -> bool:
     """Whether a folder is of a run of exactly this recipe."""
     file = folder / "recipe.yaml"
-    return file.exists() and dump_yaml(read_stored(file)) == dump_yaml(recipe)
+    return file.exists() and difference(read_stored(file), recipe) is None
 
 
 async def _run_arm(
@@ -218,19 +246,35 @@ async def _run_arm(
 
     A run that breaks does not end the others. Raises UserError, which is the same for every arm.
     """
-    folder, recipe = run_folder(plan, arm, index), _with_seed(plan, arm, index)
+    with _made(run_folder(plan, arm, index)) as locked:
+        await _run_in(locked, plan, arm, index, start, task, screen, interrupts)
+
+
+async def _run_in(
+    locked: RunFolder,
+    plan: Plan,
+    arm: Arm,
+    index: int,
+    start: str | None,
+    task: Task,
+    screen: Screen,
+    interrupts: Interrupts,
+) -> None:
+    folder, recipe = locked.path, _with_seed(plan, arm, index)
     identity = _identity(recipe)
     status: Status = "done"
     sentence: str | None = None
     if start is not None:
         policy = recipe.policy.model_copy(update={"model": start, "config": None})
         recipe = recipe.model_copy(update={"policy": policy, "sft": None})
-    checkpoint = CheckpointFolder(folder, recipe.train.keep).last() if _holds(folder, recipe) else None
+    checkpoint = None
+    if _holds(folder, recipe):
+        checkpoint = CheckpointFolder(folder, recipe.train.keep).resume_point(logged_steps(folder), screen.warn)
     if checkpoint is None:
-        _empty(folder)
+        locked.empty()
     started = time.perf_counter()
     try:
-        await Run(recipe, task, folder, screen, interrupts, checkpoint=checkpoint, alone=False).train()
+        await Run(recipe, task, locked, screen, interrupts, checkpoint=checkpoint, alone=False).train()
         if interrupts.requested:
             return
     except UserError:
@@ -239,26 +283,21 @@ async def _run_arm(
         status, sentence = "diverged", str(error)
     except Exception as error:
         # The report shows the sentence; the traceback lies beside the run.
-        (folder / "error.txt").write_text(traceback.format_exc())
+        with contextlib.suppress(OSError):
+            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         status, sentence = "failed", " ".join(reason.split())[:300]
     outcome: Outcome = {"status": status, "identity": identity, "seconds": time.perf_counter() - started}
     if sentence is not None:
         outcome["sentence"] = sentence
-    write_json(folder / "outcome.json", outcome)
+    with disk_errors(folder):
+        write_json(folder / "outcome.json", outcome)
     if status == "done":
         # At once, and not when all arms have run: the name may be misspelt.
         require_metric(_arm_result(plan, arm), plan.metric)
     values = [row[plan.metric] for row in read_metrics(folder / "metrics.jsonl") if plan.metric in row]
     ending = sentence or f"{plan.metric} {values[0]:.3f} -> {values[-1]:.3f}"
     screen.print(f"{ending} ({outcome['seconds']:.0f} s)")
-
-
-def _empty(folder: Path) -> None:
-    """Makes the folder anew, without the files of an interrupted run."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
 
 
 def report(plan: Plan, console: Console, *, fit: bool) -> dict[str, Results]:
@@ -270,7 +309,7 @@ def report(plan: Plan, console: Console, *, fit: bool) -> dict[str, Results]:
         files = write_report(comparison, plan.folder / setting.replace(" ", "_"), fit=fit)
         pages[setting], found[setting] = files.page, json.loads(files.results.read_text())
         if setting:
-            console.print(f"\n[bold]{setting}[/]")
+            console.print(f"\n{setting}", style="bold")
         for part in summary_lines(comparison):
             console.print(part)
     page = pages[""] if "" in pages else write_overview(comparisons, pages, found, plan.folder)

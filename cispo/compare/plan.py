@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from cispo.algorithms.choice import algorithm_of
 from cispo.errors import UserError
-from cispo.recipe.load import load_recipe, need, parse_recipe
-from cispo.recipe.schema import Recipe
+from cispo.recipe.load import changed, load_recipe, need
+from cispo.recipe.schema import MAX_NAME, NAME, Recipe
+from cispo.recipe.text import read_value
 
 # Keys that are no part of an algorithm: an arm of another algorithm keeps the recipe's.
 _SHARED_KEYS = ("updates_per_batch", "epochs", "overlong_penalty")
@@ -57,6 +56,8 @@ def make_plan(
     overrides = [item for item in items if item not in paths]
     if not paths:
         raise UserError("compare needs at least one recipe")
+    if not metric:
+        raise UserError("--metric is empty")
     recipes = [load_recipe(path, overrides) for path in paths]
     for recipe in recipes:
         need(recipe, "data", "reward")
@@ -69,10 +70,12 @@ def make_plan(
         for count in counts:
             label = [Path(path).stem] * (len(paths) > 1 and algorithms is not None)
             label += [f"k={count}"] * (len(counts) > 1)
-            for algorithm in _split(algorithms) if algorithms else [None]:
+            for algorithm in [None] if algorithms is None else _split(algorithms):
                 arm = _arm_recipe(recipe, algorithm, count, overrides)
                 title = algorithm or (Path(path).stem if len(paths) > 1 else recipe.algorithm.name)
                 arms.append(Arm(name=title, setting=" ".join(label), recipe=arm))
+    if name is not None and (not re.fullmatch(NAME, name) or len(name) > MAX_NAME):
+        raise UserError(f"--name {name!r:.120} is not a name of letters, digits, '.', '_' and '-'")
     folder = Path(recipes[0].output_dir) / (name or f"{recipes[0].name}-compare")
     command = shlex.join(["cispo", "compare", *sys.argv[2:]])
     return Plan(folder=folder, arms=_distinct(arms), seeds=seeds, metric=metric, command=command)
@@ -82,9 +85,9 @@ def _updates(text: str | None) -> list[int | None]:
     if text is None:
         return [None]
     counts = text.split(",")
-    wrong = [c for c in counts if not c.strip().isdigit() or int(c) == 0]
+    wrong = [c for c in counts if not re.fullmatch(r"\s*[1-9]\d{0,8}\s*", c, re.ASCII)]
     if wrong:
-        raise UserError(f"--updates-per-batch {text!r}: {wrong[0]!r} is not a positive number")
+        raise UserError(f"--updates-per-batch {text!r:.80}: {wrong[0]!r:.80} is not a positive number")
     return [int(c) for c in counts]
 
 
@@ -101,8 +104,7 @@ def _arm_recipe(recipe: Recipe, algorithm: str | None, updates: int | None, over
 
     `algorithm.key=value` on the command line holds for every arm, name(key=value) for its own.
     """
-    values = recipe.model_dump(mode="json")
-    keys = values["algorithm"]
+    keys = recipe.algorithm.model_dump(mode="json")
     if algorithm is not None:
         match = re.fullmatch(r"([^()]+?)\s*(?:\((.*)\))?", algorithm)
         if match is None:
@@ -115,9 +117,8 @@ def _arm_recipe(recipe: Recipe, algorithm: str | None, updates: int | None, over
         keys |= _settings(settings, algorithm)
     if updates is not None:
         keys["updates_per_batch"] = updates
-    values["algorithm"] = keys
-    values["train"]["max_prompts"] = recipe.train.steps * recipe.rollout.prompts_per_step
-    arm = parse_recipe(values, where=algorithm or recipe.name)
+    train = recipe.train.model_dump() | {"max_prompts": recipe.train.steps * recipe.rollout.prompts_per_step}
+    arm = changed(recipe, {"algorithm": keys, "train": train}, where=algorithm or recipe.name)
     try:
         algorithm_of(arm)
     except UserError as error:
@@ -131,7 +132,9 @@ def _settings(text: str, algorithm: str) -> dict[str, object]:
         key, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--algorithms: {item!r} in {algorithm!r} is not of the form key=value")
-        settings[key.strip()] = yaml.safe_load(value)
+        if key.strip() in settings:
+            raise UserError(f"--algorithms: {algorithm!r} sets {key.strip()} twice")
+        settings[key.strip()] = read_value(value.strip(), f"algorithm.{key.strip()}", f"--algorithms: {item!r}")
     return settings
 
 

@@ -10,14 +10,14 @@ a CPU. `drafts` says when a completion ends, `serving.make_engine` builds an eng
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from cispo.engines.drafts import Draft
 from cispo.errors import UserError
-from cispo.policies.loading import weight_files
+from cispo.files import read_json
+from cispo.policies.loading import max_positions_of, weight_files
 from cispo.weights.publish import WeightMessage
 
 
@@ -87,7 +87,9 @@ def check_model(model: str, max_context: int) -> None:
     config = Path(model) / "config.json"
     if not config.is_file():
         raise UserError(f"{model} holds no policy: config.json is missing")
-    positions = json.loads(config.read_text()).get("max_position_embeddings")
-    if positions and max_context > positions:
-        raise UserError(f"max_context {max_context} is above the {positions} positions that the policy in {model} has")
+    positions = max_positions_of(read_json(config))
+    if positions is not None and max_context > positions:
+        raise UserError(
+            f"rollout.max_context {max_context} is above the {positions} positions that the policy in {model} has"
+        )
     weight_files(Path(model))

@@ -54,6 +54,7 @@ def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
 
     device = current_platform.device_type
     _register_models()
+    _leave_classes_alone()
     register_transfer_backend()
     transfer = WeightTransferConfig(backend=TRANSFER_BACKEND)
     unknown = arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)}
@@ -86,6 +87,17 @@ def _register_models() -> None:
         if family.vllm is not None:
             for architecture in family.vllm.architectures:
                 ModelRegistry.register_model(architecture, resolve_name(family.vllm.model))
+
+
+def _leave_classes_alone() -> None:
+    """Keeps vLLM's Transformers backend from changing transformers' own classes, which a learner of this process uses.
+
+    The backend prepares a decoder's class for compilation, which is off here: instances that vLLM did not make would
+    lack the attributes that its `__call__` reads (seen with vLLM 0.32).
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    Base._decorate_for_torch_compile = lambda self: None
 
 
 def _cuda_arguments(sequences: int, exact: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cispo.algorithms.objective import Objective
 from cispo.errors import UserError
-from cispo.files import disk_errors
+from cispo.files import disk_errors, note_digest
 from cispo.learner.loss import micro_batch_loss, read, spread, trained_logprobs
 from cispo.learner.parallel import join
 from cispo.learner.rank import Rank, total, trainable_policy
@@ -208,8 +208,9 @@ class Learner:
     # Checkpoints, and the end
 
     def save(self, folder: str) -> None:
-        """Writes the policy in Hugging Face form."""
-        save_policy(self.policy, folder)
+        """Writes the policy in Hugging Face form. Raises RunError where the disk refuses."""
+        with disk_errors(Path(folder)):
+            save_policy(self.policy, folder)
 
     def start_save(self, folder: str) -> None:
         """Copies policy (in Hugging Face form) and optimizer; a thread writes them while training goes on."""
@@ -219,6 +220,7 @@ class Learner:
         def write_model() -> None:
             with disk_errors(Path(folder)):
                 write_policy(weights, config, folder)
+                note_digest(Path(folder) / "model.safetensors")
 
         self.rank.start_save(folder, write_model)
 

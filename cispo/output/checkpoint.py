@@ -3,7 +3,7 @@
     checkpoints/.draft  --every file on the disk, then one rename-->  step_000012
 
     checkpoints/step_000012/   config.json  model.safetensors  tokenizer ...    a model folder, as transformers reads it
-                               cispo.json                                       step, versions, size of every file
+                               cispo.json                                       step, versions, size and hash of files
                 .../training/  driver.json  driver.safetensors                  state of the training loop
                                learner.safetensors  critic.safetensors          optimizers, float32 masters, the critic
     checkpoints/best.json      the step with the best accuracy on the held-out prompts
@@ -15,6 +15,7 @@ a resumed run may have another number of them. Only JSON and safetensors are rea
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -29,11 +30,12 @@ from torch import Tensor
 
 from cispo import __version__
 from cispo.errors import UserError
-from cispo.files import disk_errors, save_tensors, write_json
+from cispo.files import disk_errors, read_json, save_tensors, write_json
+from cispo.output.integrity import check_sealed, damage, seal
 
 _DRAFT = ".draft"
-_FACTS = "cispo.json"
 _BEST = "best.json"
+_STATE = "training/driver.json"
 
 
 class CheckpointFolder:
@@ -52,7 +54,9 @@ class CheckpointFolder:
         draft = self.folder / _DRAFT
         with self.completing():
             shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
+            # Without parents: a run folder that was removed must not come back with nothing but a checkpoint.
+            self.folder.mkdir(exist_ok=True)
+            draft.mkdir()
             yield draft
 
     @contextmanager
@@ -72,10 +76,9 @@ class CheckpointFolder:
         disk refuses; earlier checkpoints are then unchanged.
         """
         draft, final = self.folder / _DRAFT, self.folder / f"step_{step:06d}"
-        assert not final.exists(), f"{final} is there already"
+        assert not final.is_dir(), f"{final} is there already"
         with self.completing():
-            sizes = {str(f.relative_to(draft)): f.stat().st_size for f in sorted(draft.rglob("*")) if f.is_file()}
-            write_json(draft / _FACTS, {"cispo_version": __version__, "step": step, **facts, "files": sizes})
+            seal(draft, {"cispo_version": __version__, "step": step, **facts})
             for file in draft.rglob("*"):
                 _to_disk(file)
             _to_disk(draft)
@@ -88,14 +91,52 @@ class CheckpointFolder:
                 shutil.rmtree(old, ignore_errors=True)
         return final
 
+    def steps(self) -> list[Path]:
+        """Every folder with a checkpoint's name, whole or not, oldest first."""
+        return sorted((f for f in self.folder.glob("step_*") if re.fullmatch(r"step_\d+", f.name)), key=step_of)
+
     def whole(self) -> list[Path]:
         """The checkpoints in which every file has the size it was written with, oldest first."""
-        return [folder for folder in sorted(self.folder.glob("step_*")) if _is_whole(folder)]
+        return [folder for folder in self.steps() if damage(folder, hashes=False) is None]
 
     def last(self) -> Path | None:
-        """The newest whole checkpoint from which a run can be resumed."""
-        resumable = [folder for folder in self.whole() if (folder / "training" / "driver.json").exists()]
+        """The newest whole checkpoint from which a run can be resumed; hashes are not looked at."""
+        resumable = [folder for folder in self.whole() if (folder / _STATE).exists()]
         return resumable[-1] if resumable else None
+
+    def resume_point(self, logged: int, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is as it was written and up to which the log is whole, None where there is none.
+
+        `logged` is the last step of the log's whole part. A damaged checkpoint is named in a warning and moved aside.
+        Raises UserError where all are damaged.
+        """
+        damaged: dict[Path, str] = {}
+        intact: list[Path] = []
+        for folder in reversed(self.steps()):
+            problem = _problem(folder)
+            if problem is not None:
+                damaged[folder] = problem
+            elif (folder / _STATE).exists():
+                intact.append(folder)
+                if step_of(folder) <= logged:
+                    break
+        if damaged and not intact:
+            newest, problem = next(iter(damaged.items()))
+            raise UserError(f"--resume: no checkpoint in {self.folder} is whole: in {newest.name}, {problem}")
+        for folder, problem in damaged.items():
+            aside = folder.with_name(f"damaged_{folder.name}")
+            say(f"checkpoint {folder.name} is damaged and moved to {aside.name}: {problem}")
+            with disk_errors(folder):
+                _remove(aside)
+                folder.rename(aside)
+        self._check_best(say)
+        if not intact:
+            return None
+        covered = step_of(intact[-1]) <= logged
+        if step_of(intact[0]) > logged:
+            rest = "later steps are made again" if covered else "rows that cannot be read are left out"
+            say(f"metrics.jsonl is whole up to step {logged} only: {rest}")
+        return intact[-1] if covered else intact[0]
 
     def best(self) -> Path | None:
         step, _ = self._best()
@@ -106,21 +147,30 @@ class CheckpointFolder:
 
     def forget_after(self, step: int) -> None:
         """Removes checkpoints of later steps and any draft, before a run is resumed from `step`."""
-        shutil.rmtree(self.folder / _DRAFT, ignore_errors=True)
-        for folder in self.folder.glob("step_*"):
-            if folder.name > f"step_{step:06d}":
-                shutil.rmtree(folder, ignore_errors=True)
+        _remove(self.folder / _DRAFT)
+        for folder in self.steps():
+            if step_of(folder) > step:
+                _remove(folder)
         best, _ = self._best()
         if best is not None and best > step:
             (self.folder / _BEST).unlink()
 
     def _best(self) -> tuple[int | None, float]:
-        """(step, score) of best.json; (None, -inf) before the first score."""
-        file = self.folder / _BEST
-        if not file.exists():
-            return None, float("-inf")
-        facts = json.loads(file.read_text())
-        return facts["step"], facts["eval/accuracy"]
+        """(step, score) of best.json; (None, -inf) before the first score, and where the file cannot be read."""
+        try:
+            facts = json.loads((self.folder / _BEST).read_text(encoding="utf-8"))
+            step, score = facts["step"], float(facts["eval/accuracy"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None, -math.inf
+        return (step, score) if isinstance(step, int) and math.isfinite(score) else (None, -math.inf)
+
+    def _check_best(self, say: Callable[[str], None]) -> None:
+        """Removes a best.json that cannot be read, or names a checkpoint that is gone."""
+        file, best = self.folder / _BEST, self.best()
+        if os.path.lexists(file) and (best is None or not best.is_dir()):
+            say(f"{file} is damaged: the best checkpoint is chosen anew")
+            with disk_errors(file):
+                _remove(file)
 
 
 class Savers(Protocol):
@@ -168,7 +218,7 @@ class CheckpointWriter:
             await self.workers.start_save(draft)
             self.save_tokenizer(draft)
             save_tensors(tensors, draft / "training" / "driver.safetensors")
-            write_json(draft / "training" / "driver.json", state)
+            write_json(draft / _STATE, state)
         self._complete = partial(self.folder.finish, step, facts, score=score)
         self.saved = step
 
@@ -187,7 +237,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_checkpoint(folder: str) -> Path:
-    """The folder as a path. Raises UserError where it holds no policy."""
+    """The folder as a path. Raises UserError where it holds no policy, or weights that are not as they were written."""
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"checkpoint {folder} does not exist")
@@ -196,17 +246,29 @@ def check_checkpoint(folder: str) -> Path:
         raise UserError(
             f"checkpoint {folder} has no config.json" + (f" (a run folder? try {hint[-1]})" if hint else "")
         )
+    check_sealed(path, "checkpoint", only="*.safetensors")
     return path
 
 
-def _is_whole(folder: Path) -> bool:
-    if not re.fullmatch(r"step_\d+", folder.name) or not (folder / _FACTS).exists():
-        return False
-    try:
-        files = json.loads((folder / _FACTS).read_text()).get("files", {})
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError):
-        return False
+def _problem(folder: Path) -> str | None:
+    """The damage of a checkpoint from which a run is to be resumed, None where there is none."""
+    problem = damage(folder, hashes=True)
+    if problem is None and (folder / _STATE).exists():
+        try:
+            # A checkpoint of version 0.1.0 has no hashes.
+            if read_json(folder / _STATE).get("finished") != step_of(folder):
+                return f"{_STATE} is of another step"
+        except UserError:
+            return f"{_STATE} cannot be read"
+    return problem
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder or a file, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -1,13 +1,11 @@
-"""The run folder: its name, its lock, and the files of metrics and sampled completions.
+"""The files of a run folder: metrics and sampled completions. Its name and lock are `run_folder`'s.
 
-runs/<name>/recipe.yaml  metrics.jsonl  events.out.tfevents.*  samples/train_000010.parquet
+runs/<name>/recipe.yaml  .lock  metrics.jsonl  events.out.tfevents.*  samples/train_000010.parquet
             checkpoints/step_000120/  learning_curve.png  dropped_tokens.json
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
 import re
@@ -16,52 +14,42 @@ from pathlib import Path
 
 from cispo.errors import Diverged, UserError
 from cispo.files import disk_errors, write_text
+from cispo.output.board import Board
 from cispo.types import TrajectoryGroup
 
 
-def create_run_folder(output_dir: str, name: str) -> Path:
-    """Makes `output_dir/name`, or where that holds a run already `name-2`, `name-3` ... Nothing is overwritten.
-
-    Raises UserError where output_dir cannot be written.
-    """
-    try:
-        for number in range(1, 10_000):
-            folder = Path(output_dir) / (name if number == 1 else f"{name}-{number}")
-            try:
-                folder.mkdir(parents=True, exist_ok=False)
-                return folder
-            except FileExistsError:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    return folder
-    except OSError as error:
-        raise UserError(f"output_dir {output_dir!r} cannot be written: {error.strerror}") from None
-    raise UserError(f"output_dir {output_dir!r} holds ten thousand runs named {name!r}")
-
-
-def last_run_folder(output_dir: str, name: str) -> Path:
-    """The newest run folder of a name. Raises UserError where there is none."""
-    found = [f for f in Path(output_dir).glob(f"{name}*") if re.fullmatch(rf"{re.escape(name)}(-\d+)?", f.name)]
-    found = [f for f in found if (f / "recipe.yaml").exists()]
-    if not found:
-        raise UserError(f"--resume: {Path(output_dir) / name} holds no run")
-    return max(found, key=lambda f: int(f.name[len(name) + 1 :] or 1))
-
-
-@contextlib.contextmanager
-def only_user_of(folder: Path) -> Iterator[None]:
-    """Locks a run folder for this process. Raises UserError where another process holds the lock."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use: another process is running in it") from None
-        yield
-
-
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl, [] where there is no file. An unfinished last line, left by a killed run, is dropped."""
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    """Rows of a metrics.jsonl, [] where there is no file. An unfinished last line, left by a killed run, is dropped.
+
+    Raises UserError naming a line that cannot be read.
+    """
+    rows = []
+    for number, row in enumerate(_lines(file), 1):
+        if row is None:
+            raise UserError(f"{file}: line {number} is damaged")
+        rows.append(row)
+    return rows
+
+
+def logged_steps(folder: Path) -> int:
+    """The last step up to which metrics.jsonl has every row, -1 without the first."""
+    steps = [row["step"] for row in _lines(folder / "metrics.jsonl") if row is not None]
+    return next((number - 1 for number, step in enumerate(steps) if step != number), len(steps) - 1)
+
+
+def _lines(file: Path) -> Iterator[dict[str, float] | None]:
+    """The row of every whole line, None where it is damaged."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    for line in text.split("\n")[:-1]:
+        try:
+            row = json.loads(line)
+            good = isinstance(row["step"], int) and all(isinstance(value, int | float) for value in row.values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            good = False
+        yield row if good else None
 
 
 class RunLog:
@@ -69,18 +57,17 @@ class RunLog:
 
     def __init__(self, folder: Path, name: str = "metrics", *, after: int = -1) -> None:
         """Continues a log after step `after`: rows and samples that the run wrote of later steps are removed."""
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         self.folder = folder
-        file = folder / f"{name}.jsonl"
-        self.history: list[dict[str, float]] = [row for row in read_metrics(file) if row["step"] <= after]
         with disk_errors(folder):
+            file = folder / f"{name}.jsonl"
+            self.history = [row for row in _lines(file) if row is not None and row["step"] <= after]
             write_text(file, "".join(json.dumps(row) + "\n" for row in self.history))
-            self._lines = file.open("a", buffering=1)
-            self._board = SummaryWriter(str(folder), purge_step=after + 1 if after >= 0 else None)
-        for parquet in (folder / "samples").glob("*.parquet"):
-            if int(parquet.stem.rpartition("_")[2]) > after:
-                parquet.unlink()
+            self._lines = file.open("a", buffering=1, encoding="utf-8")
+            self._board = Board(folder, name, purge_step=after + 1 if after >= 0 else None)
+            for parquet in (folder / "samples").glob("*.parquet"):
+                own = re.fullmatch(r"(?:train|eval)_(\d+)", parquet.stem)
+                if own and int(own[1]) > after:
+                    parquet.unlink()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one step. Raises Diverged where a value is not finite."""
@@ -89,16 +76,11 @@ class RunLog:
             raise Diverged(
                 f"{broken[0]} is not finite at step {step}: the policy has diverged (learner.lr is too high?)"
             )
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
-
         row = {"step": step, **values}
         self.history.append(row)
         with disk_errors(self.folder):
             self._lines.write(json.dumps(row) + "\n")
-            # One event for all values: TensorBoard's queue holds ten events, and adding to a full queue blocks.
-            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-            assert self._board.file_writer is not None, "the log is closed"
-            self._board.file_writer.add_summary(Summary(value=scalars), step)
+            self._board.scalars(step, values)
 
     def samples(self, step: int, groups: Sequence[TrajectoryGroup], *, kind: str = "train") -> None:
         """Writes samples/`kind`_`step`.parquet, one row a completion."""
@@ -131,7 +113,8 @@ class RunLog:
 
     def dropped_tokens(self, rows: Sequence[Mapping[str, int | str]]) -> None:
         """Writes dropped_tokens.json: the tokens that PPO's clip would have dropped, most frequent first."""
-        (self.folder / "dropped_tokens.json").write_text(json.dumps(list(rows), indent=1) + "\n")
+        with disk_errors(self.folder):
+            write_text(self.folder / "dropped_tokens.json", json.dumps(list(rows), indent=1) + "\n")
 
     def close(self) -> None:
         with disk_errors(self.folder):

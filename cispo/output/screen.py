@@ -1,4 +1,8 @@
-"""Progress of a command on the console: a bar on a terminal, plain lines elsewhere."""
+"""The console of every command, and progress on it: a bar on a terminal, plain lines elsewhere.
+
+Text is shown as it is: names, paths and completions may hold brackets that rich would read as markup, and codes that a
+terminal would obey. Style is an argument.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,39 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 # Seconds between plain lines, so that a log file stays readable.
 _LINE_EVERY = 10.0
+
+# Control characters but tab and newline, and the codes of terminals that they begin.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(0x7F, 0xA0)) if code not in (9, 10)}
+
+
+def new_console() -> Console:
+    """A console that takes no text for markup or the name of an emoji."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def visible(text: str) -> str:
+    """Text of a policy or a user, with its control characters as \\x1b."""
+    return text.translate(_CONTROLS)
+
+
+def warn(console: Console, sentence: str, *, label: str = "") -> None:
+    """Prints a warning."""
+    console.print(Text.assemble(label, ("warning:", "yellow"), f" {visible(sentence)}"), soft_wrap=True)
 
 
 def progress_bars(console: Console) -> Progress:
     """Bars for one or several screens; none where the console is no terminal."""
     return Progress(
-        TextColumn("[bold]{task.description}"),
+        TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
+        TextColumn("{task.fields[numbers]}", markup=False),
         TimeRemainingColumn(compact=True),
         console=console,
         disable=not console.is_terminal,
@@ -33,7 +55,7 @@ class Screen:
 
     def __init__(self, console: Console | None = None, *, bars: Progress | None = None, label: str = "") -> None:
         """Runs side by side share `bars`, which their caller starts and stops, and have a `label` each."""
-        self.console = console or Console(highlight=False)
+        self.console = console or new_console()
         self._label = f"{label}: " if label else ""
         self._owner = bars is None
         self._progress = bars or progress_bars(self.console)
@@ -52,14 +74,19 @@ class Screen:
         if self._owner:
             self._progress.stop()
 
-    def print(self, text: str) -> None:
-        self.console.print(escape(self._label) + text, soft_wrap=True)
+    def print(self, text: str, *, title: str = "") -> None:
+        """Prints a line, with a `title` in bold before the text."""
+        line = Text.assemble(self._label, (visible(title), "bold"), visible(text))
+        self.console.print(line, soft_wrap=True)
+
+    def warn(self, sentence: str) -> None:
+        warn(self.console, sentence, label=self._label)
 
     def phase(self, name: str, total: int, *, done: int = 0) -> None:
         """Starts a phase of `total` steps; a resumed one has `done` of them behind it."""
         self._name, self._total, self._started, self._printed = name, total, time.monotonic(), 0.0
         self._before = done
-        description = escape(self._label) + name
+        description = self._label + name
         self._progress.reset(self._task, description=description, total=total, completed=done, visible=True, numbers="")
 
     def done(self) -> None:
@@ -76,6 +103,11 @@ class Screen:
         self._printed = now
         left = (now - self._started) / max(step - self._before, 1) * (self._total - step)
         self.print(f"{self._name} {step}/{self._total}  {text}  {left:.0f} s left")
+
+
+def verdict(good: bool) -> Text:
+    """The mark of a check that passed or failed."""
+    return Text("ok  ", "green") if good else Text("FAIL", "red")
 
 
 def table_of(rows: Sequence[tuple[str, str]]) -> Table:

@@ -8,6 +8,7 @@ The config picks the family (`families.family_of`).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,15 @@ from cispo.errors import UserError
 from cispo.files import read_json, write_json
 from cispo.policies.families import family_of
 from cispo.policies.policy import HFConfig, Policy
+
+# Names that config.json's have for the number of positions (those of vLLM 0.32, _get_and_verify_max_len).
+_POSITION_KEYS = (
+    "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "model_max_length",
+    "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len"
+)  # fmt: skip
+
+# Number formats of weights, as safetensors names them. Others are quantised, and mean nothing without their scales.
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 # Files of pickled weights, as torch and others write them.
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -39,7 +49,7 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     config = read_json(folder / "config.json")
     files = weight_files(folder)
     try:
-        policy = family_of(config).build(config, folder, dtype)
+        policy = _build(config, folder, dtype)
         policy.load_hf(_read_weights(files))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
@@ -53,8 +63,8 @@ def init_policy(config: HFConfig, seed: int, dtype: torch.dtype = torch.float32)
 
     Matrices are normal with the config's initializer_range, norms one, biases zero.
     """
-    policy = family_of(config).build(config, None, dtype)
-    std = policy.hf_config().get("initializer_range", 0.02)
+    policy = _build(config, None, dtype)
+    std = initial_std(policy)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -66,13 +76,44 @@ def init_policy(config: HFConfig, seed: int, dtype: torch.dtype = torch.float32)
     return policy
 
 
+def initial_std(policy: Policy) -> float:
+    """The config's initializer_range, 0.02 without one. Raises UserError where it is no standard deviation."""
+    std = policy.hf_config().get("initializer_range", 0.02)
+    if not isinstance(std, int | float) or not 0 <= std < math.inf:
+        raise UserError(f"policy.config.initializer_range {std!r} is not a standard deviation")
+    return std
+
+
 def count_parameters(source: str | None, config: HFConfig | None) -> int:
     """Parameters of the policy that a folder's or hub id's config.json, or `config`, describes; allocates nothing."""
     if config is None:
         assert source is not None
         config = read_json(local_folder(source) / "config.json")
+    return sum(p.numel() for p in shape_of(config).parameters())
+
+
+def shape_of(config: HFConfig) -> Policy:
+    """The policy of a config.json's content without memory for its weights."""
     with torch.device("meta"):
-        return sum(p.numel() for p in family_of(config).build(config, None, torch.float32).parameters())
+        return _build(config, None, torch.float32)
+
+
+def _build(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> Policy:
+    """A policy with undefined weights. Raises UserError for values that no policy can have, whatever they break."""
+    try:
+        return family_of(config).build(config, folder, dtype)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"no policy can be built from the config: {reason:.300}") from None
+
+
+def max_positions_of(config: HFConfig) -> int | None:
+    """The longest sequence, in tokens, that a config.json's policy is made for; None where it says nothing."""
+    text = config.get("text_config")
+    values = [part.get(key) for part in (config, text) if isinstance(part, dict) for key in _POSITION_KEYS]
+    return min((value for value in values if isinstance(value, int) and value > 0), default=None)
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:
@@ -103,7 +144,7 @@ def local_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -123,6 +164,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index} has no weight_map")
+        foreign = [name for name in names.values() if not isinstance(name, str) or Path(name).name != name]
+        if foreign:
+            raise UserError(f"{index} names {foreign[0]!r}, which is not the name of a file in its folder")
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
@@ -142,10 +186,32 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_weights(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+def check_weights(folder: Path) -> None:
+    """Raises UserError where config.json and the headers of the weight files do not go together; reads no weights."""
+    from safetensors import SafetensorError
+
+    try:
+        with torch.device("meta"):
+            policy = _build(read_json(folder / "config.json"), folder, torch.float32)
+            policy.load_hf(_read_weights(weight_files(folder), headers=True))
+    except SafetensorError as error:
+        raise UserError(f"{folder}: a weight file is broken or cut short: {error}") from None
+    except UserError as error:
+        raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+
+
+def _read_weights(files: Iterable[Path], *, headers: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every weight; of `headers` alone the tensors have shapes and no values."""
     from safetensors import safe_open
 
     for file in files:
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():
-                yield name, weights.get_tensor(name)
+                header = weights.get_slice(name)
+                if header.get_dtype() not in _FLOATS:
+                    raise UserError(
+                        f"weight {name!r} is stored as {header.get_dtype()}: a policy is trained from {_FLOATS[0]}, "
+                        f"{', '.join(_FLOATS[1:-1])} or {_FLOATS[-1]}"
+                    )
+                shape = header.get_shape()
+                yield name, torch.empty(shape, device="meta") if headers else weights.get_tensor(name)

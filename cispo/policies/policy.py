@@ -82,11 +82,6 @@ class Policy(nn.Module, ABC):
         return self.lm_head_weight.shape[0]
 
     @property
-    @abstractmethod
-    def max_positions(self) -> int:
-        """Longest sequence, in tokens, that the policy is made for."""
-
-    @property
     def router_shape(self) -> tuple[int, int]:
         """(MoE layers, experts of each); (0, 0) for a dense policy."""
         return 0, 0

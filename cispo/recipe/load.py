@@ -2,27 +2,33 @@
 
     defaults  <-  base: other.yaml  <-  recipe.yaml  <-  key=value ...
 
-OmegaConf merges, pydantic validates; unknown keys and wrong types raise UserError naming the key.
+`text` reads YAML, `interpolation` merges, pydantic validates. A UserError names the key.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from cispo.errors import UserError
+from cispo.recipe import text
 from cispo.recipe.checks import check_recipe
+from cispo.recipe.interpolation import Place, as_stored, merge_and_resolve, value_at
 from cispo.recipe.migrate import REMOVED, migrate
-from cispo.recipe.schema import Data, Recipe, Section
+from cispo.recipe.schema import Data, Recipe, known_keys
+from cispo.recipe.text import Values
 
-Values = dict[str, object]
-"""The plain values of a recipe: nested sections, keys of any version."""
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -31,29 +37,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     `path` is a file, or the bare name of a shipped recipe. Raises UserError for a missing or malformed file, an unknown
     key, a wrong type, or keys that contradict each other.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    file = _locate(path)
-    layers, folders = [_read_yaml(file)], [file.parent]
+    file = locate(path)
+    layers, folders = [text.read_file(file)], [file.parent]
     base = layers[0].get("base")
     if base is not None:
-        base_file = _locate(str(base), file.parent)
+        if not isinstance(base, str):
+            raise UserError(f"{file}: base = {_short(base)}: it must be the path or the name of a recipe")
+        base_file = locate(base, file.parent)
         folders.append(base_file.parent)
-        base_layer = _read_yaml(base_file)
+        base_layer = text.read_file(base_file)
         if "base" in base_layer:
             raise UserError(f"{base_file}: a base recipe cannot have a base of its own")
         layers.insert(0, base_layer)
-    for item in overrides:
-        if "=" not in item or item.startswith("="):
-            raise UserError(f"override {item!r} is not of the form key=value")
-    try:
-        layers.append(_plain(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))))
-        merged = OmegaConf.merge(*(migrate(layer, str(file)) for layer in layers))
-        values = _plain(OmegaConf.to_container(merged, resolve=True))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{file}: {_one_line(error)}") from None
-    return _with_paths(parse_recipe(values, where=str(file)), folders)
+    layers.append(_overridden(overrides))
+    recipe, kept = _parsed([migrate(layer, str(file)) for layer in layers], str(file))
+    return _keeping(_with_paths(recipe, file, folders), kept)
 
 
 def parse_recipe(values: Mapping[str, object], *, where: str = "recipe") -> Recipe:
@@ -66,24 +64,77 @@ def parse_recipe(values: Mapping[str, object], *, where: str = "recipe") -> Reci
     return recipe
 
 
+def changed(recipe: Recipe, sections: Mapping[str, object], *, where: str) -> Recipe:
+    """The recipe with other values of some top keys, validated; its interpolations are stored as before."""
+    again = parse_recipe({**recipe.model_dump(mode="json"), **sections}, where=where)
+    again.set_kept(recipe.kept)
+    return again
+
+
 def read_stored(file: Path) -> Recipe:
     """The recipe.yaml of a run folder: see `stored_recipe`."""
-    return parse_recipe(migrate(_read_yaml(file), str(file)), where=str(file))
+    return _stored(text.read_file(file), str(file))
 
 
-def stored_recipe(text: str, *, where: str) -> Recipe:
+def stored_recipe(written: str, *, where: str) -> Recipe:
     """The recipe in a text that `dump_yaml` wrote, in this version or an earlier one.
 
     Keys that are newer than the text take their defaults. Raises UserError naming `where` and the key that cannot be
     read.
     """
-    return parse_recipe(migrate(_parse_yaml(text, where), where), where=where)
+    return _stored(text.read_text(written, where), where)
 
 
-def _locate(name: str | Path, beside: Path = Path()) -> Path:
+def _stored(values: Values, where: str) -> Recipe:
+    recipe, kept = _parsed([migrate(values, where)], where)
+    return _keeping(recipe, kept)
+
+
+def _parsed(layers: Sequence[Values], where: str) -> tuple[Recipe, Mapping[Place, str]]:
+    """The recipe of the merged layers, and its interpolations as they are to be stored."""
+    try:
+        values, kept = merge_and_resolve(layers)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return parse_recipe(values, where=where), kept
+
+
+def _keeping(recipe: Recipe, kept: Mapping[Place, str]) -> Recipe:
+    values = recipe.model_dump(mode="json")
+    recipe.set_kept({place: (raw, value_at(values, place)) for place, raw in kept.items()})
+    return recipe
+
+
+def _overridden(overrides: Sequence[str]) -> Values:
+    """The nested values of key=value items; of two for one key the later holds."""
+    layer: Values = {}
+    for item in overrides:
+        key, equals, given = item.partition("=")
+        names = key.split(".")
+        if not equals or not all(names):
+            raise UserError(f"override {_short(item)} is not of the form key=value")
+        if _NO_TEXT.search(item):
+            raise UserError(f"override {_short(item)} holds a character that is no text")
+        if key == "base":
+            raise UserError(f"override {_short(item)}: base stands in a recipe's file alone")
+        value = text.read_value(given, key, f"override {_short(item)}")
+        for name in reversed(names[1:]):
+            value = {name: value}
+        layer[names[0]] = _over(layer.get(names[0]), value)
+    return layer
+
+
+def _over(low: object, high: object) -> object:
+    """`high`, with the keys of `low` that it lacks where both are mappings."""
+    if not isinstance(low, dict) or not isinstance(high, dict):
+        return high
+    return {**low, **{key: _over(low.get(key), value) for key, value in high.items()}}
+
+
+def locate(name: str | Path, beside: Path = Path()) -> Path:
     """The file of a recipe, `beside` being the folder that its path starts from."""
     file, given = beside / name, Path(name)
-    if file.is_file() or given.suffix or len(given.parts) != 1:
+    if os.path.isfile(file) or given.suffix or len(given.parts) != 1:
         return file
     shipped = {Path(str(f)).stem: Path(str(f)) for f in files("cispo.recipes").iterdir() if f.name.endswith(".yaml")}
     if given.name not in shipped:
@@ -91,54 +142,16 @@ def _locate(name: str | Path, beside: Path = Path()) -> Path:
     return shipped[given.name]
 
 
-def _read_yaml(file: Path) -> Values:
-    try:
-        return _parse_yaml(file.read_text(), str(file))
-    except FileNotFoundError:
-        raise UserError(f"recipe {file} does not exist") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {file} cannot be read: {_one_line(error)}") from None
-
-
-def _parse_yaml(text: str, where: str) -> Values:
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {where} is not valid YAML: {_one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {where} does not hold keys and values")
-    return _plain(values)
-
-
-def _plain(values: object) -> Values:
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted key, field) of every key of the schema, nested sections included."""
-    for name, info in section.model_fields.items():
-        yield prefix + name, info
-        for inner in _sections(info.annotation):
-            yield from known_keys(inner, f"{prefix}{name}.")
-
-
-def _sections(annotation: object) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [s for part in getattr(annotation, "__args__", ()) for s in _sections(part)]
+def _short(value: object) -> str:
+    """The value in at most 80 characters."""
+    shown = " ".join(_SHOWN.repr(value).split())
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation error as one sentence that names the key."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = _short(".".join(str(part) for part in first["loc"]))[1:-1]
     if first["type"] == "extra_forbidden":
         plain = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         if plain in REMOVED:
@@ -147,30 +160,45 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(plain, keys, n=1, cutoff=0.6)
         leaf = plain.rsplit(".", 1)[-1]
         near = near or [k for k in keys if k.rsplit(".", 1)[-1] == leaf][:1]
+        if plain in keys:
+            return f"unknown key {key} (its parts are nested: {plain.replace('.', ': {', 1)}: ...}})"
         return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
     if first["type"] == "missing":
         return f"key {key} is missing"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key} = {first['input']!r}: {message}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key} = {_short(first['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _with_paths(recipe: Recipe, folders: Sequence[Path]) -> Recipe:
-    """Paths that exist beside the recipe or its base but not in the current directory are taken from there."""
+def _with_paths(recipe: Recipe, file: Path, folders: Sequence[Path]) -> Recipe:
+    """The recipe with absolute paths, from the current directory or else from beside the recipe or its base.
 
-    def found(value: str | None) -> str | None:
-        if value is None or Path(value).exists():
-            return value
-        return next((str(folder / value) for folder in folders if (folder / value).exists()), value)
+    The recipe of a run folder that was moved with its project finds files of the project at their new place.
+    """
 
-    def data(value: Data | None) -> Data | None:
-        return value and value.model_copy(update={"source": found(value.source)})
+    def found(value: str) -> str:
+        places = [folder / value for folder in (Path(), *folders)]
+        if file.name == "recipe.yaml" and os.path.isabs(value) and os.path.isabs(recipe.output_dir):
+            places.append(file.absolute().parents[1] / os.path.relpath(value, recipe.output_dir))
+        return next((str(place.absolute()) for place in places if os.path.exists(place)), value)
+
+    return with_paths(recipe, found).model_copy(update={"base": None})
+
+
+def with_paths(recipe: Recipe, found: Callable[[str], str]) -> Recipe:
+    """The recipe with `found` of every key that can name a file or folder to read."""
+
+    def data(section: Data | None) -> Data | None:
+        return section and section.model_copy(update={"source": found(section.source)})
 
     policy = recipe.policy.model_copy(
-        update={"model": found(recipe.policy.model), "tokenizer": found(recipe.policy.tokenizer)}
+        update={
+            "model": recipe.policy.model and found(recipe.policy.model),
+            "tokenizer": recipe.policy.tokenizer and found(recipe.policy.tokenizer),
+        }
     )
     sft = recipe.sft and recipe.sft.model_copy(update={"data": data(recipe.sft.data)})
     return recipe.model_copy(
-        update={"policy": policy, "data": data(recipe.data), "eval": data(recipe.eval), "sft": sft, "base": None}
+        update={"policy": policy, "data": data(recipe.data), "eval": data(recipe.eval), "sft": sft}
     )
 
 
@@ -182,10 +210,15 @@ def need(recipe: Recipe, *sections: str) -> None:
 
 
 def dump_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: every key with the value in force."""
-    import yaml
+    """The resolved recipe as YAML: every key with the value in force, or as written where it reads the environment."""
+    return text.write_text(stored_values(recipe))
 
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"base"}), sort_keys=False, width=120)
+
+def stored_values(recipe: Recipe) -> Values:
+    """The values that `dump_yaml` writes."""
+    values = as_stored(recipe.model_dump(mode="json", exclude={"base"}), recipe.kept)
+    assert isinstance(values, dict)
+    return values
 
 
 def json_schema() -> str:

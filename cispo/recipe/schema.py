@@ -2,52 +2,100 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic.fields import FieldInfo
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
+"""Pattern of a run's name: no path, no option of a command, not hidden."""
+MAX_NAME = 100
+MAX_COUNT = 2**53
+"""Largest count, above which a double does not hold every one."""
+
+Kept = Mapping[tuple[str | int, ...], tuple[str, object]]
+
+
+def _number(value: object) -> object:
+    """true and false are no numbers, though Python counts them as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+def _ordered(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("input should be a number")
+    return value
+
+
+def _readable(value: str) -> str:
+    if re.search(r"[\0\ud800-\udfff]", value):
+        raise ValueError("input holds a character that is no text")
+    return value
+
+
+_NUMBER = BeforeValidator(_number)
+Text = Annotated[str, AfterValidator(_readable)]
+Positive = Annotated[int, Field(gt=0, le=MAX_COUNT), _NUMBER]
+NotNegative = Annotated[int, Field(ge=0, le=MAX_COUNT), _NUMBER]
+Seed = Annotated[int, Field(ge=0, lt=2**63), _NUMBER]
+Finite = Annotated[float, Field(allow_inf_nan=False), _NUMBER]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), _NUMBER]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), _NUMBER]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _NUMBER]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _NUMBER]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), _NUMBER]
+Bound = Annotated[float, _NUMBER, AfterValidator(_ordered)]
+"""A bound on a ratio; infinity is none."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        # Infinity in the arguments of a function stays, and does not become null.
+        ser_json_inf_nan="constants",
+    )
 
 
 class Policy(Section):
-    model: str | None = None
+    model: Text | None = None
     """Folder or hub id of the policy to start from (config.json and safetensors); or give `config`."""
     config: dict[str, object] | None = None
     """A config.json written here: the policy starts from random weights of this shape."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Folder or hub id of the tokenizer; the model's own when left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights; the LM head is computed in float32 either way."""
 
 
 class Data(Section):
-    source: str
+    source: Text
     """A .jsonl or .parquet file, a hub id, module:function, or reasoning_gym:TASK."""
-    split: str = "train"
+    split: Text = "train"
     """Which split; of a procedural source, train is one half of all problems and any other name the other half."""
     args: dict[str, object] = {}
     """Arguments of the function or parameters of the reasoning-gym task (with size and seed)."""
     limit: Positive | None = None
     """Use only the first so many rows."""
-    prompt: str | None = None
+    prompt: Text | None = None
     """Template with {column} fields; without it the column `messages` or `prompt` is the prompt."""
 
 
 class Repetition(Section):
     run_length: NotNegative = 3000
     """Stop after this many tokens in a row above `probability` (the rule of MiniMax-M1); 0 is off."""
-    probability: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    probability: Fraction = 0.99
     """A token counts towards the run when its probability is strictly above this."""
     pattern_size: NotNegative = 0
     """Longest repeated token pattern that the engine's own detection looks for; 0 is off."""
-    pattern_count: Annotated[int, Field(ge=2)] = 4
+    pattern_count: Annotated[int, Field(ge=2, le=MAX_COUNT), _NUMBER] = 4
     """How often the pattern must repeat."""
 
 
@@ -61,7 +109,7 @@ class Rollout(Section):
     placement: Literal["auto", "separate", "split", "sleep"] = "auto"
     """Engines on GPUs of their own; on the learners', with the memory split or given back while those work; auto is
     separate where there are enough GPUs, else split."""
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    gpu_memory: Fraction = 0.4
     """Share of a GPU's memory that the caches of its engines may take, all together."""
     weight_sync: Literal["auto", "shared_memory", "cuda_ipc", "broadcast"] = "auto"
     """How weights reach the engines: a file in shared memory (between nodes: in output_dir), the learner's GPU memory,
@@ -85,9 +133,9 @@ class Rollout(Section):
 
 
 class RewardTerm(Section):
-    fn: str
+    fn: Text
     """module:function of the reward."""
-    weight: float = 1.0
+    weight: Finite = 1.0
     """Its factor in the sum."""
     args: dict[str, object] = {}
     """Further keyword arguments for it."""
@@ -103,7 +151,7 @@ class Reward(Section):
 
 
 class Curriculum(Section):
-    drop_above: Annotated[float, Field(gt=0, le=1)] | None = None
+    drop_above: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), _NUMBER] | None = None
     """A prompt is never sampled again once at least this share of its last group was right (ScaleRL: 0.9)."""
     weighting: Literal["uniform", "difficulty"] = "uniform"
     """How prompts are drawn: each once an epoch, or by p (1 - p) of their estimated pass rate p."""
@@ -112,30 +160,30 @@ class Curriculum(Section):
 
 
 class Algorithm(Section):
-    name: str = "cispo"
+    name: Text = "cispo"
     """cispo, ppo, grpo, dapo, dr_grpo, gspo, rloo, reinforce, reinforce_pp, a preset, or module:NAME of a record."""
-    ratio_max: float | None = None
+    ratio_max: Bound | None = None
     """CISPO: absolute cap on the importance weight (the paper's 1 + eps_high)."""
-    ratio_min: float | None = None
+    ratio_min: Bound | None = None
     """CISPO: absolute floor of the importance weight; 0 is none."""
-    mask_low: float | None = None
+    mask_low: Annotated[float, Field(ge=0), _NUMBER, AfterValidator(_ordered)] | None = None
     """CISPO's token mask (eq. 7): drops tokens with a negative advantage and a ratio below this."""
-    mask_high: float | None = None
+    mask_high: Annotated[float, Field(ge=0), _NUMBER, AfterValidator(_ordered)] | None = None
     """CISPO's token mask (eq. 7): drops tokens with a positive advantage and a ratio above this."""
-    clip_low: float | None = None
+    clip_low: Bound | None = None
     """PPO, GRPO and kin: the ratio is clipped to [1 - clip_low, 1 + clip_high]."""
-    clip_high: float | None = None
+    clip_high: Bound | None = None
     """PPO, GRPO and kin: see clip_low."""
-    dual_clip: float | None = None
+    dual_clip: Bound | None = None
     """PPO, GRPO and kin: drops tokens with a negative advantage and a ratio above this."""
     ratio_anchor: Literal["rollout", "old"] | None = None
     """Denominator of the ratio: the engine's logprobs, or the learner's before this batch."""
-    advantage: str | None = None
+    advantage: Text | None = None
     """group_norm, group_norm_sample (std with n-1), group_mean, leave_one_out, batch_baseline, batch_whiten,
     reward_to_go or gae."""
-    gamma: Annotated[float, Field(ge=0, le=1)] | None = None
+    gamma: Share | None = None
     """GAE: discount of later rewards, per token."""
-    lam: Annotated[float, Field(ge=0, le=1)] | None = None
+    lam: Share | None = None
     """GAE: 1 trusts the rewards alone, 0 the critic's next value."""
     reduction: Literal["token", "prompt", "sequence", "sequence_sum", "constant"] | None = None
     """Divisor of a token's loss: the tokens of its batch, prompt or sequence, the sequences, or a constant."""
@@ -188,9 +236,9 @@ class Learner(Section):
     """How the learning rate falls after the warm-up."""
     warmup_steps: NotNegative = 0
     """Optimizer steps of linear warm-up."""
-    final_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    final_lr_ratio: Share = 0.0
     """Learning rate at the last step, as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's betas."""
     eps: Rate = 1e-15
     """AdamW's epsilon."""
@@ -241,7 +289,7 @@ class Train(Section):
 class Control(Section):
     max_staleness: NotNegative = 0
     """Versions by which a completion may be older than the policy that it trains; 0 samples and learns in turn."""
-    window: Annotated[float, Field(ge=0, le=1)] = 0.25
+    window: Share = 0.25
     """How far finished groups may overtake unfinished ones, as a share of max_staleness batches."""
     on_update: Literal["wait", "keep", "recompute", "abort"] = "keep"
     """How unfinished completions meet new weights: they end first (wait), go on with the old keys, values and states
@@ -253,17 +301,17 @@ class Control(Section):
 
 
 class Recipe(Section):
-    base: str | None = None
+    base: Text | None = None
     """Another recipe that this one changes."""
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(default="run", pattern=NAME, max_length=MAX_NAME)
     """Name of the run folder."""
-    seed: NotNegative = 0
+    seed: Seed = 0
     """Seed of all random numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policies run."""
     runtime: Literal["ray", "local"] = "ray"
     """Ray actors, or the same classes in this process."""
-    output_dir: str = "runs"
+    output_dir: Text = "runs"
     """Where run folders go; on a cluster a file system that all nodes share."""
     policy: Policy = Policy()
     """The language model that is trained."""
@@ -289,3 +337,26 @@ class Recipe(Section):
     """Length of the training, evaluations and checkpoints."""
     control: Control = Control()
     """Overlap of sampling and learning; processes that die or hang."""
+    _kept: Kept = PrivateAttr(default_factory=dict)
+
+    @property
+    def kept(self) -> Kept:
+        """Interpolations that are stored instead of their values: place in the recipe -> (text, value in force)."""
+        return self._kept
+
+    def set_kept(self, kept: Kept) -> None:
+        self._kept = kept
+
+
+def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted key, field) of every key of the schema, nested sections included."""
+    for name, info in section.model_fields.items():
+        yield prefix + name, info
+        for inner in _sections(info.annotation):
+            yield from known_keys(inner, f"{prefix}{name}.")
+
+
+def _sections(annotation: object) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [s for part in getattr(annotation, "__args__", ()) for s in _sections(part)]

@@ -8,23 +8,32 @@ prompts, and a saved state continues it.
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import fractions
 import functools
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cispo.errors import UserError
+from cispo.files import form_errors, read_json
 from cispo.recipe.schema import Recipe
 from cispo.rollout.curriculum import difficulty_weights, effective_number, enough
+from cispo.rollout.renderer import Renderer
 from cispo.seeds import seed_of
 from cispo.types import Prompt
 
 Weighting = Literal["uniform", "difficulty"]
+
+# Values outside of JSON with a text that depends on nothing else.
+_WITH_TEXT = (bytes, complex, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, fractions.Fraction)
 
 # Positions examined together by numpy: most prompts of a long run may be dropped, too many for a Python loop.
 _WINDOW = 4096
@@ -214,33 +223,55 @@ class PromptSource:
 
     def state_dict(self) -> dict[str, object]:
         """Plain JSON; its size grows with the number of prompts that have had a group."""
-        return {**self._identity(), "order": self._order.state_dict(), "rates": self.rates.state_dict()}
+        return {**self._identity, "order": self._order.state_dict(), "rates": self.rates.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, a `state_dict`. UserError if it belongs to another dataset, seed or weighting."""
-        for name, here in self._identity().items():
-            if state[name] != here:
-                raise UserError(f"the checkpoint's prompts have {name} {state[name]}, this run's have {name} {here}")
+        self.check(state)
         self._order.load_state_dict(state["order"])
         self.rates.load_state_dict(state["rates"])
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError where `state`, a `state_dict`, belongs to another dataset, seed or weighting."""
+        for name, here in self._identity.items():
+            # The columns are missing in the states of earlier versions.
+            stored = state.get(name, here) if name == "columns" else state[name]
+            if stored != here:
+                reason = " (an answer or another column was changed)" if name == "columns" else ""
+                raise UserError(f"the checkpoint's prompts have {name} {stored}, this run's have {name} {here}{reason}")
+
+    @functools.cached_property
     def _identity(self) -> dict[str, int | str]:
         return {
             "size": len(self.prompts),
             "seed": self.seed,
             "weighting": self.weighting,
-            "digest": self._digest,
+            "digest": _digest(prompt.messages for prompt in self.prompts),
+            "columns": fingerprint(self.prompts),
         }
 
-    @functools.cached_property
-    def _digest(self) -> str:
-        """Hash of all messages: a pass rate must not be carried over to another prompt at the same position."""
-        digest = hashlib.blake2b(digest_size=8)
-        for prompt in self.prompts:
-            # Content outside of JSON counts by its type: its text may hold a memory address.
-            text = json.dumps(prompt.messages, default=lambda value: type(value).__name__, skipkeys=True)
-            digest.update(text.encode())
-        return digest.hexdigest()
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Hash of all columns, the answers among them."""
+    return _digest(sorted(prompt.columns.items(), key=lambda item: str(item[0])) for prompt in prompts)
+
+
+def _digest(rows: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        try:
+            text = json.dumps(row, default=_plain, skipkeys=True)
+        except (ValueError, RecursionError):  # a value that holds itself, or is nested without end
+            text = type(row).__name__
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _plain(value: object) -> object:
+    """A value outside of JSON: its text where that is the value's own, else its type: it may hold a memory address."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    return str(value) if isinstance(value, _WITH_TEXT) else type(value).__name__
 
 
 def prompt_source_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptSource:
@@ -252,3 +283,19 @@ def prompt_source_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptSource:
         weighting=recipe.curriculum.weighting,
         pass_size=recipe.rollout.prompts_per_step,
     )
+
+
+def check_same_prompts(
+    checkpoint: Path, recipe: Recipe, renderer: Renderer, prompts: Sequence[Prompt], held_out: Sequence[Prompt]
+) -> None:
+    """Raises UserError where a checkpoint's run was trained on, or evaluated by, other prompts, columns or tokens."""
+    file = checkpoint / "training" / "driver.json"
+    state = read_json(file)
+    with form_errors(file):
+        prompt_source_of(recipe, prompts).check(state["prompts"])
+        # Earlier versions did not store these two.
+        if state.get("held_out", fingerprint(held_out)) != fingerprint(held_out):
+            raise UserError(f"{checkpoint} was evaluated on other prompts than those of the recipe's eval section")
+        if state.get("renderer", renderer.fingerprint) != renderer.fingerprint:
+            name = renderer.tokenizer.name_or_path
+            raise UserError(f"{checkpoint} was trained with another tokenizer or chat template than '{name}' has")

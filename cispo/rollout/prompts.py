@@ -1,240 +1,106 @@
-"""From a dataset's name to prompts.
+"""From rows to prompts.
 
-    source --load_rows--> rows --build_prompts--> prompts --check_length--> prompts --PromptSource--> P prompts a step
+    rows --build_prompts--> prompts --prompt_ids: they fit the context--> prompts --PromptSource--> P prompts a step
 
-A row is a plain dict. Its columns fill the prompt's template and reach the reward functions by name.
+The columns of a row fill the prompt's template and reach the reward functions by name.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import inspect
-import itertools
-import json
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import re
+import string
+import sys
+from collections.abc import Callable, Mapping, Sequence
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Data, Recipe
 from cispo.rollout.renderer import Renderer
+from cispo.rollout.rows import Row, load_rows
 from cispo.types import Message, Prompt
-from cispo.user_code import is_hub_id, load_object
 
-if TYPE_CHECKING:
-    from reasoning_gym.dataset import ProceduralDataset
+Say = Callable[[str], None]
+"""Shows a warning, one sentence."""
 
-Row = dict[str, Any]
-Args = Mapping[str, Any]
-"""A dataset's own arguments in the recipe."""
+_POLICY_ROLES = ("assistant", "model", "gpt", "bot", "chatbot", "ai")
+"""Names that chat formats give to the policy's turns."""
 
-REASONING_GYM = "reasoning_gym:"
-JSON_SUFFIXES = (".jsonl", ".json")
+_CHARACTERS_PER_TOKEN = 1000
+"""A text with more characters for each token of the context is not tokenised: it cannot fit, and takes minutes."""
 
-SEED_STRIDE = 1_000_000
-"""reasoning_gym draws item i of seed s from s + i: without a stride, seeds 0 and 1 would share all but one item."""
+_NAMED_ROWS = 10
+"""Most rows that a sentence names."""
 
 
-def prompts_of(data: Data, key: str, renderer: Renderer, recipe: Recipe) -> list[Prompt]:
+def warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr)
+
+
+def prompts_of(data: Data, key: str, renderer: Renderer, recipe: Recipe, say: Say = warn) -> list[Prompt]:
     """The prompts of a recipe section, each short enough for the context."""
     prompts = build_prompts(load_rows(data.source, data.split, data.args, data.limit, key), data.prompt, key)
-    for prompt in prompts:
-        check_length(len(renderer.render(prompt.messages)), recipe, f"{key}: prompt {prompt.id}")
+    prompt_ids(prompts, key, renderer, recipe, say)
     return prompts
 
 
-def check_length(length: int, recipe: Recipe, name: str) -> None:
-    """UserError unless `length` tokens leave room in the context for at least one more."""
-    room = recipe.rollout.max_context - 1
-    if length > room:
-        raise UserError(
-            f"{name} has {length} tokens; rollout.max_context {recipe.rollout.max_context} leaves room for {room}"
-        )
+def prompt_ids(prompts: Sequence[Prompt], key: str, renderer: Renderer, recipe: Recipe, say: Say) -> list[list[int]]:
+    """The rendered prompts. UserError for those that are empty or leave no room in the context for a further token."""
+    longest = _CHARACTERS_PER_TOKEN * recipe.rollout.max_context
+    texts = renderer.texts([prompt.messages for prompt in prompts], longest, f"{key}: row")
+    ids = fitting(texts, renderer.encode_prompt, recipe, key)
+    empty = next((row for row, tokens in enumerate(ids) if not tokens), None)
+    if empty is not None:
+        raise UserError(f"{key}: row {empty} makes an empty prompt")
+    warn_of_lacking([text for text in texts if text is not None], f"{key}: {{}} prompts", renderer, say)
+    return ids
 
 
-def load_rows(source: str, split: str, args: Args, limit: int | None, key: str) -> list[Row]:
-    """The rows of a dataset, at most `limit` of them.
+def fitting(
+    texts: Sequence[str | None],
+    encode: Callable[[str], list[int]],
+    recipe: Recipe,
+    key: str,
+    *,
+    before: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The token ids of one text a row, each with `before` tokens in front of it; None is a text that is too long.
 
-    `source` is one of
-        module:function        called with `args` (and with `split` if it has that parameter); gives dicts
-        reasoning_gym:TASK     a procedural task; `args` are size, seed and the task's own parameters
-        FILE                   .jsonl, .json or .parquet
-        FOLDER or OWNER/NAME   read by `datasets.load_dataset` with `args`
-    `key` is the recipe key of the dataset ("data.train"). UserError when it cannot be read or has no rows.
+    UserError naming the rows that leave no room in the context for a further token.
     """
-    if source.startswith(REASONING_GYM):
-        rows = _reasoning_gym_rows(source.removeprefix(REASONING_GYM), split, args, key)
-    elif Path(source).suffix in JSON_SUFFIXES:
-        rows = _json_rows(_existing(source, key), key)
-    elif Path(source).suffix == ".parquet" or Path(source).is_dir():
-        rows = _local_rows(_existing(source, key), split, args, key)
-    elif ":" in source:
-        rows = _function_rows(source, split, args, key)
-    elif is_hub_id(source):
-        rows = _hub_rows(source, split, args, key)
-    else:
-        raise UserError(
-            f"{key}: '{source}' does not exist, and is neither module:function, reasoning_gym:TASK, a .jsonl, .json or "
-            "parquet file, nor OWNER/NAME on the hub"
-        )
-    loaded = list(itertools.islice(rows, limit))
-    if not loaded:
-        raise UserError(f"{key}: '{source}' has no rows")
-    return loaded
+    context = recipe.rollout.max_context
+    most = _CHARACTERS_PER_TOKEN * context
+    ids = [None if text is None or len(text) > most else encode(text) for text in texts]
+    lengths = [most + 1 if tokens is None else len(tokens) for tokens in ids]
+    sizes = [length + more for length, more in zip(lengths, before or [0] * len(lengths), strict=True)]
+    over = [row for row, size in enumerate(sizes) if size > context - 1]
+    if not over:
+        return [tokens for tokens in ids if tokens is not None]
+    longest = max(over, key=lambda row: sizes[row])
+    size = f"over {most:,} characters" if ids[longest] is None else f"{sizes[longest]:,} tokens"
+    rows = ", ".join(map(str, over[:_NAMED_ROWS])) + (" ..." if len(over) > _NAMED_ROWS else "")
+    raise UserError(
+        f"{key}: {len(over):,} of {len(sizes):,} rows are too long: rollout.max_context {context} leaves room for "
+        f"{context - 1} tokens, row {longest} has {size} (too long: {rows})"
+    )
 
 
-def _existing(source: str, key: str) -> Path:
-    if not Path(source).exists():
-        raise UserError(f"{key}: '{source}' does not exist")
-    return Path(source)
-
-
-def _json_rows(path: Path, key: str) -> Iterator[Row]:
-    """Read by `json`: `datasets` would turn the answer "2024-01-01" into a datetime, and its errors name no line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: cannot read '{path}': {error}") from error
-    if path.suffix == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{key}: '{path}' line {error.lineno} is not JSON: {error.msg}") from error
-        if not isinstance(values, list):
-            raise UserError(f"{key}: '{path}' must hold a list of rows, not one {type(values).__name__}")
-        for number, value in enumerate(values, start=1):
-            yield _as_row(value, f"{key}: row {number} of '{path}'")
-        return
-    # Not splitlines(), which also splits at U+2028 and its like: JSON strings may hold them unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{key}: '{path}' line {number} is not JSON: {error.msg} (column {error.colno})") from error
-        yield _as_row(value, f"{key}: '{path}' line {number}")
-
-
-def _local_rows(path: Path, split: str, args: Args, key: str) -> list[Row]:
-    """A parquet file or a folder, through `datasets` with a temporary cache: nothing stays behind or goes stale."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    with tempfile.TemporaryDirectory(prefix="cispo-datasets-") as cache:
-        try:
-            if path.is_dir():
-                found = datasets.load_dataset(str(path), split=split, cache_dir=cache, **args)
-            else:
-                found = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache)
-            return [dict(row) for row in found]
-        except (OSError, ValueError, TypeError, RuntimeError, DatasetsError) as error:
-            reason = error.__cause__ or error
-            raise UserError(f"{key}: cannot read '{path}', split '{split}': {reason}") from error
-
-
-def _hub_rows(source: str, split: str, args: Args, key: str) -> Iterable[Row]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return datasets.load_dataset(source, split=split, **args)
-    except (OSError, ValueError, TypeError, RuntimeError, DatasetsError) as error:
-        raise UserError(f"{key}: cannot load '{source}', split '{split}', from the hub: {error}") from error
-
-
-def _function_rows(source: str, split: str, args: Args, key: str) -> Iterator[Row]:
-    function = load_object(source, key)
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{key}: '{source}' is not a function: {error}") from error
-    given = {"split": split, **args} if "split" in parameters else dict(args)
-    try:
-        inspect.signature(function).bind(**given)
-    except TypeError as error:
-        raise UserError(f"{key}: {source} takes {', '.join(parameters)}: {error}") from error
-    try:
-        values = iter(function(**given))
-        for number in itertools.count():
-            try:
-                value = next(values)
-            except StopIteration:
-                return
-            yield _as_row(value, f"{key}: row {number} of {source}")
-    except UserError:
-        raise
-    # User code may raise anything.
-    except Exception as error:
-        raise UserError(f"{key}: {source} raised {type(error).__name__}: {error}") from error
-
-
-def _as_row(value: object, where: str) -> Row:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where} is not an object with columns but a {type(value).__name__}")
-    return dict(value)
-
-
-def in_split(problem: str, split: str) -> bool:
-    """Whether a generated problem belongs to a split: a hash of its text puts it in "train" or in every other split.
-
-    Half of all problems are on each side, so that train and held-out problems are disjoint for all seeds.
-    """
-    return hashlib.sha256(problem.encode()).digest()[0] % 2 == (split == "train")
-
-
-def _reasoning_gym_rows(task: str, split: str, args: Args, key: str) -> Iterator[Row]:
-    """Rows with the columns question and answer, the item's metadata, and those that `rewards.gym:score` takes.
-
-    `item` keeps its Python types: two tasks (arc_agi, rearc) tell tuples from lists when they score.
-    """
-    params = {name: value for name, value in args.items() if name not in ("size", "seed")}
-    size, seed = int(args.get("size", 500)), int(args.get("seed", 0))
-    # A split holds half of the problems: this many items are enough unless the task has very few problems.
-    items = 4 * size + 100
-    if size < 1 or items > SEED_STRIDE or seed < 0:
-        raise UserError(f"{key}: {REASONING_GYM}{task} needs a size of 1 to {SEED_STRIDE // 5} and a seed of 0 or more")
-    dataset = _reasoning_gym_dataset(task, {**params, "size": items, "seed": seed * SEED_STRIDE}, key)
-    found = 0
-    for index in range(items):
-        item = dataset[index]
-        if not in_split(item["question"], split):
-            continue
-        own = {"question": item["question"], "answer": item["answer"], "task": task, "params": params, "item": item}
-        yield {**item["metadata"], **own}
-        found += 1
-        if found == size:
-            return
-    raise UserError(f"{key}: {REASONING_GYM}{task} has only {found} problems in split '{split}' among {items} items")
-
-
-def _reasoning_gym_dataset(task: str, args: Args, key: str) -> ProceduralDataset:
-    """reasoning_gym's dataset for a task; UserError when the task or one of its parameters does not exist."""
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if task not in DATASETS:
-        close = difflib.get_close_matches(task, DATASETS, n=3)
-        hint = f", did you mean {' or '.join(close)}?" if close else f"; there are {len(DATASETS)}, such as chain_sum"
-        raise UserError(f"{key}: reasoning_gym has no task '{task}'{hint}")
-    parameters = list(inspect.signature(DATASETS[task][1]).parameters)
-    for name in args:
-        if name not in parameters:
-            raise UserError(f"{key}: {REASONING_GYM}{task} has no parameter '{name}'; it takes {', '.join(parameters)}")
-    try:
-        return reasoning_gym.create_dataset(task, **args)
-    # A task's config checks itself with assert, and leaves wrong types to fail in a comparison.
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UserError(f"{key}: {REASONING_GYM}{task} refuses its parameters: {error}") from error
+def warn_of_lacking(texts: Sequence[str], subject: str, renderer: Renderer, say: Say) -> None:
+    """Says how many texts hold characters that the tokenizer has no ids for; `subject` has a place for the number."""
+    lacking = {character for character in set().union(*texts) if renderer.lacks(character)}
+    if lacking:
+        count = sum(not lacking.isdisjoint(text) for text in texts)
+        some = ", ".join(map(repr, sorted(lacking)[:5])) + (" ..." if len(lacking) > 5 else "")
+        unknown = renderer.tokenizer.unk_token
+        effect = "they are left out" if unknown is None else f"all of them become {unknown}"
+        subject = subject.format(f"{count:,} of {len(texts):,}")
+        say(f"{subject} hold characters that the tokenizer lacks ({some}): {effect}")
 
 
 def build_prompts(rows: Sequence[Row], template: str | None, key: str) -> list[Prompt]:
     """One prompt a row; its id is the row's position.
 
-    The messages are the column `messages` if there is one, else `template` filled with the columns as one user message,
-    else the column `prompt` (text or messages). UserError names the column that is missing or has the wrong type.
+    The messages are `template` filled with the columns as one user message if there is one, else the column `messages`,
+    else the column `prompt` (text or messages). UserError names the column that is missing, null or of the wrong type,
+    and the messages that end with the policy's own turn.
     """
     return [
         Prompt(id=index, messages=_messages(row, template, f"{key}: row {index}"), columns=row)
@@ -243,28 +109,95 @@ def build_prompts(rows: Sequence[Row], template: str | None, key: str) -> list[P
 
 
 def _messages(row: Row, template: str | None, where: str) -> tuple[Message, ...]:
+    if template is not None:
+        return _user_turn(_filled(template, row, where), where)
     if "messages" in row:
         return _checked_messages(row["messages"], f"{where}: column 'messages'")
-    if template is not None:
-        try:
-            text = template.format_map(row)
-        except KeyError as error:
-            raise UserError(f"{where} has no column {error}, which the template needs; {_available(row)}") from error
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{where} does not fit the template {template!r}: {error}") from error
-        return ({"role": "user", "content": text},)
     if "prompt" not in row:
         raise UserError(f"{where} has no column 'messages' or 'prompt', and there is no template; {_available(row)}")
     if isinstance(row["prompt"], str):
-        return ({"role": "user", "content": row["prompt"]},)
+        return _user_turn(row["prompt"], where)
     return _checked_messages(row["prompt"], f"{where}: column 'prompt'")
+
+
+def _user_turn(text: str, where: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": whole_text(text, where)},)
+
+
+class _Template(string.Formatter):
+    """Formats as `str.format_map` does, but has no text for null: "None" in a prompt is never meant."""
+
+    def get_field(
+        self, field_name: str, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> tuple[object, int | str]:
+        value, name = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise ValueError(f"column '{field_name}' is null")
+        return value, name
+
+    def format_field(self, value: object, format_spec: str) -> str:
+        if re.search(r"\d{7}", format_spec):
+            raise ValueError(f"the width {format_spec} is too large")
+        return format(value, format_spec)
+
+
+def _filled(template: str, row: Row, where: str) -> str:
+    try:
+        return _Template().vformat(template, (), row)
+    except KeyError as error:
+        raise UserError(f"{where} has no column {error}, which the template needs; {_available(row)}") from error
+    # The formatting of a column is its own type's code.
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where} does not fit the template {template!r}: {error}") from error
 
 
 def _checked_messages(value: object, where: str) -> tuple[Message, ...]:
     messages = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
-        raise UserError(f"{where} must be a list of messages with role and content, not {value!r:.80}")
+        raise UserError(f"{where} must be a list of messages with role and content, not {_shown(value)}")
+    for number, message in enumerate(messages):
+        _check_message(message, f"{where}: message {number}")
+    role = messages[-1]["role"]
+    if str(role).strip().lower() in _POLICY_ROLES:
+        raise UserError(
+            f"{where} ends with the role {role!r}, an answer: the policy would see it. Let the messages end before it; "
+            "a reward gets the answer from a column of its own, a demonstration from the column `completion`"
+        )
     return messages
+
+
+def _check_message(message: Message, where: str) -> None:
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str):
+        raise UserError(f"{where} has the role {_shown(role)}, which is no text")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    elif content is None and message.get("tool_calls"):
+        texts = []
+    else:
+        texts = [content]
+        if not isinstance(content, str):
+            raise UserError(f"{where} has the content {_shown(content)}, which is no text")
+    for text in texts:
+        if isinstance(text, str):
+            whole_text(text, where)
+
+
+def whole_text(text: str, where: str) -> str:
+    """The text. UserError where it has half of a surrogate pair, as JSON's escapes allow: it is no Unicode text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} holds {text[error.start]!r}, half of a character (a lone surrogate)") from None
+    return text
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    # The text of a value is its own type's code.
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 def _available(row: Row) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import re
 import signal
 import socket
@@ -14,11 +13,11 @@ import tempfile
 from pathlib import Path
 
 from cispo.errors import UserError
+from cispo.rollout.reward_function import OUR_FILES, Failure
 from cispo.rollout.reward_worker import (
     HEADER,
     LAST_CALL,
     START_SECONDS,
-    Failure,
     Job,
     Ready,
     Reply,
@@ -31,6 +30,9 @@ from cispo.rollout.reward_worker import (
 
 # Beyond twice the limit of a call: by then a working watchdog has ended the worker, on a busy machine too.
 _SLACK_SECONDS = 10.0
+
+# A batch system may signal all processes of a job, when it stops the job or asks for a checkpoint.
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 _BOOT = "import sys; sys.path[:] = {path!r}; from cispo.rollout.reward_worker import main; main({socket}, {black_box})"
 
@@ -49,7 +51,7 @@ class WorkerDied(Exception):
     @property
     def killed(self) -> bool:
         """Whether it was ended from outside, and not for its run time."""
-        return self._exit_code == -signal.SIGKILL and not self._timed_out
+        return -self._exit_code in _FROM_OUTSIDE and not self._timed_out
 
     def failure(self, job: Job) -> Failure:
         """The report of the death as a failure of this job."""
@@ -59,7 +61,7 @@ class WorkerDied(Exception):
         problem = self.how(self._setup.timeout)
         if self._timed_out and self._setup.asynchronous:
             problem = f"blocked the event loop of the async rewards for more than {self._setup.timeout:g} s"
-        return Failure(function, completion, problem, _line_of_user_code(self._report), self._timed_out)
+        return Failure(function, completion, problem, _line_of_user_code(self._report), self._timed_out, fatal=True)
 
     def how(self, limit: float) -> str:
         """The end of the process as a predicate; `limit` is its time limit in seconds."""
@@ -114,10 +116,7 @@ class WorkerProcess:
 
     async def run(self, job: Job) -> Reply:
         """The worker's answer to a job; WorkerDied when it ended instead. Several jobs may run at once."""
-        try:
-            message = frame(job)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise UserError(f"prompt {job.prompt_id} has a column that cannot be sent to a process: {error}") from error
+        message = frame(job)
         loop = asyncio.get_running_loop()
         self._jobs[job.id] = answer = loop.create_future()
         try:
@@ -208,7 +207,7 @@ def _line_of_user_code(report: str) -> str:
     for section in report.split("(most recent call first):"):
         lines: list[tuple[str, str]] = re.findall(r'^  File "([^"]*)", line (\d+)', section, re.MULTILINE)
         files = [file for file, _ in lines]
-        ours = next((i for i, file in enumerate(files) if Path(file).name == "reward_worker.py"), 0)
+        ours = next((i for i, file in enumerate(files) if Path(file).name in OUR_FILES), 0)
         if ours and files[-1] == "<string>":
             file, line = lines[files.index(files[ours - 1])]
             return f"{Path(file).name}, line {line}"

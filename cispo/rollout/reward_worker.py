@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import inspect
-import json
 import math
 import os
 import pickle
@@ -25,15 +23,12 @@ import socket
 import struct
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn, SupportsFloat, TypeVar
+from typing import NoReturn, TypeVar
 
 from cispo.errors import UserError
-from cispo.user_code import load_object
+from cispo.rollout.reward_function import Attempt, Call, Failure, Function, Signature, Value, calls_of, load_function
 
 HEADER = struct.Struct("<Q")
 """Length of a frame's pickle."""
@@ -42,9 +37,6 @@ LAST_CALL = struct.Struct("<qqq")
 
 START_SECONDS = 300
 """Limit for importing the functions, with room for a busy machine."""
-
-Value = tuple[float | None, dict[str, object]]
-"""A function's reward of a completion (finite, or None where it does not apply), and extra values to log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +49,6 @@ class Setup:
     """Seconds of one call."""
     asynchronous: bool
     """Jobs name async functions, which run side by side on one event loop; False: plain functions, one at a time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """The parameters of a reward function."""
-
-    group: bool
-    """`completions`, the whole group, instead of one `completion`."""
-    asynchronous: bool
-    columns: frozenset[str] | None
-    """Dataset columns that it takes; None: all."""
-    required: frozenset[str]
-    """Columns without a default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +66,7 @@ class Job:
     id: int
     prompt_id: int
     functions: tuple[int, ...]
-    completions: tuple[str, ...]
-    columns: Mapping[str, object]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A call without a usable value."""
-
-    function: int
-    completion: int
-    """-1 for a call with the whole group."""
-    problem: str
-    """Predicate of a sentence about the function: "raised ZeroDivisionError: division by zero"."""
-    where: str = ""
-    """The place in the function's code, if known: "file, line N"."""
-    timed_out: bool = False
+    group: Attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,102 +79,6 @@ class Reply:
 
 
 _Message = TypeVar("_Message", Setup, Ready, Job, Reply)
-
-
-class BadValue(ValueError):
-    """A return value that is no reward; the message is a `Failure.problem`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """An imported reward function with its fixed arguments."""
-
-    call: Callable[..., Any]
-    args: Mapping[str, object]
-    signature: Signature
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a function, with one completion or with the group."""
-
-    function: Function
-    index: int
-    completion: int
-    """-1 for the group."""
-    start: Callable[[], Any]
-    """Its return value, or the awaitable of an async function."""
-    read: Callable[[object], list[Value]]
-    """Checks a return value; BadValue if it is no reward."""
-
-    def failure(self, error: BaseException) -> Failure:
-        """The report of an error raised by the call, located at the last traceback line in the function's own file."""
-        if isinstance(error, BadValue):
-            return Failure(self.index, self.completion, str(error))
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        frames = traceback.extract_tb(error.__traceback__)
-        code = inspect.unwrap(self.function.call).__code__ if inspect.isfunction(self.function.call) else None
-        frame = next((f for f in reversed(frames) if code and f.filename == code.co_filename), frames[-1])
-        where = f"{Path(frame.filename).name}, line {frame.lineno}"
-        return Failure(self.index, self.completion, f"raised {message:.300}", where)
-
-
-def load_function(path: str, args: Mapping[str, object], key: str) -> Function:
-    """Imports a reward function and reads its signature; UserError when it is not one."""
-    call = load_object(path, key)
-    try:
-        parameters = inspect.signature(call).parameters
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{key}: '{path}' is not a function: {error}") from error
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = {name for name, parameter in parameters.items() if parameter.kind in by_name}
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if len(names & {"completion", "completions"}) != 1:
-        takes = ", ".join(parameters) or "nothing"
-        raise UserError(f"{key}: '{path}' must take completion, or completions for whole groups, but takes {takes}")
-    for name in args:
-        if name not in names and not takes_all:
-            raise UserError(f"{key}: '{path}' has no parameter '{name}'; it takes {', '.join(parameters)}")
-    columns = names - {"completion", "completions", *args}
-    signature = Signature(
-        group="completions" in names,
-        asynchronous=inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__),
-        columns=None if takes_all else frozenset(columns),
-        required=frozenset(n for n in columns if parameters[n].default is inspect.Parameter.empty),
-    )
-    return Function(call=call, args=args, signature=signature)
-
-
-def read_value(result: object) -> Value:
-    """The value in a result for one completion: a number, None, or a tuple of one of these and a dict to log."""
-    extra: dict[str, object] = {}
-    if isinstance(result, tuple):
-        if len(result) != 2 or not isinstance(result[1], Mapping):
-            raise BadValue("returned a tuple that is not (number, dict of extra values)")
-        # Samples are written as JSON: a number of numpy or torch becomes a float, other non-JSON values their text.
-        extra = json.loads(json.dumps({str(k): v for k, v in result[1].items()}, default=_plain))
-        result = result[0]
-    if result is None:
-        return None, extra
-    # int and float first: the check of a protocol takes 3.5 us.
-    if isinstance(result, str) or not isinstance(result, (int, float, SupportsFloat)):
-        raise BadValue(f"returned {result!r:.60}, which is not a number but a {type(result).__name__}")
-    if not math.isfinite(value := float(result)):
-        raise BadValue(f"returned {value}")
-    return value, extra
-
-
-def _plain(value: object) -> float | str:
-    return float(value) if isinstance(value, SupportsFloat) else str(value)
-
-
-def read_group(results: object, size: int) -> list[Value]:
-    """The values in a result for a group: `size` results in a list, tuple, array ..."""
-    if isinstance(results, str | Mapping) or not isinstance(results, Sized) or not isinstance(results, Iterable):
-        raise BadValue(f"returned a {type(results).__name__}, not a list of {size} numbers")
-    if len(results) != size:
-        raise BadValue(f"returned {len(results)} values for {size} completions")
-    return [read_value(result) for result in results]
 
 
 class Worker:
@@ -231,7 +99,9 @@ class Worker:
             job = jobs.get()
             # A function that draws random numbers draws the same ones in every worker.
             random.seed(job.prompt_id)
-            reply = _reply(job, ((self._call(job.id, c) for c in self._calls(job, i)) for i in job.functions))
+            reply = _reply(
+                job, ((self._call(job.id, c) for c in calls_of(self.functions[i], i, job.group)) for i in job.functions)
+            )
             faulthandler.cancel_dump_traceback_later()
             self.guarded_at = -math.inf
             send(self.connection, reply)
@@ -259,19 +129,6 @@ class Worker:
 
         threading.Thread(target=read, daemon=True).start()
 
-    def _calls(self, job: Job, index: int) -> Iterator[Call]:
-        function = self.functions[index]
-        wanted = function.signature.columns
-        arguments = {n: v for n, v in job.columns.items() if wanted is None or n in wanted} | dict(function.args)
-        if function.signature.group:
-            texts = list(job.completions)
-            start = partial(function.call, **arguments | {"completions": texts})
-            yield Call(function, index, -1, start, partial(read_group, size=len(texts)))
-            return
-        for number, text in enumerate(job.completions):
-            start = partial(function.call, **arguments | {"completion": text})
-            yield Call(function, index, number, start, lambda result: [read_value(result)])
-
     def _call(self, job: int, call: Call) -> list[Value] | Failure:
         self._guard(job, call)
         try:
@@ -297,7 +154,10 @@ class Worker:
         return Failure(call.index, call.completion, f"did not finish within {self.timeout:g} s", timed_out=True)
 
     async def _answer(self, job: Job) -> None:
-        calls = [asyncio.gather(*map(self._call_async, self._calls(job, index))) for index in job.functions]
+        calls = [
+            asyncio.gather(*map(self._call_async, calls_of(self.functions[index], index, job.group)))
+            for index in job.functions
+        ]
         send(self.connection, _reply(job, await asyncio.gather(*calls)))
 
     def _guard(self, job: int, call: Call) -> None:

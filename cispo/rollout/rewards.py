@@ -10,19 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import pickle
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Recipe
+from cispo.rollout.reward_function import Attempt, Failure, Signature, Value
 from cispo.rollout.reward_process import WorkerDied, WorkerProcess
-from cispo.rollout.reward_worker import START_SECONDS, Failure, Job, Reply, Setup, Signature, Value
+from cispo.rollout.reward_worker import START_SECONDS, Job, Reply, Setup
 from cispo.runtime.watchdog import Activity
 from cispo.types import Prompt
 
 KEPT_PROBLEMS = 100
+
+_LARGEST = 3.4028234663852886e38
+"""Of float32, in which the learner computes."""
+
+_ONLY_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+"""Arguments of TRL's reward functions that are not passed here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +73,21 @@ Scores = list[Score]
 """[G], in the order of the completions."""
 
 
-def rewards_of(recipe: Recipe, prompts: Sequence[Prompt], activity: Activity | None = None) -> RewardRunner:
-    """The recipe's reward functions, imported, and checked against the columns of the first prompt."""
+def rewards_of(
+    recipe: Recipe, prompts: Mapping[str, Sequence[Prompt]], activity: Activity | None = None
+) -> RewardRunner:
+    """The recipe's reward functions, imported, and checked against the columns of all prompts, by recipe section."""
     assert recipe.reward is not None
     keys = recipe.reward
     terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in keys.functions]
     runner = RewardRunner(terms, on_error=keys.on_error, timeout=keys.timeout, activity=activity)
-    runner.check(columns=prompts[0].columns)
+    try:
+        runner.check()
+        for section, rows in prompts.items():
+            runner.check_rows(rows, section)
+    except BaseException:
+        runner.close()
+        raise
     return runner
 
 
@@ -128,6 +144,31 @@ class RewardRunner:
         if columns is not None:
             self._check_columns(columns, "the dataset")
 
+    def check_rows(self, prompts: Sequence[Prompt], section: str) -> None:
+        """UserError naming the first row that lacks a column that a function needs, or has null there."""
+        self.check()
+        for prompt in prompts:
+            self._check_columns(prompt.columns, f"row {prompt.id} of {section}")
+            self._check_nulls(prompt.columns, f"row {prompt.id} of {section}")
+
+    @property
+    def last_problem(self) -> str:
+        """The sentence of the last failure, "" before the first."""
+        return self.problems[-1] if self.problems else ""
+
+    @property
+    def code(self) -> list[str]:
+        """Hashes of the files that define the functions, "" for a function without a file."""
+        return [signature.code for signature in self._signatures]
+
+    def compare(self, code: Sequence[str] | None, say: Callable[[str], None]) -> None:
+        """Warns of functions that are defined by another file than the one with the hash in `code`."""
+        changed = [
+            f.fn for f, now, then in zip(self.functions, self.code, code or self.code, strict=False) if now != then
+        ]
+        if changed:
+            say(f"the code of the reward {', '.join(changed)} was changed since the run was last saved")
+
     async def score(self, groups: Sequence[Attempts]) -> list[Scores | None]:
         """The scores of each group; None for a group dropped because a function failed on it.
 
@@ -167,20 +208,33 @@ class RewardRunner:
         self._one_suspect = asyncio.Lock()
 
     def _account(self, failure: Failure, prompt: Prompt) -> None:
+        self._count(failure, prompt.id)
+        if self.on_error == "raise":
+            raise UserError(self.problems[-1])
+
+    def _count(self, failure: Failure, prompt_id: int) -> None:
         self.timeouts += failure.timed_out
         self.errors += not failure.timed_out
-        place = f"prompt {prompt.id}" + (f", completion {failure.completion}" if failure.completion >= 0 else "")
+        place = f"prompt {prompt_id}" + (f", completion {failure.completion}" if failure.completion >= 0 else "")
         where = f" ({failure.where})" if failure.where else ""
         problem = f"reward {self.functions[failure.function].fn} {failure.problem} on {place}{where}"
         self.problems = [*self.problems, problem][-KEPT_PROBLEMS:]
-        if self.on_error == "raise":
-            raise UserError(problem)
 
     def _check_columns(self, columns: Collection[str], owner: str) -> None:
         for function, signature in zip(self.functions, self._signatures, strict=True):
             for name in sorted(signature.required - set(columns)):
                 has = ", ".join(map(str, columns)) or "none"
-                raise UserError(f"reward {function.fn} needs a column '{name}', but {owner} has {has}")
+                hint = "; TRL passes it, CISPO does not" if name in _ONLY_TRL else ""
+                raise UserError(f"reward {function.fn} needs a column '{name}', but {owner} has {has}{hint}")
+
+    def _check_nulls(self, columns: Mapping[str, object], owner: str) -> None:
+        for function, signature in zip(self.functions, self._signatures, strict=True):
+            for name in sorted(signature.required):
+                if columns[name] is None:
+                    raise UserError(
+                        f"reward {function.fn} needs a column '{name}', which is null in {owner} (a parameter with a "
+                        "default may be null)"
+                    )
 
     async def _score_group(self, group: Attempts) -> Scores | Failure:
         with self._activity.doing(f"rewards of prompt {group.prompt.id}"):
@@ -198,7 +252,15 @@ class RewardRunner:
             return min(failures, key=lambda failure: failure.function)
         values = [value for reply in replies for value in reply.values]
         by_function = dict(zip(plain + others, values, strict=True))
-        return [self._total([by_function[i][g] for i in sorted(by_function)]) for g in range(len(group.completions))]
+        scores = [self._total([by_function[i][g] for i in sorted(by_function)]) for g in range(len(group.completions))]
+        large = next((g for g, score in enumerate(scores) if not abs(score.total) <= _LARGEST), None)
+        return scores if large is None else self._too_large(scores[large], large)
+
+    def _too_large(self, score: Score, completion: int) -> Failure:
+        terms = [abs(f.weight * score.values.get(n, 0.0)) for f, n in zip(self.functions, self.names, strict=True)]
+        function = terms.index(max(terms))
+        value, weight = score.values[self.names[function]], self.functions[function].weight
+        return Failure(function, completion, f"returned {value:g}, with the weight {weight:g} more than float32 holds,")
 
     def _total(self, values: Sequence[Value]) -> Score:
         named = {name: value for name, (value, _) in zip(self.names, values, strict=True) if value is not None}
@@ -213,19 +275,34 @@ class RewardRunner:
             for name, value in group.prompt.columns.items()
             if any(columns is None or name in columns for columns in taken)
         }
-        return Job(next(self._job_ids), group.prompt.id, tuple(functions), tuple(group.completions), columns)
+        prompt = _prompt_of(group.prompt) if any(self._signatures[i].lists for i in functions) else None
+        attempt = Attempt(tuple(group.completions), _pickled(columns, prompt, group.prompt.id))
+        return Job(next(self._job_ids), group.prompt.id, tuple(functions), attempt)
 
     async def _run_plain(self, job: Job) -> Reply:
+        """The job's values; a call of a shipped function that ends its process gives 0 for its completion."""
         async with self._slots:
-            worker = self._idle.pop() if self._idle else await self._start(asynchronous=False)
-            try:
-                return await self._run_alone(worker, job)
-            except _Killed:
-                worker = await self._start(asynchronous=False)
-                return await self._run_alone(worker, job, again=True)
-            finally:
-                if worker.alive:
-                    self._idle.append(worker)
+            while True:
+                reply = await self._run_in_a_worker(job)
+                failure = reply.failure
+                if failure is None or not failure.fatal or failure.completion < 0:
+                    return reply
+                if not self._signatures[failure.function].shipped:
+                    return reply
+                self._count(failure, job.prompt_id)
+                given_up = job.group.given_up | {(failure.function, failure.completion)}
+                job = replace(job, id=next(self._job_ids), group=replace(job.group, given_up=given_up))
+
+    async def _run_in_a_worker(self, job: Job) -> Reply:
+        worker = self._idle.pop() if self._idle else await self._start(asynchronous=False)
+        try:
+            return await self._run_alone(worker, job)
+        except _Killed:
+            worker = await self._start(asynchronous=False)
+            return await self._run_alone(worker, job, again=True)
+        finally:
+            if worker.alive:
+                self._idle.append(worker)
 
     async def _run_async(self, job: Job) -> Reply:
         async with self._starting:
@@ -285,6 +362,33 @@ class RewardRunner:
                 raise _Killed from None
             names = ", ".join(function.fn for function in self.functions)
             raise UserError(f"{self._key}: importing {names} {death.how(START_SECONDS)}") from None
+
+
+def _prompt_of(prompt: Prompt) -> object:
+    """A prompt as TRL passes it: its messages where the dataset has messages, else its text."""
+    given = (prompt.columns.get("messages"), prompt.columns.get("prompt"))
+    if any(isinstance(value, list | tuple) and tuple(value) == prompt.messages for value in given):
+        return [dict(message) for message in prompt.messages]
+    return "".join(str(message["content"]) for message in prompt.messages)
+
+
+def _pickled(columns: Mapping[str, object], prompt: object, number: int) -> bytes:
+    try:
+        return pickle.dumps((columns, prompt), protocol=pickle.HIGHEST_PROTOCOL)
+    # The pickling of a column is its own class's code.
+    except Exception as error:
+        name = next((name for name, value in columns.items() if not _can_be_sent(value)), "?")
+        raise UserError(
+            f"prompt {number} has a column that cannot be sent to a process: '{name}': {type(error).__name__}: {error}"
+        ) from error
+
+
+def _can_be_sent(value: object) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 class _Killed(Exception):

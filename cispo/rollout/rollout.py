@@ -41,6 +41,8 @@ class Rollouts:
     groups: list[TrajectoryGroup]
     dropped: int
     """Groups lost because a reward failed (`reward.on_error: drop_group`)."""
+    unscored: int = 0
+    """Completions left out of the other groups because no reward function applied to them: all gave None."""
     tokens: int
     """Sampled tokens, those of dropped groups included."""
     seconds_sampling: float
@@ -81,9 +83,11 @@ async def roll_out(
     sampled = time.perf_counter()
     kept = groups if setup.rewards is None else await score(groups, setup.rewards)
     scored = time.perf_counter()
+    with_rewards = [group for group in kept if group.trajectories]
     return Rollouts(
-        groups=shape(kept, max_tokens=sampling.max_tokens, buffer=overlong_buffer, penalty=overlong_factor),
+        groups=shape(with_rewards, max_tokens=sampling.max_tokens, buffer=overlong_buffer, penalty=overlong_factor),
         dropped=len(groups) - len(kept),
+        unscored=group_size * len(kept) - sum(len(group.trajectories) for group in kept),
         tokens=sum(t.length for group in groups for t in group.trajectories),
         seconds_sampling=sampled - started,
         seconds_scoring=scored - sampled,
@@ -122,7 +126,10 @@ async def sample(
 
 
 async def score(groups: Sequence[TrajectoryGroup], rewards: RewardRunner) -> list[TrajectoryGroup]:
-    """The groups with their rewards, without those that `rewards` dropped."""
+    """The groups with their rewards, without those that `rewards` dropped.
+
+    A completion to which no function applies has no reward, not even 0, and leaves its group.
+    """
     attempts = [Attempts(prompt=g.prompt, completions=[t.text for t in g.trajectories]) for g in groups]
     scored = zip(groups, await rewards.score(attempts), strict=True)
     return [_with_scores(group, scores) for group, scores in scored if scores is not None]
@@ -132,6 +139,7 @@ def _with_scores(group: TrajectoryGroup, scores: Scores) -> TrajectoryGroup:
     trajectories = tuple(
         replace(trajectory, reward=given.total, rewards=given.values, extra=given.extra)
         for trajectory, given in zip(group.trajectories, scores, strict=True)
+        if given.values
     )
     return replace(group, trajectories=trajectories)
 

@@ -5,12 +5,13 @@
 
 `RayRuntime` and `LocalRuntime` run the same classes; the local one is for tests and debuggers. An object started as
 `concurrent` takes any number of calls at once, in the event loop of its process; any other takes one after another.
-`cluster` joins or starts the Ray cluster and reserves its bundles. Only these two files import Ray.
+`cluster` joins or starts (`local_cluster`) the Ray cluster and reserves its bundles. Only these files import Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
 import re
@@ -285,8 +286,10 @@ class RayRuntime:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._actors: list[RayActor] = []
         self._reservation = cluster.Reservation()
-        self._owner = cluster.connect(processes)
+        self._leave = cluster.connect(processes)
         self._activity = activity
+        activity.checks.append(cluster.check)
+        cluster.check()
         cpus = cluster.total("CPU")
         if cpus < processes:
             raise UserError(f"the Ray cluster has {cpus} CPUs, but the recipe starts {processes} learners and engines")
@@ -346,11 +349,15 @@ class RayRuntime:
 
     def close(self) -> None:
         import ray
+        from ray.exceptions import RayError
 
-        for actor in self._actors:
-            ray.kill(actor)
+        self._activity.checks.remove(cluster.check)
+        if cluster.is_alive():
+            with contextlib.suppress(RayError):
+                for actor in self._actors:
+                    ray.kill(actor)
+                cluster.release(self._reservation)
         self._actors.clear()
-        cluster.release(self._reservation)
         self._reservation = cluster.Reservation()
-        if self._owner:
-            ray.shutdown()
+        if self._leave is not None:
+            self._leave()

@@ -16,17 +16,19 @@ weights is chosen, and a restarted engine comes back to its bundle.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cispo.errors import RunError, UserError
-from cispo.runtime.orphans import watch_over
+from cispo.runtime.interrupts import kept_handlers
+from cispo.runtime.local_cluster import LocalCluster, root_folder
 from cispo.runtime.ray_address import check_ray_address
 from cispo.runtime.ship_code import shipped_code
 
@@ -61,47 +63,79 @@ class Reservation:
         return PlacementGroupSchedulingStrategy(self.groups[group], placement_group_bundle_index=index)
 
 
-def connect(processes: int) -> bool:
+_local: LocalCluster | None = None
+"""The cluster that this process has started."""
+
+
+def connect(processes: int) -> Callable[[], None] | None:
     """Joins the cluster that RAY_ADDRESS names, or starts one of this machine with a CPU for each of `processes`.
 
-    False where this process is in a cluster already. Raises UserError where RAY_ADDRESS is malformed, or no cluster
-    there lets this process join.
+    Returns the function that leaves or ends it; None where this process is in a cluster already. Raises UserError where
+    RAY_ADDRESS is malformed, or no cluster there lets this process join.
     """
-    # Ray must not be imported before `_start_local` has set its environment.
+    # Ray must not be imported before its environment is set here and in `_start_local`.
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        return False
+        return None
+    # Ray's handler of SIGTERM in C++ prints a stack and aborts.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     address = os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
-        _start_local(processes)
-    else:
-        _join(address)
-    return True
+        return _start_local(processes)
+    return _join(address)
 
 
-def _start_local(processes: int) -> None:
+def check_settings() -> None:
+    """Raises UserError where `connect` would refuse the temporary folder for a new cluster. Starts nothing."""
+    if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+        root_folder()
+
+
+def check() -> None:
+    """Raises RunError where the cluster that this process has started is broken."""
+    if _local is not None:
+        _local.check()
+
+
+def is_alive() -> bool:
+    """False where calls to the cluster would block, because it is broken."""
+    return _local is None or _local.is_alive
+
+
+def _start_local(processes: int) -> Callable[[], None]:
     # Ray has no option for loopback on Linux, but with this variable, which it reads when it is imported, it knows its
     # node as 127.0.0.1, as it does on Windows and macOS.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    watch_over()
+    global _local
     # Without address="local" Ray would join any other cluster that runs on this machine.
-    cpus = max(os.cpu_count() or 1, processes)
-    _quiet_init()(address="local", num_cpus=cpus, include_dashboard=False)
+    with _our_signals():
+        _local = LocalCluster(_quiet_init(), max(os.cpu_count() or 1, processes))
+    return _stop_local
 
 
-def _join(address: str) -> None:
+def _stop_local() -> None:
+    global _local
+    assert _local is not None
+    _local.stop()
+    _local = None
+
+
+def _join(address: str) -> Callable[[], None]:
     check_ray_address(address)
+    import ray
     from ray.exceptions import RaySystemError
 
     join = partial(_quiet_init(), address=address, runtime_env=shipped_code())
     try:
-        try:
-            join()
-        except ConnectionAbortedError:
-            # The server that Ray Client starts for each client on the head node sometimes dies while it forks.
-            join()
+        with _our_signals():
+            try:
+                join()
+            except ConnectionAbortedError:
+                # The server that Ray Client starts for each client on the head node sometimes dies while it forks.
+                join()
     except (ConnectionError, RaySystemError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"RAY_ADDRESS {address}: the Ray cluster there does not let us join: {reason:.300}") from None
+    return ray.shutdown
 
 
 def _quiet_init() -> Callable[..., object]:
@@ -110,6 +144,20 @@ def _quiet_init() -> Callable[..., object]:
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     return partial(ray.init, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+
+
+@contextlib.contextmanager
+def _our_signals() -> Iterator[None]:
+    """A block with ray.init: SIGTERM stays ours, during the seconds that it takes as well."""
+    from ray._private import utils
+
+    original = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        with kept_handlers():
+            yield
+    finally:
+        utils.set_sigterm_handler = original
 
 
 def total(kind: Literal["CPU", "GPU"]) -> int:

@@ -1,4 +1,4 @@
-"""Orphans of a killed driver: a watcher process waits for the driver's end and then ends the processes it started.
+"""Orphans of a killed driver: a watcher process waits for its end, ends the processes it started, removes their folder.
 
     driver, marked --> Ray's processes, actors, reward workers: all inherit the mark in their environment
            ^
@@ -11,10 +11,12 @@ are just starting can each hold open the pipe that would tell the other of the e
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import psutil
 
@@ -25,11 +27,14 @@ _LOOK_SECONDS = 1.0
 _GRACE_SECONDS = 10.0
 
 
-def watch_over() -> None:
-    """Starts a watcher for this process; later children of this process end with it, at most some 10 s later."""
+def watch_over(folder: Path | None = None) -> None:
+    """Starts a watcher for this process; later children of this process end with it, at most some 10 s later.
+
+    `folder` is theirs: the watcher then removes it, where the driver has not.
+    """
     mark = f"{os.getpid()}-{uuid.uuid4().hex}"
     subprocess.Popen(
-        [sys.executable, "-m", "cispo.runtime.orphans", str(os.getpid()), mark],
+        [sys.executable, "-m", "cispo.runtime.orphans", str(os.getpid()), mark, *([str(folder)] if folder else [])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -40,8 +45,11 @@ def watch_over() -> None:
     os.environ[MARK] = mark
 
 
-def end_orphans(driver: int, mark: str) -> None:
-    """Waits for the end of the driver, then of the processes with its mark; kills them after a grace period."""
+def end_orphans(driver: int, mark: str, *folders: str) -> None:
+    """Waits for the end of the driver, then of the processes with its mark; kills them after a grace period.
+
+    Then removes the folders.
+    """
     try:
         process = psutil.Process(driver)
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -57,6 +65,8 @@ def end_orphans(driver: int, mark: str) -> None:
                 except psutil.Error:
                     pass
         time.sleep(_LOOK_SECONDS)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_marked(process: psutil.Process, mark: str) -> bool:
@@ -67,4 +77,4 @@ def _is_marked(process: psutil.Process, mark: str) -> bool:
 
 
 if __name__ == "__main__":
-    end_orphans(int(sys.argv[1]), sys.argv[2])
+    end_orphans(int(sys.argv[1]), *sys.argv[2:])

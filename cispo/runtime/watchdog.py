@@ -1,7 +1,8 @@
-"""The watchdog: reports the open calls of a run that has stalled, and ends the run if it stays so.
+"""The watchdog: reports the open calls of a run that has stalled, and ends the run if it stays so, or cannot go on.
 
 activity = Activity()
 with activity.doing("engine-0 to generate"): ...      every call to another process, every wait of the loop
+activity.checks.append(folder.check)                  raises RunError where the run has lost what it needs
 await guarded(run(), activity, silence=1800)          reports after `silence` seconds, ends the run after twice that
 """
 
@@ -19,6 +20,8 @@ from cispo.errors import RunError
 
 # Seconds that the run's task, and then a driver with a blocked event loop, get beyond the watchdog's limit.
 _GRACE = 60.0
+# Seconds between two rounds of `Activity.checks`.
+_CHECK_EVERY = 2.0
 
 
 class Activity:
@@ -26,6 +29,8 @@ class Activity:
 
     def __init__(self) -> None:
         self.moved_at = time.monotonic()
+        self.checks: list[Callable[[], None]] = []
+        """Conditions of the run, looked at every few seconds; each raises RunError where it does not hold."""
         self._open: dict[int, tuple[str, float]] = {}
         self._numbers = itertools.count()
 
@@ -40,6 +45,11 @@ class Activity:
         finally:
             del self._open[number]
             self.moved()
+
+    def check(self) -> None:
+        """Raises RunError where a condition of the run does not hold."""
+        for check in self.checks:
+            check()
 
     def moved(self) -> None:
         """Notes progress of the run."""
@@ -61,27 +71,37 @@ class Activity:
 async def guarded(run: Awaitable[None], activity: Activity, *, silence: float, say: Callable[[str], None]) -> None:
     """Awaits `run`; says its open blocks after `silence` seconds without progress, and ends it after twice as many.
 
-    0 switches the watchdog off. Raises RunError where it ended the run. Where the event loop itself is blocked,
-    faulthandler's thread prints the tracebacks of all threads and ends the process.
+    0 switches that off. Raises RunError where it ended the run, for silence or a failed check. Where the event loop
+    itself is blocked, faulthandler's thread prints the tracebacks of all threads and ends the process.
     """
     task = asyncio.ensure_future(run)
-    watch = asyncio.ensure_future(_watch(activity, silence, say)) if silence > 0 else None
+    watches = [asyncio.ensure_future(_check(activity))]
+    if silence > 0:
+        watches.append(asyncio.ensure_future(_watch(activity, silence, say)))
     try:
-        await asyncio.wait({task, watch} if watch else {task}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, *watches}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            assert watch is not None
             task.cancel()
             await asyncio.wait({task}, timeout=_GRACE)
-            watch.result()
+            for watch in watches:
+                if watch.done():
+                    watch.result()
     except asyncio.CancelledError:
         task.cancel()
         await asyncio.wait({task})
         raise
     finally:
-        if watch is not None:
+        for watch in watches:
             watch.cancel()
-            faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()
     task.result()
+
+
+async def _check(activity: Activity) -> None:
+    """Never returns; raises RunError where a check fails."""
+    while True:
+        activity.check()
+        await asyncio.sleep(_CHECK_EVERY)
 
 
 async def _watch(activity: Activity, silence: float, say: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ kills the program. One launcher serves one program, so nothing of one program ca
 
 from __future__ import annotations
 
+import _signal  # pyright: ignore[reportMissingImports]
 import marshal
 import os
 import resource
@@ -24,6 +25,8 @@ HEADER = struct.Struct("=Q")
 PROGRAM = "main.py"
 
 _SIGKILL = 9
+_SPARED = (1, 10, 15)
+"""SIGHUP, SIGUSR1 and SIGTERM, which batch systems send to every process of a job: the caller's are heeded."""
 _POLL_MILLISECONDS = 50
 _CLOCK_SKEW = 0.05
 _MAX_OPEN_FILES = 64
@@ -45,6 +48,8 @@ _BOOT = (
 def main(status: int) -> None:
     """Runs the request that comes on stdin; `status` is the file descriptor of the reports."""
     os.set_inheritable(status, False)
+    for number in _SPARED:
+        _signal.signal(number, _signal.SIG_IGN)
     try:
         with open(0, "rb", closefd=False) as stdin:
             (size,) = HEADER.unpack(stdin.read(HEADER.size))
@@ -56,7 +61,9 @@ def main(status: int) -> None:
 
 def _run(request: dict, status: int) -> str:
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-    code, data, paths = request["code"], request["stdin"], (request["readable"], request["devices"])
+    code, paths = request["code"], (request["readable"], request["devices"])
+    # A text, or the descriptor of a pipe.
+    data, stdin = (request["stdin"], -1) if isinstance(request["stdin"], bytes) else (b"", request["stdin"])
     user, folder = None, None
     if request["mechanism"] == "namespaces":
         user = namespaces.enter(*paths, request["disk_bytes"] + len(code) + len(data))
@@ -67,16 +74,18 @@ def _run(request: dict, status: int) -> str:
         if folder is not None:
             os.chdir(folder)
         _write(PROGRAM, code)
-        _write("stdin", data)
-        stdin = os.open("stdin", os.O_RDONLY)
-        os.unlink("stdin")
+        if stdin < 0:
+            _write("stdin", data)
+            stdin = os.open("stdin", os.O_RDONLY)
+            os.unlink("stdin")
+        os.set_inheritable(stdin, False)
         child = os.fork()
         if child == 0:
             _become_the_program(request, stdin, user, folder, status)
         for descriptor in (1, 2, stdin):
             os.close(descriptor)
         os.write(status, b"started\n")
-        stopped = _watch(child, proc, folder, request["threads"], request["disk_bytes"] + len(code))
+        stopped = _watch(child, proc, folder, request["threads"], request["disk_bytes"] + len(code) + len(data))
         _, ending, usage = os.wait4(child, 0)
         # The clock by which the kernel kills may be ahead of the CPU time that it reports.
         if ending == _SIGKILL and usage.ru_utime + usage.ru_stime >= request["cpu_seconds"] - _CLOCK_SKEW:
@@ -91,6 +100,8 @@ def _become_the_program(request: dict, stdin: int, user: int | None, folder: str
     """In the child: gives up every right, then executes Python. Never returns."""
     try:
         os.dup2(stdin, 0)
+        for number in _SPARED:
+            _signal.signal(number, _signal.SIG_DFL)
         if user is not None:
             os.setgroups([])
             os.setresgid(user, user, user)
@@ -141,7 +152,7 @@ def _watch(child: int, proc: int, folder: str | None, threads: int, disk_bytes: 
             reason = "caller"
         elif _thread_count(child, proc) > threads:
             reason = "threads"
-        elif folder is not None and _is_over(folder, disk_bytes):
+        elif folder is not None and _is_over(folder, disk_bytes, _held_bytes(child, proc, folder)):
             reason = "disk"
     os.kill(child, _SIGKILL)
     return reason
@@ -154,9 +165,64 @@ def _thread_count(child: int, proc: int) -> int:
         return 0
 
 
-def _is_over(folder: str, limit: int) -> bool:
-    """Whether a folder exceeds the limit on bytes, entries or levels. An unreadable part counts as over the limit."""
-    size, entries, todo = 0, 0, [folder]
+def _held_bytes(child: int, proc: int, folder: str) -> float:
+    """Bytes of the deleted files of a folder that the program keeps; infinite where it hides one.
+
+    An open file has a size. A mapping without a descriptor hides the size of its file.
+    """
+    inside = os.fsencode(os.path.realpath(folder)) + b"/"
+    try:
+        # Twice, because the program runs meanwhile and may map or close a file between the two lists.
+        for _ in range(2):
+            mapped, opened = _mapped_files(child, proc, inside), _deleted_files(child, proc, inside)
+            if all(len(inodes) <= len(opened.get(path, ())) for path, inodes in mapped.items()):
+                return sum(size for files in opened.values() for size in files.values())
+    except (FileNotFoundError, ProcessLookupError):
+        # It has ended.
+        return 0
+    except OSError:
+        pass
+    return float("inf")
+
+
+def _mapped_files(child: int, proc: int, inside: bytes) -> dict[bytes, set[bytes]]:
+    """Path -> inodes of the deleted files that the program has mapped."""
+    found: dict[bytes, set[bytes]] = {}
+    with open(os.open(f"{child}/maps", os.O_RDONLY, dir_fd=proc), "rb") as lines:
+        for line in lines:
+            place = line.rstrip(b"\n").split(maxsplit=5)
+            if place[-1].startswith(inside) and place[-1].endswith(b" (deleted)"):
+                found.setdefault(place[-1], set()).add(b" ".join(place[3:5]))
+    return found
+
+
+def _deleted_files(child: int, proc: int, inside: bytes) -> dict[bytes, dict[int, int]]:
+    """Path -> inode -> bytes of the deleted files that the program has open."""
+    found: dict[bytes, dict[int, int]] = {}
+    folder = os.open(f"{child}/fd", os.O_RDONLY | os.O_DIRECTORY, dir_fd=proc)
+    try:
+        for descriptor in os.listdir(folder):
+            try:
+                status = os.stat(descriptor, dir_fd=folder)
+                if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
+                    path = os.fsencode(os.readlink(descriptor, dir_fd=folder))
+                    if path.startswith(inside):
+                        found.setdefault(path, {})[status.st_ino] = status.st_blocks * 512
+            except FileNotFoundError:
+                continue
+    finally:
+        os.close(folder)
+    return found
+
+
+def _is_over(folder: str, limit: int, size: float) -> bool:
+    """Whether a folder, with `size` bytes beside it, exceeds the limit on bytes, entries or levels.
+
+    An unreadable part counts as over the limit.
+    """
+    entries, todo = 0, [folder]
+    if size > limit:
+        return True
     while todo:
         try:
             with os.scandir(todo.pop()) as found:

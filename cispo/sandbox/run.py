@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,9 @@ from cispo.sandbox.launcher import HEADER
 
 Mechanism = Literal["namespaces", "landlock"]
 Stop = Literal["time", "memory", "output", "disk", "threads"]
+
+Dialogue = Callable[[bytes], bytes | None]
+"""From each new part of a program's stdout to more of its stdin; None for its end."""
 
 MAX_THREADS = 64
 """Largest number of threads of a program."""
@@ -90,7 +94,7 @@ class SandboxResult:
 def run_python(
     code: str,
     *,
-    stdin: str = "",
+    stdin: str | Dialogue = "",
     timeout: float = 5.0,
     memory_mb: int = 512,
     disk_mb: int = 16,
@@ -99,10 +103,10 @@ def run_python(
 ) -> SandboxResult:
     """Runs a program in a sandbox and waits for its end.
 
-    It has the standard library and nothing else, an empty environment, `stdin`, and an empty folder to work in, which
-    is removed afterwards. `timeout` limits the wall clock, and the CPU time of all threads (rounded up), in seconds;
-    `memory_mb` the address space, `disk_mb` the files, `output_kb` stdout and stderr each. `mechanism` is by default
-    the first that works on this machine.
+    It has the standard library and nothing else, an empty environment, `stdin` (a text, or answers to its output), and
+    an empty folder to work in, which is removed afterwards. `timeout` limits the wall clock, and the CPU time of all
+    threads (rounded up), in seconds; `memory_mb` the address space, `disk_mb` the files, `output_kb` stdout and stderr
+    each. `mechanism` is by default the first that works on this machine.
 
     Raises UserError where this machine cannot contain a program, RunError where the sandbox itself failed.
     """
@@ -153,12 +157,13 @@ class _Limits:
     output: int
 
 
-def _run(code: str, stdin: str, limits: _Limits, mechanism: Mechanism) -> SandboxResult:
+def _run(code: str, stdin: str | Dialogue, limits: _Limits, mechanism: Mechanism) -> SandboxResult:
     python, readable, devices = _interpreter()
+    theirs, ours = (-1, -1) if isinstance(stdin, str) else os.pipe()
     request = {
         "mechanism": mechanism,
         "code": code.encode(errors="replace"),
-        "stdin": stdin.encode(errors="replace"),
+        "stdin": stdin.encode(errors="replace") if isinstance(stdin, str) else theirs,
         "python": python,
         "readable": readable,
         "devices": devices,
@@ -169,14 +174,14 @@ def _run(code: str, stdin: str, limits: _Limits, mechanism: Mechanism) -> Sandbo
         "threads": MAX_THREADS,
     }
     report, status = os.pipe()
-    with open(report, "rb", buffering=0) as reports:
+    with open(report, "rb", buffering=0) as reports, _Answers(stdin, ours) as answers:
         try:
             launcher = subprocess.Popen(
                 [python, "-I", "-S", "-c", _BOOT.format(project=_PROJECT, status=status)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=(status,),
+                pass_fds=(status,) if isinstance(stdin, str) else (status, theirs),
                 # A signal that kills the caller's process group leaves the launcher alive to clean up.
                 start_new_session=True,
                 env={},
@@ -185,23 +190,73 @@ def _run(code: str, stdin: str, limits: _Limits, mechanism: Mechanism) -> Sandbo
             )
         finally:
             os.close(status)
+            if not isinstance(stdin, str):
+                os.close(theirs)
         try:
-            outcome = _Conversation(launcher, reports, limits)
+            outcome = _Conversation(launcher, reports, limits, answers)
             outcome.hold(marshal.dumps(request))
         finally:
             _end(launcher)
     return outcome.result()
 
 
+class _Answers:
+    """The caller's end of a program's stdin: what it answers to the program's output, sent as the pipe takes it."""
+
+    def __init__(self, dialogue: str | Dialogue, pipe: int) -> None:
+        self._dialogue, self._pipe = dialogue, pipe
+        self._waiting = bytearray()
+        self._ends = False
+
+    def __enter__(self) -> _Answers:
+        if self._pipe >= 0:
+            os.set_blocking(self._pipe, False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+
+    def hear(self, output: bytes, selector: selectors.BaseSelector) -> None:
+        """Takes a part of the program's stdout."""
+        if self._pipe < 0 or self._ends or isinstance(self._dialogue, str):
+            return
+        answer = self._dialogue(output)
+        self._ends = answer is None
+        if not self._waiting and (answer or self._ends):
+            selector.register(self._pipe, selectors.EVENT_WRITE, "stdin")
+        self._waiting += answer or b""
+
+    def send(self, selector: selectors.BaseSelector) -> None:
+        """Writes as much as the pipe takes, and closes it after the last answer."""
+        try:
+            if self._waiting:
+                del self._waiting[: os.write(self._pipe, self._waiting)]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            # The program has ended, or closed its stdin.
+            self._waiting.clear()
+            self._ends = True
+        if not self._waiting:
+            selector.unregister(self._pipe)
+            if self._ends:
+                self.__exit__()
+
+
 class _Conversation:
     """Reads the output of a launcher and its program, and orders their end at a limit."""
 
-    def __init__(self, launcher: subprocess.Popen[bytes], reports: IO[bytes], limits: _Limits) -> None:
+    def __init__(
+        self, launcher: subprocess.Popen[bytes], reports: IO[bytes], limits: _Limits, answers: _Answers
+    ) -> None:
         assert launcher.stdin and launcher.stdout and launcher.stderr
         self._orders = launcher.stdin
         self._sources = {"stdout": launcher.stdout, "stderr": launcher.stderr, "report": reports}
         self._texts = {name: bytearray() for name in self._sources}
         self._limits = limits
+        self._answers = answers
         self._stopped: Stop | None = None
         self._started = False
         self._deadline = 0.0
@@ -223,8 +278,12 @@ class _Conversation:
             while selector.get_map():
                 ready = selector.select(max(0.0, self._deadline - time.monotonic()))
                 for key, _ in ready:
-                    if not self._take(key.data, os.read(key.fd, 1 << 16)):
+                    if key.data == "stdin":
+                        self._answers.send(selector)
+                    elif not self._take(key.data, chunk := os.read(key.fd, 1 << 16)):
                         selector.unregister(key.fileobj)
+                    elif key.data == "stdout":
+                        self._answers.hear(chunk, selector)
                 if not self._started and b"started\n" in self._texts["report"]:
                     self._started = True
                     self._deadline = time.monotonic() + self._limits.timeout

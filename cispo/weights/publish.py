@@ -11,7 +11,6 @@ learner imports imports vLLM.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -22,9 +21,10 @@ from pathlib import Path
 from torch import Tensor
 
 from cispo.errors import UserError
+from cispo.files import temporary_folder
 from cispo.weights.buckets import BucketMessage
 
-_PREFIX = "cispo-"
+_PREFIX = "cispo-weights-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +42,13 @@ WeightMessage = FileMessage | BucketMessage
 def weights_folder(run: str) -> Iterator[Path]:
     """A new folder for one run's weights, in shared memory if there is any, else on disk; removed after the block.
 
-    A driver that is killed leaves its folder behind; the next run finds its lock free and removes it.
+    A driver that is killed leaves its folder behind; the next run removes it.
     """
     shared = Path("/dev/shm")
     root = shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(tempfile.gettempdir())
-    _remove_abandoned(root)
-    draft = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{run}-", dir=root))
-    with _locked(draft):
-        folder = draft.rename(root / draft.name.removeprefix("."))
-        try:
-            yield folder
-        finally:
-            # An engine that still maps a version keeps its memory until it unmaps it.
-            shutil.rmtree(folder, ignore_errors=True)
+    # An engine that still maps a version keeps its memory until it unmaps it.
+    with temporary_folder(f"{_PREFIX}{run}-", root, stale=_PREFIX) as folder:
+        yield folder
 
 
 @contextlib.contextmanager
@@ -72,26 +66,6 @@ def shared_weights_folder(run: str, root: Path) -> Iterator[Path]:
         yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_abandoned(root: Path) -> None:
-    for folder in root.glob(f"{_PREFIX}*"):
-        try:
-            with _locked(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue  # in use, or another user's
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises OSError where another process holds the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def publish_weights(state: Mapping[str, Tensor], folder: str | Path, version: int) -> Path:

@@ -148,10 +148,6 @@ class HFPolicy(Policy):
         assert isinstance(head, nn.Linear)
         return head.weight
 
-    @property
-    def max_positions(self) -> int:
-        return self.model.config.max_position_embeddings
-
     def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
         if not len(tokens):  # transformers' reshapes refuse an empty row
             return PolicyOutput(tokens[:, None] * self.lm_head_weight[:1])
@@ -189,7 +185,7 @@ def build(config: HFConfig, dtype: torch.dtype) -> HFPolicy:
         raise
     # transformers' errors for a value of the wrong type or for sizes that do not go together.
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"transformers builds no causal language model from the {kind!r} config: {reason}") from None
 
 

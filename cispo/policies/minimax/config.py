@@ -37,6 +37,11 @@ LIGHTNING_NORM_EPS = 1e-6
 _ORIGINAL_NAMES = ("minimaxm1", "minimaxtext01")
 _HF_NAMES = ("minimax",)
 
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rotary_dim", "num_local_experts", "num_experts", "num_experts_per_tok", "max_position_embeddings"
+)  # fmt: skip
+
 ORIGINAL_KEYS = {
     "linear_attn_alpha": "layernorm_linear_attention_alpha",
     "linear_attn_beta": "layernorm_linear_attention_beta",
@@ -168,6 +173,10 @@ def parse_config(config: HFConfig, *, shared_size: int | None = None) -> Lightni
         )
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {config['hidden_act']!r} is not supported by the lightning policy, only 'silu'")
+    for key in _SIZES:
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{key} {value!r:.80} must be a whole number above 0")
     head_dim = config.get("head_dim") or hidden // heads
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
@@ -208,6 +217,8 @@ def _layer_kinds(config: HFConfig, convention: Convention, layers: int) -> tuple
             raise UserError("the policy's config lacks 'attn_type_list' (0 lightning, 1 softmax)")
         # Hugging Face's default when layer_types is absent: softmax first, alternating.
         return tuple(i % 2 == 1 for i in range(layers))
+    if not isinstance(kinds, list | tuple):
+        raise UserError(f"{key} {kinds!r:.80} must be a list with an entry for each layer")
     if len(kinds) != layers:
         raise UserError(f"{key} has {len(kinds)} entries for num_hidden_layers {layers}")
     meaning = {0: True, 1: False} if convention == "original" else {"linear_attention": True, "full_attention": False}
@@ -227,6 +238,9 @@ def _shared_size(config: HFConfig, convention: Convention, intermediate: int, fr
 
 
 def _check(config: LightningConfig) -> None:
+    for key, value in (("rms_norm_eps", config.rms_norm_eps), ("rope_theta", config.rope_theta)):
+        if not value > 0:
+            raise UserError(f"{key} {value} must be above 0")
     if config.num_heads % config.num_kv_heads:
         raise UserError(
             f"num_attention_heads {config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}"

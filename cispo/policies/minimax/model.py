@@ -142,10 +142,6 @@ class LightningPolicy(Policy):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
-    def max_positions(self) -> int:
-        return self.config.max_position_embeddings
-
-    @property
     def router_shape(self) -> tuple[int, int]:
         return len(self.layers), self.config.num_experts
 

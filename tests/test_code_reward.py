@@ -191,7 +191,8 @@ def double(x):
     found = harness()
     secret, verdicts = found["secret"], found["verdicts"]
     for guess in range(-50, 50):
-        lines = [f"{secret} value {guess}", f"{secret} passed", *(f"{secret} {step} value {guess}" for step in range(3))]
+        steps = (f"{secret} {step} value {guess}" for step in range(3))
+        lines = [f"{secret} value {guess}", f"{secret} passed", *steps]
         os.write(verdicts, "".join(f"\\n{line}\\n" for line in lines).encode())
     return 7
 """,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from cispo.errors import RunError, UserError
 from cispo.output.run_folder import create_run_folder, last_run_folder, only_user_of
 from tests.test_bad_input import recipe  # noqa: F401 (fixture)
 
-OLD_RUN = Path(__file__).parent / "data" / "old_run"
+ROOT = Path(__file__).parents[1]
+OLD_RUN = ROOT / "tests" / "data" / "old_run"
 SFT = "sft={data: {source: 'rewards.sorting:demonstrations', args: {size: 8, seed: 0, count: 2}}}"
 Recipe = Callable[..., Path]
 
@@ -116,19 +118,26 @@ def test_a_command_that_reads_needs_no_lock_and_writes_nothing(
         assert content(folder) == before and (tmp_path / "runs" / "bad-2" / "metrics.jsonl").exists()
 
 
-def _claim(arguments: tuple[str, object]) -> str:
-    output_dir, barrier = arguments
-    barrier.wait()  # type: ignore[attr-defined]
-    with create_run_folder(output_dir, "run") as folder:
-        barrier.wait()  # type: ignore[attr-defined]
-        return folder.path.name
+CLAIM = """
+import os, sys, time
+from cispo.output.run_folder import create_run_folder
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.001)
+with create_run_folder(sys.argv[1], "run") as folder:
+    print(folder.path.name, flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    with context.Manager() as manager, context.Pool(6) as pool:
-        barrier = manager.Barrier(6)
-        names = pool.map(_claim, [(str(tmp_path), barrier)] * 6)
+    command = [sys.executable, "-c", CLAIM, str(tmp_path / "runs"), str(tmp_path / "go")]
+    pipe = subprocess.PIPE
+    starts = [subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) for _ in range(6)]
+    time.sleep(1.0)
+    (tmp_path / "go").touch()
+    names = [start.stdout.readline().strip() for start in starts if start.stdout is not None]
+    for start in starts:
+        start.communicate()
     assert sorted(names) == ["run", *(f"run-{number}" for number in range(2, 7))]
 
 

@@ -30,12 +30,18 @@ class RunFolder:
     """A run folder that this process has locked, until the end of a `with` block."""
 
     path: Path
-    _descriptor: int
-    """The open file of the lock."""
+    _lock: int
+    """Descriptor of the lock's file."""
+    _identity: os.stat_result
+    """Of the folder, when it was locked."""
 
     def check(self) -> None:
         """Raises RunError where the folder is not at its path any more."""
-        if not _is_open(self.path / _LOCK, self._descriptor):
+        try:
+            there = os.path.samestat(os.stat(self.path), self._identity)
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        if not there:
             raise RunError(f"{self.path} was removed or moved during the run")
 
     def empty(self) -> None:
@@ -54,7 +60,7 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._descriptor)
+        os.close(self._lock)
 
 
 def create_run_folder(output_dir: str, name: str) -> RunFolder:
@@ -120,7 +126,7 @@ def _try_lock(path: Path) -> RunFolder | None:
             os.close(descriptor)
             return None
         if _is_open(path / _LOCK, descriptor):
-            return RunFolder(path, descriptor)
+            return RunFolder(path, descriptor, os.stat(path))
         # The folder was removed and made anew between the two calls.
         os.close(descriptor)
 

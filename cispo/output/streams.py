@@ -21,14 +21,13 @@ class _Raw(io.FileIO):
     error: OSError | None = None
 
     def write(self, data: Buffer, /) -> int:
-        size = memoryview(data).nbytes
         try:
-            written = None if self.error is not None else super().write(data)
+            written = super().write(data)
         except OSError as error:
-            self.error = error
-            return size
+            self.error = self.error or error
+            written = None
         # None also where a pipe that does not block is full.
-        return size if written is None else written
+        return memoryview(data).nbytes if written is None else written
 
 
 def spare_writers() -> None:

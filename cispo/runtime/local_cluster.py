@@ -128,13 +128,13 @@ def _starting(note: Callable[[str, int], None]) -> Iterator[None]:
 
 def root_folder() -> Path:
     """The folder for the cluster's own one. Raises UserError where none can be written and has a short enough path."""
-    given = os.environ.get("RAY_TMPDIR")
-    if given:
+    if os.environ.get("RAY_TMPDIR"):
+        given = os.path.abspath(os.environ["RAY_TMPDIR"])
         if not _can_be_written(given):
             raise UserError(f"RAY_TMPDIR {given} is not a folder that can be written")
         if len(os.fsencode(given)) > _MAX_ROOT:
             raise UserError(f"RAY_TMPDIR {given} is too long for the paths of Ray's sockets: {_MAX_ROOT} bytes at most")
-        return Path(given).absolute()
+        return Path(given)
     try:
         candidates = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
     except FileNotFoundError as error:

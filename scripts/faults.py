@@ -261,8 +261,14 @@ def fill(find: Callable[[Trial], Path | None]) -> Act:
     return act
 
 
-def inside(name: str) -> Callable[[Trial], Path | None]:
-    return lambda trial: trial.folder / "quickstart" / name
+def samples(trial: Trial) -> Path:
+    return trial.folder / "quickstart" / "samples"
+
+
+def checkpoints(trial: Trial) -> Path | None:
+    """The folder of the checkpoints, once a first one is in it: then no process reads from it any more."""
+    folder = trial.folder / "quickstart" / "checkpoints"
+    return folder if list(folder.glob("step_*")) else None
 
 
 def weights(trial: Trial) -> Path | None:
@@ -360,8 +366,8 @@ FAULTS: Mapping[str, Fault] = {
     "deleted-folder": Fault(delete_folder, (1, 2), removes=True),
     "flipped-bit": Fault(kill_after_checkpoint, (-signal.SIGKILL,), undo=flip_bit, resumed_says="is damaged"),
     "full-disk": Fault(fill_disk, (1, 2), undo=free_disk, own_disk=True),
-    "full-disk-samples": Fault(fill(inside("samples")), (1,), undo=unmount, mounts=True, says=REFUSED),
-    "full-disk-checkpoints": Fault(fill(inside("checkpoints")), (1,), undo=unmount, mounts=True, says=REFUSED),
+    "full-disk-samples": Fault(fill(samples), (1,), undo=unmount, mounts=True, says=REFUSED),
+    "full-disk-checkpoints": Fault(fill(checkpoints), (1,), undo=unmount, mounts=True, says=REFUSED),
     "full-disk-weights": Fault(fill(weights), (1, 2), undo=unmount, mounts=True, says=REFUSED),
     "full-disk-driver": Fault(strike("cispo.cli", forbid_growth), (1, 2), says=REFUSED),
     "full-disk-learner": Fault(strike("ray::learner-0", forbid_growth), (1, 2), says=REFUSED),

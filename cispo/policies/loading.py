@@ -53,7 +53,7 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
         policy.load_hf(_read_weights(files))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: a weight file is broken or cut short: {error}") from None
     return policy
 
@@ -194,7 +194,7 @@ def check_weights(folder: Path) -> None:
         with torch.device("meta"):
             policy = _build(read_json(folder / "config.json"), folder, torch.float32)
             policy.load_hf(_read_weights(weight_files(folder), headers=True))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: a weight file is broken or cut short: {error}") from None
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from typer.core import TyperCommand
 from cispo.errors import RunError, UserError
 
 P = ParamSpec("P")
+
+# Errors that no line of ours is to blame for: the disk, its quota, a limit on file sizes, too many open files.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 app = typer.Typer(
     name="cispo",
@@ -53,6 +57,11 @@ def _sentences(*, answers: bool) -> Callable[[Callable[P, None]], Callable[P, No
                 print(f"cispo: {error}", file=sys.stderr)
                 sys.exit(2)
             except RunError as error:
+                print(f"cispo: {error}", file=sys.stderr)
+                sys.exit(1)
+            except OSError as error:
+                if error.errno not in _OF_THE_MACHINE:
+                    raise
                 print(f"cispo: {error}", file=sys.stderr)
                 sys.exit(1)
             except KeyboardInterrupt:

@@ -66,7 +66,8 @@ class Handle(Protocol):
     async def call(self, method: str, *args: object, **kwargs: object) -> Any:
         """Runs a method of the object; UserError and RunError are raised here as they were raised there.
 
-        Raises ProcessDied where its process is gone. Cancelling a call of a concurrent object cancels the method.
+        Raises RunError for an OSError of another process, which is its machine's, and ProcessDied where its process is
+        gone. Cancelling a call of a concurrent object cancels the method.
         """
         ...
 
@@ -265,6 +266,9 @@ class _RayHandle:
         except RayTaskError as error:
             if isinstance(error.cause, UserError | RunError):
                 raise type(error.cause)(str(error.cause)) from None
+            if isinstance(error.cause, OSError):
+                reason = " ".join(str(error.cause).split()) or type(error.cause).__name__
+                raise RunError(f"{self.name}: {reason}") from None
             raise
         except RayActorError as error:
             detail = re.search(r"Worker exit detail: (.*?\.)(?:\s|$)", " ".join(str(error).split()))

@@ -336,7 +336,7 @@ class Fault:
 
 # Minus the number of a signal: the interpreter itself, before or after the run.
 STOPPED = (130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
-REFUSED = "cannot write"
+REFUSED = "cannot write|can be written"
 
 FAULTS: Mapping[str, Fault] = {
     "kill-driver": Fault(kill("cispo.cli"), (-signal.SIGKILL,)),
@@ -370,6 +370,7 @@ FAULTS: Mapping[str, Fault] = {
     "full-disk-checkpoints": Fault(fill(checkpoints), (1,), undo=unmount, mounts=True, says=REFUSED),
     "full-disk-weights": Fault(fill(weights), (1, 2), undo=unmount, mounts=True, says=REFUSED),
     "full-disk-driver": Fault(strike("cispo.cli", forbid_growth), (1, 2), says=REFUSED),
-    "full-disk-learner": Fault(strike("ray::learner-0", forbid_growth), (1, 2), says=REFUSED),
+    # In a call: Python itself needs a temporary file to start.
+    "full-disk-learner": Fault(strike("ray::learner-0.call", forbid_growth), (1, 2), says=REFUSED),
     "read-only": Fault(forbid_writing, (1, 2), undo=allow_writing, own_disk=True),
 }

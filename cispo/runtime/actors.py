@@ -355,7 +355,8 @@ class RayRuntime:
         import ray
         from ray.exceptions import RayError
 
-        self._activity.checks.remove(cluster.check)
+        if cluster.check in self._activity.checks:
+            self._activity.checks.remove(cluster.check)
         if cluster.is_alive():
             with contextlib.suppress(RayError):
                 for actor in self._actors:
@@ -365,3 +366,4 @@ class RayRuntime:
         self._reservation = cluster.Reservation()
         if self._leave is not None:
             self._leave()
+            self._leave = None

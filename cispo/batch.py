@@ -9,10 +9,10 @@ Passes of learner, reference and critic over the samples come before `with_advan
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import torch
 from torch import Tensor
@@ -20,42 +20,60 @@ from torch import Tensor
 from cispo.algorithms import Algorithm, Reduction
 from cispo.algorithms.advantages import Gae, TokenRewards, generalised_advantages, is_constant
 from cispo.algorithms.losses import kl_estimate
+from cispo.policies.replay import packed_routes, routes_of_turns
 from cispo.recipe.schema import Recipe
 from cispo.types import MicroBatch, RankBatches, Sample, Trajectory, TrajectoryGroup, Turn
 
 
 def informative(group: TrajectoryGroup) -> bool:
-    """Whether the attempts of a group differ in their reward."""
-    return not is_constant([t.reward for t in group.trajectories])
+    """Whether the attempts of a group differ in their reward: in all, or in that of some turn."""
+    if not is_constant([t.reward for t in group.trajectories]):
+        return True
+    turns = zip_longest(*([sum(turn.rewards.values()) for turn in t.turns] for t in group.trajectories), fillvalue=0.0)
+    return not all(map(is_constant, turns))
 
 
 # Samples
 
 
 def to_samples(group: TrajectoryGroup) -> list[Sample]:
-    """One sample a turn, in order: the rendered prompt is context, the completion is trained on."""
-    return [_turn_sample(trajectory, turn) for trajectory in group.trajectories for turn in trajectory.turns]
+    """One sample a segment, in order: what the policy read is context, its completions are trained on."""
+    return [
+        _segment_sample(trajectory, turns, number)
+        for trajectory in group.trajectories
+        for number, turns in enumerate(trajectory.segments)
+    ]
 
 
-def _turn_sample(trajectory: Trajectory, turn: Turn) -> Sample:
-    completion = turn.completion
-    prompt = len(turn.prompt_ids)
-    mask = torch.zeros(prompt + len(completion.token_ids), dtype=torch.bool)
-    mask[prompt:] = True
+def _segment_sample(trajectory: Trajectory, turns: Sequence[Turn], number: int) -> Sample:
+    tokens, mask, logprobs, versions = list[int](), list[bool](), list[float](), list[int]()
+    for turn in turns:
+        context, completion = len(turn.context_ids), turn.completion
+        tokens += (*turn.context_ids, *completion.token_ids)
+        mask += (*(False,) * context, *(True,) * len(completion.token_ids))
+        logprobs += (*(0.0,) * context, *completion.logprobs)
+        versions += (*(0,) * context, *completion.versions)
     return Sample(
-        token_ids=torch.tensor((*turn.prompt_ids, *completion.token_ids)),
-        loss_mask=mask,
-        rollout_logprobs=torch.tensor((*(0.0,) * prompt, *completion.logprobs)),
-        versions=torch.tensor((*(0,) * prompt, *completion.versions), dtype=torch.int32),
+        token_ids=torch.tensor(tokens),
+        loss_mask=torch.tensor(mask, dtype=torch.bool),
+        rollout_logprobs=torch.tensor(logprobs),
+        versions=torch.tensor(versions, dtype=torch.int32),
         group_id=trajectory.group_id,
         index=trajectory.index,
+        segment=number,
+        routes=routes_of_turns(turns),
     )
 
 
-def demonstration(prompt_ids: Sequence[int], completion_ids: Sequence[int], index: int) -> Sample:
-    """A sample for supervised fine-tuning: no rollout, advantage 1."""
+def demonstration(
+    prompt_ids: Sequence[int], completion_ids: Sequence[int], index: int, taught: Sequence[bool] | None = None
+) -> Sample:
+    """A sample for supervised fine-tuning: no rollout, advantage 1.
+
+    `taught` says of each token of the completion whether it is trained on; without it, all are.
+    """
     mask = torch.zeros(len(prompt_ids) + len(completion_ids), dtype=torch.bool)
-    mask[len(prompt_ids) :] = True
+    mask[len(prompt_ids) :] = True if taught is None else torch.tensor(taught, dtype=torch.bool)
     return Sample(
         token_ids=torch.tensor((*prompt_ids, *completion_ids)),
         loss_mask=mask,
@@ -68,9 +86,9 @@ def demonstration(prompt_ids: Sequence[int], completion_ids: Sequence[int], inde
 
 
 def _by_trajectory(groups: Sequence[TrajectoryGroup], samples: Sequence[Sample]) -> list[list[list[Sample]]]:
-    """The samples of the groups, as `to_samples` gives them one group after another: [groups][trajectories][turns]."""
+    """The samples of `to_samples`, one group after another, as [groups][trajectories][segments]."""
     remaining = iter(samples)
-    return [[[next(remaining) for _ in t.turns] for t in group.trajectories] for group in groups]
+    return [[[next(remaining) for _ in t.segments] for t in group.trajectories] for group in groups]
 
 
 # Advantages
@@ -78,16 +96,16 @@ def _by_trajectory(groups: Sequence[TrajectoryGroup], samples: Sequence[Sample])
 
 def with_advantages(groups: Sequence[TrajectoryGroup], samples: Sequence[Sample], algorithm: Algorithm) -> list[Sample]:
     """The samples of the groups (in order, as `to_samples` gives them) with advantages, and returns for a critic."""
-    turns = _by_trajectory(groups, samples)
+    segments = _by_trajectory(groups, samples)
     rewards = [
         [token_rewards(t, own, algorithm) for t, own in zip(group.trajectories, of_group, strict=True)]
-        for group, of_group in zip(groups, turns, strict=True)
+        for group, of_group in zip(groups, segments, strict=True)
     ]
     advantages = algorithm.advantage(rewards)
     tokens = [advantage for of_group in advantages for advantage in of_group]
     assert not tokens or bool(torch.cat(tokens).isfinite().all()), "an advantage is not finite"
     done = []
-    for of_group, group_rewards, group_advantages in zip(turns, rewards, advantages, strict=True):
+    for of_group, group_rewards, group_advantages in zip(segments, rewards, advantages, strict=True):
         for own, reward, advantage in zip(of_group, group_rewards, group_advantages, strict=True):
             values = {"advantages": advantage}
             if algorithm.critic:
@@ -96,9 +114,9 @@ def with_advantages(groups: Sequence[TrajectoryGroup], samples: Sequence[Sample]
     return done
 
 
-def token_rewards(trajectory: Trajectory, turns: Sequence[Sample], algorithm: Algorithm) -> TokenRewards:
+def token_rewards(trajectory: Trajectory, segments: Sequence[Sample], algorithm: Algorithm) -> TokenRewards:
     """A trajectory's reward streams over its sampled tokens: the outcome, each turn's own, and KL as a reward."""
-    lengths = [sample.num_loss_tokens for sample in turns]
+    lengths = [len(turn.completion.token_ids) for turn in trajectory.turns]
     streams = {"outcome": torch.zeros(sum(lengths), dtype=torch.float64)}
     streams["outcome"][-1] = trajectory.reward
     for turn, end in zip(trajectory.turns, accumulate(lengths), strict=True):
@@ -106,15 +124,17 @@ def token_rewards(trajectory: Trajectory, turns: Sequence[Sample], algorithm: Al
             streams.setdefault(name, torch.zeros_like(streams["outcome"]))[end - 1] += value
     if algorithm.needs_reference and algorithm.kl_in == "reward":
         # The KL of the sampling policy, which is the ratio's denominator.
-        policy, reference = _sampled(turns, f"{algorithm.ratio_anchor}_logprobs"), _sampled(turns, "ref_logprobs")
+        policy = _sampled(segments, f"{algorithm.ratio_anchor}_logprobs")
+        reference = _sampled(segments, "ref_logprobs")
         kl = kl_estimate(policy, reference, torch.ones_like(policy, dtype=torch.bool), algorithm.kl)
         streams["kl"] = -algorithm.kl_coef * kl
-    return TokenRewards(streams=streams, values=_sampled(turns, "values") if algorithm.critic else None)
+    values = _sampled(segments, "values") if algorithm.critic else None
+    return TokenRewards(streams=streams, values=values, turns=tuple(lengths))
 
 
-def _sampled(turns: Sequence[Sample], name: str) -> Tensor:
-    """[L] float64: a field of `Sample` over the sampled tokens of all turns."""
-    return torch.cat([getattr(sample, name)[sample.loss_mask] for sample in turns]).double()
+def _sampled(segments: Sequence[Sample], name: str) -> Tensor:
+    """[L] float64: a field of `Sample` over the sampled tokens of all segments."""
+    return torch.cat([getattr(sample, name)[sample.loss_mask] for sample in segments]).double()
 
 
 def _returns(rewards: TokenRewards, algorithm: Algorithm) -> Tensor:
@@ -124,12 +144,12 @@ def _returns(rewards: TokenRewards, algorithm: Algorithm) -> Tensor:
     return generalised_advantages(rewards, gamma=gae.gamma, lam=gae.lam) + rewards.values
 
 
-def _attach(turns: Sequence[Sample], values: Mapping[str, Tensor]) -> Iterator[Sample]:
-    """The turns of a trajectory with `values`, [L] over its sampled tokens, under their names in `Sample`."""
+def _attach(segments: Sequence[Sample], values: Mapping[str, Tensor]) -> Iterator[Sample]:
+    """The segments of a trajectory with `values`, [L] over its sampled tokens, under their names in `Sample`."""
     tokens = len(next(iter(values.values())))
-    lengths = [sample.num_loss_tokens for sample in turns] if len(turns) > 1 else [tokens]
+    lengths = [sample.num_loss_tokens for sample in segments] if len(segments) > 1 else [tokens]
     parts = {name: tensor.float().split(lengths) for name, tensor in values.items()}
-    for number, sample in enumerate(turns):
+    for number, sample in enumerate(segments):
         empty = torch.zeros(len(sample.token_ids))
         yield replace(sample, **{n: empty.masked_scatter(sample.loss_mask, part[number]) for n, part in parts.items()})
 
@@ -142,19 +162,22 @@ def minibatches(
 ) -> list[list[Sample]]:
     """`count` nearly equal shares of the groups' samples (in order) in an order given by the seed; none of them empty.
 
-    The turns of a trajectory stay together, and the attempts of a group too, except where a share ends among them. A
+    The segments of a trajectory stay together, and the attempts of a group too, except where a share ends among them. A
     prompt that was drawn twice has two groups.
     """
     order = _by_trajectory(groups, samples)
     if count > 1:
         random.Random(seed).shuffle(order)
-    trajectories = [turns for group in order for turns in group]
+    trajectories = [segments for group in order for segments in group]
     bounds = [round(i * len(trajectories) / count) for i in range(count + 1)]
     shares = [trajectories[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-    return [[sample for turns in share for sample in turns] for share in shares if share]
+    return [[sample for segments in share for sample in segments] for share in shares if share]
 
 
 # Micro-batches
+
+# Tensors of a sample that are there for some algorithms only.
+_VALUES = ("advantages", "old_logprobs", "ref_logprobs", "values", "returns")
 
 
 def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
@@ -184,17 +207,35 @@ def pack(
     """Packs a batch for the learner: [ranks][micro-batches], each at most `tokens_per_micro_batch` tokens.
 
     Samples go to ranks longest first onto the least loaded, and inside a rank into as few micro-batches as their
-    order by length allows. A sample longer than the budget has a micro-batch of its own. A rank may get none. With
+    order by length allows. A sample longer than the budget has a micro-batch of its own. All ranks get the same number
+    of micro-batches: the collectives of a sharded model are as many on each. A rank with fewer has `stand_in`s. With
     `share_prompts` equal prompts of a micro-batch are marked to be read once; they count in full for the budget.
     """
     weights = reduction_weights(samples, reduction, max_tokens=max_tokens)
-    return [
+    batches = [
         [
             _flatten([samples[i] for i in bin], [weights[i] for i in bin], bin, share_prompts)
             for bin in _bins(index, samples, tokens_per_micro_batch)
         ]
         for index in _by_rank(samples, ranks)
     ]
+    most = max(map(len, batches))
+    return [own + [stand_in(samples[0]) for _ in range(most - len(own))] for own in batches]
+
+
+def stand_in(like: Sample) -> MicroBatch:
+    """A micro-batch of one token that is not trained on, with the values that `like` has; it stands for no sample."""
+    blank = {name: torch.zeros(2) for name in _VALUES if getattr(like, name) is not None}
+    sample = replace(
+        like,
+        token_ids=like.token_ids[:1].repeat(2),
+        loss_mask=torch.zeros(2, dtype=torch.bool),
+        rollout_logprobs=torch.zeros(2),
+        versions=torch.zeros(2, dtype=like.versions.dtype),
+        routes=None if like.routes is None else like.routes.new_full((1, *like.routes.shape[1:]), -1),
+        **blank,
+    )
+    return replace(_flatten([sample], [0.0], (), False), stand_in=True)
 
 
 def reduction_weights(samples: Sequence[Sample], reduction: Reduction, *, max_tokens: int) -> list[float]:
@@ -202,7 +243,7 @@ def reduction_weights(samples: Sequence[Sample], reduction: Reduction, *, max_to
 
     token: 1 / tokens. prompt: 1 / (prompts * tokens of the prompt), the form of CISPO's eq. 4. sequence:
     1 / (sequences * tokens of the sequence). sequence_sum: 1 / sequences. constant: 1 / (sequences * max_tokens), Dr.
-    GRPO.
+    GRPO. A sequence is a whole attempt, whatever its turns and segments.
     """
     lengths = [sample.num_loss_tokens for sample in samples]
     if reduction == "token":
@@ -212,9 +253,15 @@ def reduction_weights(samples: Sequence[Sample], reduction: Reduction, *, max_to
         for sample, length in zip(samples, lengths, strict=True):
             by_prompt[sample.group_id] += length
         return [1 / (len(by_prompt) * max(by_prompt[sample.group_id], 1)) for sample in samples]
+    # The segments of an attempt stand side by side, and a prompt that was drawn twice has two attempts of one index.
+    attempts = list(accumulate(int(sample.segment == 0) for sample in samples))
+    count = attempts[-1] if attempts else 1
     if reduction == "sequence":
-        return [1 / (len(samples) * max(length, 1)) for length in lengths]
-    return [1 / (len(samples) * (1 if reduction == "sequence_sum" else max_tokens))] * len(samples)
+        by_attempt: Counter[int] = Counter()
+        for attempt, length in zip(attempts, lengths, strict=True):
+            by_attempt[attempt] += length
+        return [1 / (count * max(by_attempt[attempt], 1)) for attempt in attempts]
+    return [1 / (count * (1 if reduction == "sequence_sum" else max_tokens))] * len(samples)
 
 
 def _by_rank(samples: Sequence[Sample], ranks: int) -> list[list[int]]:
@@ -274,6 +321,7 @@ def _flatten(
         ref_logprobs=_shifted([s.ref_logprobs for s in samples]),
         values=_shifted([s.values for s in samples]),
         returns=_shifted([s.returns for s in samples]),
+        routes=packed_routes(samples),
     )
 
 
@@ -284,23 +332,41 @@ def _shifted(values: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _unique_tokens(samples: Sequence[Sample]) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """`unique_index` and `inverse` of a micro-batch; None where no two prompts are equal.
+    """`unique_index` and `inverse` of a micro-batch; None where nothing is read twice.
 
-    Equal prompts have equal hidden states, because attention is causal.
+    Equal prefixes have equal hidden states, because attention is causal. Shared are equal prompts, and inside a group
+    the longest beginning in common, so that a history which forks is read once up to the fork: a prefix tree.
     """
-    unique_index, inverse, known = [], [], dict[tuple[int, ...], Tensor]()
+    unique_index, inverse = list[Tensor](), list[Tensor]()
+    known = dict[tuple[int, ...], Tensor]()
+    groups: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     start = count = 0
     for sample in samples:
-        length = len(sample.token_ids) - 1
+        tokens = sample.token_ids[:-1]
+        length = len(tokens)
         # The prompt's last token is shared too: it predicts the first token of each completion from one hidden state.
-        prompt = tuple(sample.token_ids[:length][: _context(sample)].tolist())
-        new = 0 if prompt not in known else len(prompt)
-        unique_index.append(torch.arange(start + new, start + length))
-        rows = torch.arange(count, count + length - new)
-        inverse.append(torch.cat([known[prompt], rows]) if new else rows)
-        known.setdefault(prompt, rows[: len(prompt)])
-        start, count = start + length, count + length - new
+        prompt = tokens[: _context(sample)]
+        shared = known.get(tuple(prompt.tolist()))
+        if shared is None:
+            shared = _longest_prefix(prompt, groups[sample.group_id])
+        unique_index.append(torch.arange(start + len(shared), start + length))
+        rows = torch.cat([shared, torch.arange(count, count + length - len(shared))])
+        inverse.append(rows)
+        known.setdefault(tuple(prompt.tolist()), rows[: len(prompt)])
+        groups[sample.group_id].append((tokens, rows))
+        start, count = start + length, count + length - len(shared)
     return (torch.cat(unique_index), torch.cat(inverse)) if count < start else (None, None)
+
+
+def _longest_prefix(prompt: Tensor, read: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The rows of the longest beginning of `prompt` among sequences that were read, (tokens, rows) each."""
+    longest = torch.arange(0)
+    for tokens, rows in read:
+        size = min(len(prompt), len(tokens))
+        equal = int((prompt[:size] == tokens[:size]).int().cumprod(0).sum())
+        if equal > len(longest):
+            longest = rows[:equal]
+    return longest
 
 
 def _context(sample: Sample) -> int:
@@ -317,6 +383,8 @@ def unpack(batches: RankBatches, values: Sequence[Sequence[Tensor]], count: int)
     rows: list[Tensor] = [torch.empty(0)] * count
     for of_rank, values_of_rank in zip(batches, values, strict=True):
         for mb, result in zip(of_rank, values_of_rank, strict=True):
+            if mb.stand_in:
+                continue
             parts = result.split(mb.cu_seqlens.diff().tolist())
             for index, part in zip(mb.sample_index, parts, strict=True):
                 rows[index] = torch.cat([part.new_zeros(1), part])

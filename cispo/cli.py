@@ -60,7 +60,8 @@ def _sentences(*, answers: bool) -> Callable[[Callable[P, None]], Callable[P, No
                 print(f"cispo: {error}", file=sys.stderr)
                 sys.exit(1)
             except OSError as error:
-                if error.errno not in _OF_THE_MACHINE:
+                # A full disk leaves Python's tempfile without a folder.
+                if error.errno not in _OF_THE_MACHINE and "temporary directory" not in str(error):
                     raise
                 print(f"cispo: {error}", file=sys.stderr)
                 sys.exit(1)
@@ -205,11 +206,14 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", metavar="OUT", help="A new folder.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write an adapter (policy.lora) and its policy as one model.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face model folder."""
-    from cispo.commands.evaluate import export
+    """Write a checkpoint as a Hugging Face model folder, an adapter as peft's."""
+    from cispo.commands.export import export
 
-    export(checkpoint, to, dtype)
+    export(checkpoint, to, dtype, merge=merge)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cispo.agents.episodes import Episodes
 from cispo.algorithms import Algorithm
 from cispo.algorithms.choice import overlong_buffer_of
 from cispo.algorithms.dropped_tokens import DroppedTokens
@@ -78,6 +79,8 @@ class Controller:
     screen: Screen
     checkpoints: CheckpointWriter
     interrupts: Interrupts
+    episodes: Episodes | None = None
+    """Tools or an environment, of a recipe that has one."""
     buffer: Buffer = field(init=False)
     totals: Totals = field(default_factory=Totals)
     dropped_tokens: DroppedTokens = field(default_factory=DroppedTokens)
@@ -182,6 +185,8 @@ class Controller:
                 self._warn(kind, sentence)
             await self.sync_weights()
         synced = time.perf_counter()
+        if self.episodes is not None:
+            metrics["time/env"] = self.episodes.take_seconds()
         if self.recipe.curriculum.length_stages:
             metrics["curriculum/max_tokens"] = max_tokens_of(self.recipe, step)
         self.log.samples(step, rollouts.groups)
@@ -243,7 +248,8 @@ class Controller:
 
     @property
     def _setup(self) -> RolloutSetup:
-        return RolloutSetup(generate=self.workers.generate, renderer=self.renderer, rewards=self.rewards)
+        play = None if self.episodes is None else self.episodes.play
+        return RolloutSetup(generate=self.workers.generate, renderer=self.renderer, rewards=self.rewards, play=play)
 
     @property
     def prompts_left(self) -> float:

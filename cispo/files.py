@@ -155,13 +155,16 @@ class BackgroundSave:
         return True
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file, with its digest beside it. Raises RunError where the disk refuses."""
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, with its digest beside it; `metadata` goes to its header.
+
+    Raises RunError where the disk refuses.
+    """
     from safetensors.torch import save_file
 
     with disk_errors(file):
         file.parent.mkdir(exist_ok=True)
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+        save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
         note_digest(file)
 
 

@@ -4,7 +4,8 @@
     Updates (of learner and critic ranks) --update_metrics--> is/ mismatch/ critic/ learner/ ...
 
 Names are grouped by a prefix: reward/ adv/ is/ (importance weights) kl/ correction/ critic/ mismatch/ (engine against
-learner) length/ staleness/ learner/ curriculum/ time/ total/ (since the start) eval/; the principal ones have none.
+learner) router/ (replayed experts) length/ agent/ staleness/ learner/ curriculum/ time/ total/ (since the start) eval/;
+principal ones have none.
 Fractions are shares of the trained tokens (is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac)
 or of the groups (zero_variance_*).
 """
@@ -12,6 +13,7 @@ or of the groups (zero_variance_*).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from cispo.algorithms.advantages import is_constant, reaches
 from cispo.algorithms.dropped_tokens import would_drop
+from cispo.batch import informative
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.recipe.schema import Recipe
@@ -79,6 +82,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
         "staleness/max": float(max(stale)),
         "staleness/tokens_mean": version - sum(map(sum, by_turn)) / sum(map(len, by_turn)),
     }
+    metrics |= agent_metrics([t for t in trajectories if t.status])
     names = dict.fromkeys(name for t in trajectories for name in t.rewards)
     for name in names:
         values = [t.rewards[name] for t in trajectories if name in t.rewards]
@@ -88,11 +92,38 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
     return metrics
 
 
+def agent_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Turns, calls, ends and rewards of attempts with tools or an environment.
+
+    agent/call_errors_frac is over the calls, agent/unreadable_frac over the replies, agent/context_frac the share of
+    tokens that were read between a prompt and the last reply, agent/status_* are shares of the attempts.
+    """
+    if not trajectories:
+        return {}
+    turns = [len(t.turns) for t in trajectories]
+    calls = sum(t.events["calls"] for t in trajectories)
+    read = sum(len(turn.context_ids) for t in trajectories for turn in t.turns if turn.continues)
+    metrics = {
+        "agent/turns_mean": _mean(turns),
+        "agent/turns_max": float(max(turns)),
+        "agent/calls_mean": calls / len(trajectories),
+        "agent/call_errors_frac": sum(t.events["failed"] for t in trajectories) / max(calls, 1),
+        "agent/unreadable_frac": sum(t.events["unreadable"] for t in trajectories) / sum(turns),
+        "agent/context_frac": read / max(read + sum(t.length for t in trajectories), 1),
+        "agent/segments_mean": _mean([len(t.segments) for t in trajectories]),
+    }
+    if any(turn.rewards for t in trajectories for turn in t.turns):
+        metrics["reward/turns"] = _mean([sum(sum(turn.rewards.values()) for turn in t.turns) for t in trajectories])
+    for status, count in sorted(Counter(t.status for t in trajectories).items()):
+        metrics[f"agent/status_{status}"] = count / len(trajectories)
+    return metrics
+
+
 def group_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     """Shares of groups with equal rewards: all, those at the batch's highest reward, and the others."""
     if not groups:
         return {}
-    constant = [g.trajectories[0].reward for g in groups if is_constant([t.reward for t in g.trajectories])]
+    constant = [g.trajectories[0].reward for g in groups if not informative(g)]
     highest = max(t.reward for g in groups for t in g.trajectories)
     right = sum(reaches(r, highest) and not reaches(0.0, r) for r in constant)
     return {

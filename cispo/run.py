@@ -18,17 +18,18 @@ from pathlib import Path
 
 import torch
 
+from cispo.agents.episodes import episodes_of
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import warnings
 from cispo.controller import Controller
 from cispo.errors import Diverged, RunError, UserError
-from cispo.files import disk_errors, write_text
+from cispo.files import disk_errors, read_json, write_text
 from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter, step_of
 from cispo.output.folder import RunLog
 from cispo.output.run_folder import RunFolder
 from cispo.output.screen import Screen
 from cispo.output.summary import learning_curve, summary
-from cispo.policies.loading import check_weights
+from cispo.policies.loading import check_weights, shape_of
 from cispo.recipe.load import dump_yaml
 from cispo.recipe.schema import Recipe
 from cispo.rollout.prompt_source import check_same_prompts, prompt_source_of
@@ -40,7 +41,16 @@ from cispo.runtime.cluster import check_settings
 from cispo.runtime.interrupts import Interrupts
 from cispo.runtime.ship_code import check_output_dir
 from cispo.runtime.watchdog import Activity, guarded
-from cispo.start import check_new_policy, check_vocabulary, chosen_policy, policy_folder, running_workers
+from cispo.start import (
+    check_adapter,
+    check_experts,
+    check_new_policy,
+    check_vocabulary,
+    chosen_policy,
+    policy_folder,
+    running_workers,
+    whole_policy,
+)
 from cispo.types import Prompt, Sample
 from cispo.warmup import demonstrations_of, warm_up
 from cispo.workers import Workers
@@ -65,7 +75,9 @@ def load_task(recipe: Recipe) -> Task:
         raise UserError("device: cuda, but there is no GPU here")
     policy = None if recipe.policy.model is None else chosen_policy(recipe, None)
     if policy is not None:
-        check_weights(Path(policy))
+        check_weights(Path(whole_policy(policy)))
+        check_adapter(recipe, policy)
+        check_experts(recipe, shape_of(read_json(Path(policy) / "config.json")))
     algorithm_of(recipe)
     renderer = renderer_of(recipe)
     task = Task(
@@ -80,6 +92,8 @@ def load_task(recipe: Recipe) -> Task:
         check_vocabulary(policy, renderer)
     if recipe.reward and task.prompts:
         rewards_of(recipe, {"data": task.prompts, "eval": task.held_out}).close()
+    if episodes := episodes_of(recipe, renderer, {"data": task.prompts, "eval": task.held_out}):
+        episodes.close()
     return task
 
 
@@ -149,7 +163,10 @@ class Run:
         recipe, task = self.recipe, self.task
         log = RunLog(self.folder, after=self.step)
         rewards = rewards_of(recipe, {"data": task.prompts, "eval": task.held_out}, self.activity)
-        with self.screen, contextlib.closing(log), contextlib.closing(rewards):
+        with self.screen, contextlib.closing(log), contextlib.closing(rewards), contextlib.ExitStack() as stack:
+            episodes = episodes_of(recipe, task.renderer, {"data": task.prompts, "eval": task.held_out})
+            if episodes is not None:
+                stack.callback(episodes.close)
             async with self._workers(critic=self.algorithm.critic) as (workers, engines):
                 # Together: an engine that cannot start ends the warm-up at once.
                 await asyncio.gather(engines, self._warm_up(workers))
@@ -170,6 +187,7 @@ class Run:
                         save_tokenizer=task.renderer.save,
                     ),
                     interrupts=self.interrupts,
+                    episodes=episodes,
                 )
                 try:
                     await controller.train(self.checkpoint)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import psutil
+import torch
 
 from cispo.engines.engine import check_model
 from cispo.engines.handle import EngineHandle
 from cispo.engines.serving import make_engine
 from cispo.errors import UserError
 from cispo.files import read_json
+from cispo.learner.adapters import Adapters
 from cispo.learner.critic import Critic
 from cispo.learner.handle import CriticHandle, LearnerHandle
 from cispo.learner.learner import Learner
+from cispo.learner.parallel import shards
 from cispo.output.checkpoint import check_checkpoint
+from cispo.policies.adapter_files import adapter_in, merged_policy
 from cispo.policies.loading import (
     init_policy,
     initial_std,
@@ -29,6 +33,8 @@ from cispo.policies.loading import (
     save_policy,
     shape_of,
 )
+from cispo.policies.lora import adapted_layers
+from cispo.policies.policy import Policy
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
 from cispo.runtime.actors import Closable, Handle, LocalRuntime, RayRuntime, Resources, Runtime
@@ -62,6 +68,7 @@ def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
 def check_new_policy(recipe: Recipe, renderer: Renderer) -> None:
     """Raises UserError where policy.config describes no policy, or one of a wrong size for machine or recipe."""
     policy, context = shape_of(new_config(recipe, renderer)), recipe.rollout.max_context
+    check_experts(recipe, policy)
     needed, there = sum(4 * p.numel() for p in policy.parameters()), psutil.virtual_memory().total
     if needed > there:
         raise UserError(
@@ -72,9 +79,17 @@ def check_new_policy(recipe: Recipe, renderer: Renderer) -> None:
             f"policy.config.vocab_size {policy.vocab_size} is smaller than the tokenizer's {len(renderer.tokenizer)}"
         )
     initial_std(policy)
+    if recipe.policy.lora is not None:
+        adapted_layers(policy, recipe.policy.lora)
     positions = max_positions_of(policy.hf_config())
     if positions is not None and context > positions:
         raise UserError(f"rollout.max_context {context} is above the {positions} positions of policy.config")
+
+
+def check_experts(recipe: Recipe, policy: Policy) -> None:
+    """Raises UserError where the recipe replays the experts of a policy that has none."""
+    if recipe.policy.router_replay != "off" and policy.router_shape[0] == 0:
+        raise UserError(f"policy.router_replay {recipe.policy.router_replay}: the policy has no experts to replay")
 
 
 def check_vocabulary(policy: str, renderer: Renderer) -> None:
@@ -100,12 +115,49 @@ def chosen_policy(recipe: Recipe, checkpoint: str | None) -> str:
         if Path(recipe.policy.model).exists():
             check_checkpoint(recipe.policy.model)
         folder = local_folder(recipe.policy.model)
-        check_model(str(folder), recipe.rollout.max_context)
+        check_model(whole_policy(folder), recipe.rollout.max_context)
         return str(folder)
     folder = check_checkpoint(checkpoint)
-    check_model(str(folder), recipe.rollout.max_context)
+    check_model(whole_policy(folder), recipe.rollout.max_context)
     check_same_shape(recipe, folder)
     return str(folder)
+
+
+def whole_policy(folder: str | Path) -> str:
+    """The folder itself, or that of the policy which its adapter belongs to."""
+    found = adapter_in(folder)
+    return str(folder if found is None else found.base_folder())
+
+
+def check_adapter(recipe: Recipe, folder: str) -> None:
+    """Raises UserError where policy.lora does not fit the policy in a folder, or the adapter there."""
+    lora, found = recipe.policy.lora, adapter_in(folder)
+    if lora is not None:
+        adapted_layers(shape_of(read_json(Path(folder) / "config.json")), lora)
+    if found is None:
+        return
+    if lora is None:
+        raise UserError(
+            f"{folder} holds an adapter: train it further with policy.lora, or start from both as one "
+            "(cispo export --merge)"
+        )
+    if (found.lora.rank, found.lora.alpha) != (lora.rank, lora.alpha):
+        raise UserError(
+            f"policy.lora has rank {lora.rank} and alpha {lora.alpha:g}, the adapter in {folder} rank "
+            f"{found.lora.rank} and alpha {found.lora.alpha:g}"
+        )
+
+
+@contextlib.contextmanager
+def merged_folder(folder: str, dtype: Literal["float32", "bfloat16"]) -> Iterator[str]:
+    """The folder itself, or for the block a temporary one of an adapter and its policy in one."""
+    found = adapter_in(folder)
+    if found is None:
+        yield folder
+        return
+    with weights_folder("merged") as merged:
+        save_policy(merged_policy(found, getattr(torch, dtype)), merged)
+        yield str(merged)
 
 
 def check_same_shape(recipe: Recipe, checkpoint: Path) -> None:
@@ -131,13 +183,20 @@ def make_runtime(recipe: Recipe, processes: int, activity: Activity) -> Runtime:
 
 
 async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[LearnerHandle]:
-    build = partial(Learner, folder, recipe.learner, temperature=recipe.rollout.temperature)
+    build = partial(
+        Learner, folder, recipe.learner, temperature=recipe.rollout.temperature, adapters=_adapters(recipe)
+    )
     return [LearnerHandle(rank) for rank in await _start_ranks(recipe, runtime, placement, build, "learner")]
 
 
 async def start_critics(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[CriticHandle]:
-    build = partial(Critic, folder, recipe.critic, recipe.learner)
+    build = partial(Critic, folder, recipe.critic, recipe.learner, adapters=_adapters(recipe))
     return [CriticHandle(rank) for rank in await _start_ranks(recipe, runtime, placement, build, "critic")]
+
+
+def _adapters(recipe: Recipe) -> Adapters | None:
+    lora = recipe.policy.lora
+    return None if lora is None else Adapters(lora=lora, seed=seed_of(recipe.seed, "adapter"))
 
 
 async def _start_ranks(
@@ -173,6 +232,7 @@ async def start_engine(
         memory=placement.cache_share,
         sleeps=placement.sleeps,
         engine_args=rollout.engine_args,
+        record_routes=recipe.policy.router_replay == "rollout",
     )
     return EngineHandle(engine)
 
@@ -222,11 +282,13 @@ async def running_workers(
             learners=[],
             critics=[],
             engines=[],
-            start_engine=partial(start_engine, recipe, runtime, policy, placement),
+            # Engines of an adapter start from its policy alone: weights arrive before the first prompt.
+            start_engine=partial(start_engine, recipe, runtime, whole_policy(policy), placement),
             weights_folder=str(weights),
             group_size=recipe.rollout.group_size,
             transport=transport_of(recipe, placement, home=home),
             verify=recipe.rollout.verify_weights,
+            sharded=shards(recipe.learner.shard, ranks=recipe.learner.ranks, device=placement.device),
             sleeps=placement.sleeps,
             tensor_parallel=recipe.rollout.tensor_parallel,
             on_update=recipe.control.on_update,
@@ -234,6 +296,7 @@ async def running_workers(
             max_restarts=0 if recipe.runtime == "local" else recipe.control.max_restarts,
             say=say,
         )
+        activity.details.append(workers.waiting_in)
         try:
             starting = asyncio.create_task(workers.start_engines(recipe.rollout.engines if engines else 0))
             tasks.append(starting)
@@ -245,6 +308,7 @@ async def running_workers(
                 workers.critics = await start_critics(recipe, runtime, policy, placement)
             yield workers, starting
         finally:
+            activity.details.remove(workers.waiting_in)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

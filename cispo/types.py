@@ -97,6 +97,29 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutedExperts:
+    """Experts that an engine's routers chose for the tokens it read, one row a token.
+
+    Example: RoutedExperts(data=bytes([0, 3, 1, 2]), shape=(1, 2, 2), first=4): token 4 of a sequence went to experts 0
+    and 3 in the first MoE layer and to 1 and 2 in the second.
+    """
+
+    data: bytes = field(repr=False)
+    """Numbers of experts [tokens, layers, k] in C order: a byte each, two of them for policies with more than 256."""
+    shape: tuple[int, int, int]
+    first: int = 0
+    """Position, in prompt and completion together, of the first of the tokens; those before it are unknown."""
+
+    def until(self, end: int) -> RoutedExperts:
+        """The rows of positions below `end`."""
+        tokens, layers, k = self.shape
+        kept = max(min(end - self.first, tokens), 0)
+        return RoutedExperts(
+            data=self.data[: kept * (len(self.data) // tokens)], shape=(kept, layers, k), first=self.first
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """The tokens an engine sampled after one prompt.
 
@@ -110,14 +133,24 @@ class Completion:
     finish_reason: FinishReason
     versions: tuple[int, ...]
     """The policy version that sampled each token, never falling."""
+    routed_experts: RoutedExperts | None = None
+    """Of prompt and completion but for its last token, which no engine reads; None unless they are replayed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One exchange: the rendered prompt and the policy's answer."""
+    """One exchange: the tokens that the policy reads anew, and its answer.
 
-    prompt_ids: tuple[int, ...]
+    Example: Turn(context_ids=(4, 5), completion=first), Turn(context_ids=(7,), completion=second, continues=True):
+    the second prompt is (4, 5), the tokens of `first`, and (7,).
+    """
+
+    context_ids: tuple[int, ...]
+    """The whole prompt, or where it continues a turn, the tokens after that turn's completion."""
     completion: Completion
+    continues: bool = False
+    """Whether the prompt is the turn before, prompt and completion, with `context_ids` behind it. Where a history is
+    rewritten, a turn starts a new segment."""
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Rewards for this turn by name (a tool error, the time it took), already weighted; they land on its last token."""
 
@@ -141,6 +174,12 @@ class Trajectory:
     """Each reward function's value; one that does not apply is absent."""
     extra: Mapping[str, object] = field(default_factory=dict)
     """Further values that reward functions return for the log of samples."""
+    messages: tuple[Message, ...] = ()
+    """The conversation after the prompt, of an attempt with an environment."""
+    status: str = ""
+    """The end of an attempt with an environment: one of `agents.contract.Status`."""
+    events: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of an attempt with an environment: calls, failed, unreadable."""
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -150,6 +189,12 @@ class Trajectory:
     def length(self) -> int:
         """Sampled tokens over all turns."""
         return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    @property
+    def segments(self) -> tuple[tuple[Turn, ...], ...]:
+        """The turns, cut where one does not continue the one before: a segment is one sequence of tokens."""
+        cuts = [number for number, turn in enumerate(self.turns) if not turn.continues or number == 0]
+        return tuple(self.turns[a:b] for a, b in zip(cuts, [*cuts[1:], len(self.turns)], strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +207,7 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One training sequence, before packing: prompt and completion with everything the loss needs.
+    """One training sequence, before packing: a segment of a trajectory with everything the loss needs.
 
     Example: prompt (4, 5), completion (9, 2) gives token_ids [4, 5, 9, 2] and loss_mask [F, F, T, T].
     """
@@ -177,6 +222,8 @@ class Sample:
     """[L] int32: the policy version that sampled the token, 0 where loss_mask is False."""
     group_id: int
     index: int
+    segment: int = 0
+    """Of its trajectory, from 0."""
     advantages: Tensor | None = None
     """[L] float32: per token, so that reward-to-go and GAE need no other type; None until they are estimated."""
     old_logprobs: Tensor | None = None
@@ -186,6 +233,8 @@ class Sample:
     """The critic's value of the state in which each token was sampled."""
     returns: Tensor | None = None
     """The critic's targets."""
+    routes: Tensor | None = None
+    """[L - 1, layers, k] int16: the experts of every token but the last, for router replay; -1 where unknown."""
 
     @property
     def num_loss_tokens(self) -> int:
@@ -235,10 +284,14 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     returns: Tensor | None = None
+    routes: Tensor | None = None
+    """[T, layers, k] int16: experts to replay for each token of `tokens`; -1 leaves the choice to the router."""
+    stand_in: bool = False
+    """Whether this is one token without a sample, for a rank that has fewer micro-batches than others."""
 
 
 RankBatches = Sequence[Sequence[MicroBatch]]
-"""[ranks][micro-batches] of one pass or optimizer step; a rank may have none."""
+"""[ranks][micro-batches] of one pass or optimizer step, as many on each rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,7 +333,7 @@ class TokenStats:
     """Of the policy's distribution at each token, in nats."""
     old_logprobs: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """The objective's own values by metric name, logged as means."""
+    """The objective's own values and those of router replay by metric name, logged as means."""
 
     @classmethod
     def concat(cls, parts: Sequence[TokenStats]) -> TokenStats:

@@ -5,9 +5,10 @@ rows --demonstrations_of--> samples --demonstration_batches--> the learner's own
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cispo.algorithms.losses import NegativeLogLikelihood
 from cispo.algorithms.objective import Objective
@@ -21,8 +22,11 @@ from cispo.rollout.prompts import Say, build_prompts, fitting, prompt_ids, warn,
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rows import Row, load_rows
 from cispo.seeds import seed_of
-from cispo.types import Sample
+from cispo.types import Message, Sample
 from cispo.workers import Workers
+
+Turns = Sequence[Message]
+"""A demonstration behind its prompt."""
 
 _SFT = Objective(loss=NegativeLogLikelihood())
 
@@ -33,19 +37,62 @@ def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say =
     rows = load_rows(data.source, data.split, data.args, data.limit, key)
     completions = [_completion(row, f"{key}: row {index}") for index, row in enumerate(rows)]
     prompts = prompt_ids(build_prompts(rows, data.prompt, key), key, renderer, recipe, say)
-    warn_of_lacking(completions, f"{key}: {{}} completions", renderer, say)
+    warn_of_lacking(["".join(map(_content, turns)) for turns in completions], f"{key}: {{}} completions", renderer, say)
     # The last token of a demonstration is predicted, not read.
     before = [len(prompt) - 1 for prompt in prompts]
-    targets = fitting(completions, renderer.encode_completion, recipe, key, before=before)
-    pairs = zip(prompts, targets, strict=True)
-    return [demonstration(prompt, completion, index) for index, (prompt, completion) in enumerate(pairs)]
+
+    def encode(turns: Turns) -> list[int]:
+        return [token for ids, _ in _encoded(turns, renderer) for token in ids]
+
+    targets = fitting(
+        completions, encode, recipe, key, before=before, size_of=lambda t: sum(map(len, map(_content, t)))
+    )
+    return [
+        demonstration(prompt, target, index, _taught(turns, renderer))
+        for index, (prompt, target, turns) in enumerate(zip(prompts, targets, completions, strict=True))
+    ]
 
 
-def _completion(row: Row, where: str) -> str:
+def _completion(row: Row, where: str) -> Turns:
+    """The column `completion`: text, or messages of which the policy's are taught and the others read."""
     completion = row.get("completion")
-    if not isinstance(completion, str):
+    if isinstance(completion, str):
+        return ({"role": "assistant", "content": whole_text(completion, where)},)
+    if not isinstance(completion, list | tuple) or not completion:
         raise UserError(f"{where} has no text in column 'completion' (it has {', '.join(map(str, row))})")
-    return whole_text(completion, where)
+    for message in completion:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
+            raise UserError(f"{where}: column 'completion' holds {message!r:.80}, which is no message of text")
+        whole_text(message["content"], where)
+    if completion[0]["role"] != "assistant" or completion[-1]["role"] != "assistant":
+        raise UserError(f"{where}: the messages of column 'completion' begin and end with the policy's (assistant)")
+    return tuple(completion)
+
+
+def _content(message: Message) -> str:
+    return str(message["content"])
+
+
+def _characters(turns: Turns) -> int:
+    return sum(len(_content(message)) for message in turns)
+
+
+def _encoded(turns: Turns, renderer: Renderer) -> list[tuple[list[int], bool]]:
+    """(tokens, whether they are taught) of each turn of the policy and of what it reads in between."""
+    parts: list[tuple[list[int], bool]] = []
+    for taught, run in itertools.groupby(turns, key=lambda message: message["role"] == "assistant"):
+        if taught:
+            parts += [(renderer.encode_completion(_content(message)), True) for message in run]
+        else:
+            parts.append((renderer.extend(list(run), parts[-1][0]), False))
+    return parts
+
+
+def _taught(turns: Turns, renderer: Renderer) -> list[bool] | None:
+    """Whether each token is trained on; None where all are."""
+    if len(turns) == 1:
+        return None
+    return [taught for ids, taught in _encoded(turns, renderer) for _ in ids]
 
 
 def demonstration_batches(samples: Sequence[Sample], *, batch_size: int, seed: int) -> Iterator[list[Sample]]:

@@ -29,6 +29,12 @@ from cispo.weights.buckets import Transport, merged
 T = TypeVar("T")
 RankT = TypeVar("RankT", bound=RankHandle)
 
+# Seconds within which a dead process is reported after an error that its end may have caused in another.
+_DEATH_NOTICE = 10.0
+
+# Seconds that a busy rank gets to name its step.
+_ANSWER = 3.0
+
 # Bad input and numbers that are not finite would repeat in a new engine.
 _REPEATS_ANEW = (UserError, Diverged)
 
@@ -49,6 +55,8 @@ class Workers:
     """Transport of the weights to the engines."""
     verify: bool = False
     """Whether engines compare a checksum of each bucket."""
+    sharded: bool = False
+    """Whether each learner rank holds a share of the policy, so that all take part where weights leave them."""
     sleeps: bool = False
     """Whether engines give their memory back while learners work."""
     tensor_parallel: int = 1
@@ -169,10 +177,10 @@ class Workers:
         return await _each(self.critics, batches, lambda rank, own: rank.values(own))
 
     async def freeze_reference(self) -> None:
-        await asyncio.gather(*(learner.freeze_reference() for learner in self.learners))
+        await _together(learner.freeze_reference() for learner in self.learners)
 
     async def load_reference(self, folder: Path) -> None:
-        await asyncio.gather(*(learner.load_reference(str(folder.absolute())) for learner in self.learners))
+        await _together(learner.load_reference(str(folder.absolute())) for learner in self.learners)
 
     async def reset_optimizer(self) -> None:
         await asyncio.gather(*(learner.reset_optimizer() for learner in self.learners))
@@ -227,12 +235,11 @@ class Workers:
         """One bucket after another: staged, copied by every engine, and only then overwritten."""
         if transport == "broadcast" and not self.joined:
             await self._join()
-        # By broadcast rank 0 sends; otherwise each rank offers its own GPU's copy to the engines there.
-        senders = self.learners[:1] if transport == "broadcast" else self.learners
+        # By broadcast rank 0 sends; otherwise each rank offers its own GPU's copy to the engines there. A bucket is
+        # gathered by all ranks before any sends it: collectives of two groups at once could wait for each other.
+        senders = self._exporters if transport == "broadcast" else self.learners
         for number in range(await self.learners[0].num_buckets()):
-            staged = await asyncio.gather(
-                *(sender.stage_bucket(number, transport, check=self.verify) for sender in senders)
-            )
+            staged = await _together(sender.stage_bucket(number, transport, check=self.verify) for sender in senders)
             receive = [engine.receive_weights(merged(staged)) for engine in engines]
             if transport == "broadcast":
                 receive.append(self.learners[0].broadcast_bucket(number))
@@ -249,36 +256,53 @@ class Workers:
 
     async def publish(self, version: int) -> str:
         """Writes the learner's weights to a file of `weights_folder`; returns its path."""
-        return await self.learners[0].publish(self.weights_folder, version)
+        paths = await _together(learner.publish(self.weights_folder, version) for learner in self._exporters)
+        return paths[0]
 
     async def start_critic(self, version: int) -> None:
         """Starts the critic from the policy's weights."""
         path = await self.publish(version)
-        await asyncio.gather(*(critic.load_backbone(path) for critic in self.critics))
+        await _together(critic.load_backbone(path) for critic in self.critics)
 
     async def save(self, folder: Path) -> None:
         """Writes the policy in Hugging Face form."""
-        await self.learners[0].save(str(folder.absolute()))
+        await _together(learner.save(str(folder.absolute())) for learner in self._exporters)
 
     async def start_save(self, folder: Path) -> None:
-        """Copies policy, critic and optimizers and starts writing them; one rank of each, since ranks hold the same."""
-        await asyncio.gather(*(rank.start_save(str(folder.absolute())) for rank in self._savers))
+        """Copies policy, critic and optimizers and starts writing them; of ranks that hold the same, rank 0 does."""
+        await _together(rank.start_save(str(folder.absolute())) for rank in self._ranks)
 
     async def saved(self, *, wait: bool) -> bool:
         """Whether the files of `start_save` are on the disk."""
-        return all(await asyncio.gather(*(rank.saved(wait=wait) for rank in self._savers)))
+        return all(await _together(rank.saved(wait=wait) for rank in self._ranks))
 
     async def restore(self, checkpoint: Path) -> None:
         """Reads optimizers and critic from a checkpoint; its policy was loaded at the start."""
-        await asyncio.gather(*(rank.restore(str(checkpoint.absolute())) for rank in self._ranks))
+        await _together(rank.restore(str(checkpoint.absolute())) for rank in self._ranks)
+
+    async def waiting_in(self) -> str:
+        """The steps with collectives in which ranks are, as a clause: a rank without one is missing in them."""
+        named = {f"learner-{n}": rank for n, rank in enumerate(self.learners)}
+        named |= {f"critic-{n}": rank for n, rank in enumerate(self.critics)}
+        steps = await asyncio.gather(*map(_step_of, named.values()))
+        return ", ".join(f"{name} {step}" for name, step in zip(named, steps, strict=True) if step)
 
     @property
     def _ranks(self) -> list[RankHandle]:
         return [*self.learners, *self.critics]
 
     @property
-    def _savers(self) -> list[RankHandle]:
-        return [*self.learners[:1], *self.critics[:1]]
+    def _exporters(self) -> list[LearnerHandle]:
+        """The learner ranks that have to be called for the policy's weights."""
+        return self.learners if self.sharded else self.learners[:1]
+
+
+async def _step_of(rank: RankHandle) -> str:
+    try:
+        step = await asyncio.wait_for(rank.waiting_in(), _ANSWER)
+    except Exception:
+        return "does not answer"
+    return f"is in {step}" if step else ""
 
 
 async def _is_alive(engine: EngineHandle) -> bool:
@@ -303,4 +327,26 @@ async def _each(
     ranks: Sequence[RankT], batches: RankBatches, call: Callable[[RankT, Sequence[MicroBatch]], Awaitable[T]]
 ) -> list[T]:
     """One call a rank, each with its own micro-batches."""
-    return await asyncio.gather(*(call(rank, own) for rank, own in zip(ranks, batches, strict=True)))
+    return await _together(call(rank, own) for rank, own in zip(ranks, batches, strict=True))
+
+
+async def _together(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of calls of ranks that meet in collectives, or the first error.
+
+    Where a rank has died, that is the error: the others may report a lost connection before it, or wait for ever.
+    """
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    if not tasks:
+        return []
+    try:
+        done, open_calls = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        errors = [error for task in done if (error := task.exception()) is not None]
+        if errors and open_calls and not any(isinstance(error, UserError | RunError) for error in errors):
+            done, _ = await asyncio.wait(open_calls, timeout=_DEATH_NOTICE)
+            errors += [error for task in done if (error := task.exception()) is not None]
+    finally:
+        for task in tasks:
+            task.cancel()
+    if errors:
+        raise next((error for error in errors if isinstance(error, ProcessDied)), errors[0])
+    return [task.result() for task in tasks]

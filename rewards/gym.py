@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from random import Random
@@ -20,8 +18,10 @@ from reasoning_gym.dataset import ProceduralDataset
 from cispo.errors import UserError
 from cispo.rollout.rows import Row, load_rows
 
+from .time_limit import TimeIsUp, limited
+
 SECONDS = 1.0
-"""Limit of the verifier of an answer. It holds in a main thread, where a reward worker calls rewards."""
+"""Limit of the verifier of an answer, as in `time_limit`."""
 _LONGEST = 10_000
 _HUGE = re.compile(r"[\d.][eE][-+]?\d{5}|\d{10000}", re.ASCII)
 
@@ -104,28 +104,11 @@ def _raw_score(verifier: ProceduralDataset, answer: str | None, item: dict[str, 
     right = item.get("answer")
     if answer is not None and answer != right and _is_beyond_reading(answer, len(str(right))):
         return 0.0
-    alarmed = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGALRM, _time_is_up) if alarmed else None
     try:
-        try:
-            if alarmed:
-                # Again and again: a verifier may catch the first one.
-                signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS / 10)
-            return float(verifier.score_answer(answer, item))
-        finally:
-            if alarmed:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+        return limited(SECONDS, lambda: float(verifier.score_answer(answer, item)))
     # Some verifiers fail on an answer that they cannot read, or run it, instead of scoring it 0.
-    except (Exception, SystemExit):
+    except (Exception, SystemExit, TimeIsUp):
         return 0.0
-    finally:
-        if alarmed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-
-def _time_is_up(*_: object) -> None:
-    raise TimeoutError
 
 
 def _is_beyond_reading(answer: str, length: int) -> bool:

@@ -2,24 +2,27 @@ r"""Mathematical equality: 0.5, 1/2 and \boxed{\frac{2}{4}} are the same answer.
 
     completion -> the last answer (a box, else a formula or number at the end) -> text without markup
         -> exact: rational numbers, choice letters, words, times, numbers with a base
-        -> math-verify: algebra, sets, intervals, matrices
+        -> math-verify: algebra, sets, intervals, matrices; not for a formula that takes it seconds (`parse_cost`)
 
 Every step is linear in the completion's length, and none raises on a row of data: an unreadable answer scores 0.
-math-verify limits its own time with SIGALRM, which works in a main thread only. A reward worker calls rewards in its
-main thread; called in any other thread, `math_equal` has no limit of its own.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-import threading
 
 from math_verify import parse, verify
 
+from .parse_cost import is_cheap
 from .rational import rational
+from .time_limit import TimeIsUp, limited
 
-SECONDS = 1
-"""Limit of each of the three steps: reading the answer, reading the completion, comparing them. Past it they differ."""
+SECONDS = 2.0
+"""Limit of math-verify for a pair, as in `time_limit`; past it they differ."""
+
+# It warns that its own limit, on the clock, is off.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 # A longer answer is no answer; the end of a completion without a box holds it in so many characters.
 _MAX_ANSWER = 1_000
@@ -223,10 +226,15 @@ def _is_interval(text: str) -> bool:
 
 
 def _verify(gold: str, found: str) -> bool:
-    limit = SECONDS if threading.current_thread() is threading.main_thread() else None
+    if not (is_cheap(gold) and is_cheap(found)):
+        return False
+
+    def same() -> bool:
+        pair = [parse(f"${text}$", parsing_timeout=None) for text in (gold, found)]  # pyright: ignore[reportArgumentType]
+        return all(pair) and bool(verify(pair[0], pair[1], float_rounding=12, timeout_seconds=None))
+
     try:
-        pair = [parse(f"${text}$", parsing_timeout=limit) for text in (gold, found)]  # pyright: ignore[reportArgumentType]
-        return all(pair) and bool(verify(pair[0], pair[1], float_rounding=12, timeout_seconds=limit))
+        return limited(SECONDS, same)
     # sympy and the parser raise many kinds of errors on the text of a policy.
-    except Exception:
+    except (Exception, TimeIsUp):
         return False

@@ -136,7 +136,11 @@ class Trial:
 
 
 Act = Callable[[Trial], bool]
-"""Injects a fault into a trial; False where the run was over."""
+"""Injects a fault into a trial; False where the run was over. Raises WrongResponse."""
+
+
+class WrongResponse(Exception):
+    """Another command, which is the fault, got a wrong response."""
 
 
 def strike(title: str, do: Callable[[psutil.Process], None]) -> Act:
@@ -187,14 +191,18 @@ def send(*numbers: signal.Signals, to: str = "driver") -> Act:
 
 
 def resume_too(trial: Trial) -> bool:
-    """The same command once more, to resume the run that is going on."""
+    """The same command once more, to resume the run that is going on: it must be refused."""
     while trial.process is not None and trial.process.poll() is None:
         if trial.runs():
             environment = {**os.environ, MARK: trial.mark}
             other = subprocess.run(
                 trial.command(), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
             )
-            return other.returncode == 2 and "is in use" in other.stderr and "Traceback" not in other.stderr
+            if trial.process.poll() is not None:
+                return False
+            if other.returncode != 2 or "is in use" not in other.stderr or "Traceback" in other.stderr:
+                raise WrongResponse(f"the second command ended with {other.returncode}: {other.stderr[-600:]}")
+            return True
         time.sleep(0.1)
     return False
 
@@ -369,7 +377,10 @@ FAULTS: Mapping[str, Fault] = {
     "full-disk-samples": Fault(fill(samples), (1,), undo=unmount, mounts=True, says=REFUSED),
     "full-disk-checkpoints": Fault(fill(checkpoints), (1,), undo=unmount, mounts=True, says=REFUSED),
     "full-disk-weights": Fault(fill(weights), (1, 2), undo=unmount, mounts=True, says=REFUSED),
-    "full-disk-driver": Fault(strike("cispo.cli", forbid_growth), (1, 2), says=REFUSED),
+    # Early, the driver finds no temporary folder, or Ray no folder for its logs.
+    "full-disk-driver": Fault(
+        strike("cispo.cli", forbid_growth), (1, 2), says=f"{REFUSED}|temporary directory|Ray did not start"
+    ),
     # In a call: Python itself needs a temporary file to start.
     "full-disk-learner": Fault(strike("ray::learner-0.call", forbid_growth), (1, 2), says=REFUSED),
     "read-only": Fault(forbid_writing, (1, 2), undo=allow_writing, own_disk=True),

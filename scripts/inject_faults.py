@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults import FAULTS, MARK, Trial
+from faults import FAULTS, MARK, Trial, WrongResponse
 
 
 def state_of(run: Path) -> dict[str, object]:
@@ -66,6 +66,8 @@ class Result:
     seconds: float
     struck: bool
     """Whether the run noticed the fault."""
+    last_line: str
+    """Of the output of the disturbed run."""
 
 
 def try_once(name: str, folder: Path, reference: Reference, moment: float, args: argparse.Namespace) -> Result | None:
@@ -81,8 +83,13 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
     before = trial.checkpoints()
     if trial.process is None or trial.process.poll() is not None:
         return None
-    acted = fault.act(trial)
+    try:
+        acted = fault.act(trial)
+    except WrongResponse as error:
+        acted = True
+        problems.append(str(error))
     code, output = trial.end()
+    last_line = (output.strip().splitlines() or [""])[-1]
     if code not in (0, *fault.ends_with):
         problems.append(f"{'hang' if code is None else f'exit code {code}'}: {output[-600:]}")
     if "Traceback" in output and fault.quiet:
@@ -113,7 +120,7 @@ def try_once(name: str, folder: Path, reference: Reference, moment: float, args:
         subprocess.run(["umount", "-l", str(folder)], check=True)
     if not problems and not args.keep:
         shutil.rmtree(folder, ignore_errors=True)
-    return Result(name, moment, code, problems, time.monotonic() - started, struck)
+    return Result(name, moment, code, problems, time.monotonic() - started, struck, last_line)
 
 
 @dataclass
@@ -178,7 +185,8 @@ def main() -> None:
                     tries += 1
                     result = try_once(name, folder / f"{name}-{number}-{tries}", reference, moments.random(), args)
                     if result is not None:
-                        said = "; ".join(result.problems) or ("ok" if result.struck else "too late, not counted")
+                        counted = "ok" if result.struck else f"too late, not counted: {result.last_line:.200}"
+                        said = "; ".join(result.problems) or counted
                         about = f"exit {result.code}, {result.seconds:.0f} s, {said}"
                         print(f"{name} at {result.moment:.0%}: {about}", flush=True)
                 results.append(result)

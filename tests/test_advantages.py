@@ -113,7 +113,7 @@ def test_a_threshold_is_reached_but_for_rounding():
 @given(st.lists(st.integers(-4, 4), min_size=2, max_size=9), st.integers(-8, 8))
 def test_shifting_a_group_changes_nothing(values: list[int], shift: int):
     relative = [advantage for advantage in ADVANTAGES.values() if advantage.group_relative]
-    assert len(relative) == 4
+    assert len(relative) == 5
     for advantage in (*relative, RewardToGo()):
         before, after = (of_trajectories(advantage, *(v + s for v in values)) for s in (0, shift))
         assert before == pytest.approx(after, abs=1e-12)

@@ -18,7 +18,7 @@ def turn(length: int, **rewards: float) -> Turn:
     completion = Completion(
         token_ids=(5,) * length, logprobs=(-1.0,) * length, finish_reason=FinishReason.STOP, versions=(0,) * length
     )
-    return Turn(prompt_ids=(1, 2), completion=completion, rewards=rewards)
+    return Turn(context_ids=(1, 2), completion=completion, rewards=rewards)
 
 
 def group(id: int, *trajectories: tuple[float, list[Turn]]) -> TrajectoryGroup:

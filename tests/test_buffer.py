@@ -34,7 +34,7 @@ def rollouts(prompts: Sequence[Prompt], version: int) -> Rollouts:
                 Trajectory(
                     group_id=p.id,
                     index=0,
-                    turns=(Turn(prompt_ids=(4,), completion=completion, rewards={"time": -0.1}),),
+                    turns=(Turn(context_ids=(4,), completion=completion, rewards={"time": -0.1}),),
                     text="x",
                     reward=1 / 3,
                     rewards={"exact": 1 / 3},
@@ -44,7 +44,7 @@ def rollouts(prompts: Sequence[Prompt], version: int) -> Rollouts:
         )
         for p in prompts
     ]
-    return Rollouts(groups=groups, dropped=0, tokens=2, seconds_sampling=0.1, seconds_scoring=0.1)
+    return Rollouts(groups=groups, dropped=0, tokens=2, seconds_scoring=0.1)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.server
 import ipaddress
 import json
@@ -44,6 +45,7 @@ def two_nodes() -> Iterator[TwoNodes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
+        import ray
         from ray.cluster_utils import Cluster
 
         port = free_port("127.0.0.1")
@@ -52,6 +54,8 @@ def two_nodes() -> Iterator[TwoNodes]:
         cluster.add_node(num_cpus=2)
         nodes = tuple(node.node_id for node in cluster.list_all_nodes())
         yield TwoNodes(str(cluster.address), f"ray://127.0.0.1:{port}", nodes)
+        # A test that failed may have left this process connected.
+        ray.shutdown()
         cluster.shutdown()
 
 
@@ -251,9 +255,10 @@ def test_what_a_cluster_has_no_room_for_is_refused(two_nodes: TwoNodes, monkeypa
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
 
     async def refusals() -> None:
-        runtime = RayRuntime(processes=1, activity=Activity())
-        other = RayRuntime(processes=1, activity=Activity())
-        try:
+        with contextlib.ExitStack() as stack:
+            runtime, other = (RayRuntime(processes=1, activity=Activity()) for _ in range(2))
+            for each in (runtime, other):
+                stack.callback(each.close)
             with pytest.raises(UserError, match="has 3 CPUs on 2 nodes, and .* need 4"):
                 await runtime.reserve([[{"CPU": 1}] * 2, [{"CPU": 1}] * 2])
             with pytest.raises(UserError, match="has 0 GPUs on 2 nodes, and .* need 1"):
@@ -269,9 +274,6 @@ def test_what_a_cluster_has_no_room_for_is_refused(two_nodes: TwoNodes, monkeypa
             await runtime.reserve([[{"CPU": 2}]])  # the refused request is not still in the queue
             part = await runtime.start(dict, name="part", resources=Resources(bundle=0))
             assert await part.call("get", "x", 5) == 5
-        finally:
-            other.close()
-            runtime.close()
 
     asyncio.run(refusals())
 
@@ -307,7 +309,7 @@ def test_an_address_without_a_ray_cluster_is_refused_at_once(
     for address in (two_nodes.address, two_nodes.client_address, "auto"):
         ray_address.check_ray_address(address)
     server.shutdown()
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 60
 
 
 def test_a_cluster_that_wants_a_token_gets_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,8 +69,9 @@ def test_forms_of_a_column_of_tests() -> None:
 
 def test_time_for_all_tests_together() -> None:
     started = time.monotonic()
-    value, columns = scored_io("while True: pass", DOUBLE * 20, partial=True, timeout=0.5, total=1.5)
-    assert (value, columns["problem"]) == (0.0, "time") and time.monotonic() - started < 6.0
+    value, columns = scored_io("while True: pass", DOUBLE * 100, partial=True, timeout=0.5, total=1.5)
+    # Without the limit for all it takes 100 s and more.
+    assert (value, columns["problem"]) == (0.0, "time") and time.monotonic() - started < 30.0
 
 
 def test_asserts() -> None:

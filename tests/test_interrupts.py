@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -86,7 +88,7 @@ def test_a_second_order_ends_the_run_at_once() -> None:
     # Later than signals that come together.
     time.sleep(0.7)
     run.send_signal(signal.SIGHUP)
-    rest, _ = run.communicate(timeout=20)
+    rest, _ = run.communicate(timeout=50)
     assert rest.splitlines() == ["cancelled", "interrupted"] and run.returncode == 0
 
 
@@ -143,6 +145,21 @@ def test_an_answer_that_cannot_be_written_is_an_error(recipe: Callable[..., Path
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr == "cispo: the output cannot be written: No space left on device\n"
+
+
+def test_a_machine_without_room_is_said_in_a_sentence(recipe: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    """No file may grow: Python has no temporary folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cispo.cli", "train", str(recipe())],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )
+    assert (done.returncode, done.stdout) == (1, "") and len(done.stderr.splitlines()) == 1
+    assert re.match("cispo: .*(usable temporary directory|cannot write /)", done.stderr)
 
 
 def test_a_name_with_brackets_and_codes_is_shown_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run",),
     ("controller",),
     ("evaluate",),
-    ("buffer", "metrics", "warmup", "start"),
+    ("buffer", "metrics", "warmup", "start", "agents"),
     ("rollout", "workers"),
     ("learner", "engines"),
     ("batch", "weights"),
@@ -34,8 +34,13 @@ LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 ONLY_IN = {
     "ray": {"runtime.actors", "runtime.cluster", "runtime.local_cluster"},
     "vllm": {
+        "agents.parsing",
         "engines.vllm_engine",
         "engines.vllm_start",
+        "policies.hybrid.vllm_attention",
+        "policies.hybrid.vllm_config",
+        "policies.hybrid.vllm_model",
+        "policies.hybrid.vllm_states",
         "policies.minimax.vllm_model",
         "policies.minimax.vllm_shares",
         "policies.minimax.vllm_states",
@@ -43,7 +48,14 @@ ONLY_IN = {
         "weights.vllm_receiver",
     },
     "torch.distributed": {"learner.parallel", "runtime.network", "weights.buckets"},
-    "triton": {"ops.lightning_kernels", "ops.lightning_triton", "ops.logprobs_triton"},
+    "fla": {"ops.delta_fla"},
+    "triton": {
+        "ops.convolution_triton",
+        "ops.delta_triton",
+        "ops.lightning_kernels",
+        "ops.lightning_triton",
+        "ops.logprobs_triton",
+    },
 }
 
 

@@ -7,14 +7,16 @@ answer is right.
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from math_verify import parse
 
-from rewards.math import last_answer, math_equal
+from rewards.math import SECONDS, last_answer, math_equal
 from rewards.rational import rational
 
 PAIRS = [json.loads(line) for line in (Path(__file__).parent / "data" / "math_pairs.jsonl").read_text().splitlines()]
@@ -85,20 +87,98 @@ HOSTILE = {
     "spaces": " " * MEGABYTE,
     "mixed numbers": "1 2/3 " * (MEGABYTE // 6),
     "phrases": "answer is " * (MEGABYTE // 10),
+    "parentheses in pairs": "\\boxed{" + "(" * 450 + "x" + ")" * 450 + "}",
+    "brackets": "\\boxed{" + "[" * 40 + "x" + "]" * 40 + "}",
+    "braces": "\\boxed{" + "{" * 40 + "x" + "}" * 40 + "}",
+    "sets": "\\boxed{" + "\\{" * 20 + "x" + "\\}" * 20 + "}",
+    "left and right": "\\boxed{" + "\\left(" * 30 + "x" + "\\right)" * 30 + "}",
+    "bars": "\\boxed{" + "|x+" * 20 + "x" + "|" * 20 + "}",
+    "fractions": "\\boxed{" + "\\frac{1}{" * 50 + "2" + "}" * 50 + "}",
+    "exponents": "\\boxed{" + "x^{" * 40 + "x" + "}" * 40 + "}",
+    "exponents without braces": "\\boxed{" + "x^" * 100 + "x}",
+    "indices": "\\boxed{" + "x_{" * 40 + "x" + "}" * 40 + "}",
+    "binomials": "\\boxed{" + "\\binom{" * 20 + "x" + "}{2}" * 20 + "}",
+    "functions": "\\boxed{" + "\\sin(" * 40 + "x" + ")" * 40 + "}",
+    "functions without parentheses": "\\boxed{" + "\\log " * 30 + "x}",
+    "integrals": "\\boxed{" + "\\int " * 10 + "x dx}",
+    "sums": "\\boxed{" + "\\sum_{i=1}^{9} " * 40 + "x}",
+    "unions": "\\boxed{" + "(1,x)\\cup" * 60 + "(1,2)}",
+    "additions": "\\boxed{" + "x+" * 450 + "x}",
+    "signs": "\\boxed{" + "-" * 900 + "x}",
+    "equations": "\\boxed{" + "x=" * 450 + "x}",
+    "points": "\\boxed{" + "(1,x)," * 150 + "(1,2)}",
+    "sums multiplied out": "\\boxed{(x+1)^{9999}}",
+    "towers of powers": "\\boxed{x+2^{3^{40}}}",
+    "powers without end": "\\boxed{x+9^{9^{9^{9}}}}",
+    "products": "\\boxed{\\prod_{i=1}^{9999999} i}",
     "factorials": "\\boxed{999!!!!}",
+    "a large factorial": "\\boxed{x+999999!}",
     "inequalities": "\\boxed{" + "<" * 900 + "}",
-    "roots": "\\boxed{" + "\\sqrt{" * 150 + "2" + "}" * 150 + "}",
+    "roots": "\\boxed{" + "\\sqrt{" * 120 + "2" + "}" * 120 + "}",
     "surrogates": "\\boxed{5\ud800}",
     "null bytes": "\0" * 1000 + "5",
 }
 
 
+@pytest.fixture(scope="module")
+def loaded() -> None:
+    """math-verify imports its parser at the first formula."""
+    assert math_equal(r"\boxed{1+x}", "x+1") == 1.0
+
+
+@pytest.mark.parametrize("answer", ["4", "y+1"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_scores_nothing_soon(name: str) -> None:
-    """A megabyte in under a second of this process's time, and no exception."""
+def test_hostile_text_scores_nothing_soon(name: str, answer: str, loaded: None) -> None:
+    """A megabyte in under a second of this process's time, without the limit of math-verify, and no exception."""
     started = time.process_time()
-    assert math_equal(HOSTILE[name], "4") == 0.0
-    assert time.process_time() - started < 1.0
+    assert math_equal(HOSTILE[name], answer) == 0.0
+    assert time.process_time() - started < 1.0 < SECONDS
+
+
+def test_a_busy_machine_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit counts the time of this process."""
+    monkeypatch.setattr("rewards.math.SECONDS", 0.5)
+    monkeypatch.setattr("rewards.math.parse", lambda *args, **kwargs: time.sleep(0.4) or parse(*args, **kwargs))
+    assert math_equal(r"\boxed{x+1}", "1+x") == 1.0
+
+
+def test_a_comparison_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*args: object, **kwargs: object) -> None:
+        while True:
+            try:
+                while True:
+                    pass
+            except Exception:
+                pass
+
+    monkeypatch.setattr("rewards.math.SECONDS", 0.2)
+    monkeypatch.setattr("rewards.math.verify", hang)
+    handlers = [signal.getsignal(number) for number in (signal.SIGPROF, signal.SIGALRM)]
+    started = time.process_time()
+    assert math_equal(r"\boxed{x+1}", "1+x") == 0.0
+    assert 0.15 < time.process_time() - started < 2.0
+    monkeypatch.setattr("rewards.math.SECONDS", 0.02)
+    monkeypatch.setattr("rewards.math.verify", lambda *args, **kwargs: time.sleep(600))
+    assert math_equal(r"\boxed{x+1}", "1+x") == 0.0
+    assert [signal.getitimer(timer) for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL)] == [(0.0, 0.0)] * 2
+    assert [signal.getsignal(number) for number in (signal.SIGPROF, signal.SIGALRM)] == handlers
+
+
+@pytest.mark.parametrize(
+    ("formula", "same"),
+    [
+        (r"\frac{\sqrt{2+\sqrt{3}}}{2}", r"\frac{1}{2}\sqrt{\sqrt{3}+2}"),
+        (r"\frac{1}{\sqrt{1+\left(\frac{a}{b}\right)^{2}}}", r"\frac{1}{\sqrt{\left(\frac{a}{b}\right)^{2}+1}}"),
+        (r"\sqrt{1+\sqrt{1+\sqrt{1+\sqrt{1+x}}}}", r"\sqrt{\sqrt{\sqrt{\sqrt{x+1}+1}+1}+1}"),
+        (r"x^{2^{3}}+1", r"1+x^{8}"),
+        (r"(x+1)^{12}", r"(1+x)^{12}"),
+        (r"x^{2024}+10!", r"10!+x^{2024}"),
+        ("+".join(f"{n}x^{{{n}}}" for n in range(1, 13)), "+".join(f"{n}x^{{{n}}}" for n in range(12, 0, -1))),
+        (r"(-\infty,-2)\cup(-2,0)\cup(0,2)\cup(2,\infty)", r"(-\infty,-2)\cup(-2,0)\cup(0,2)\cup(2, \infty)"),
+    ],
+)
+def test_formulas_of_answers_are_not_too_large(formula: str, same: str) -> None:
+    assert math_equal(rf"\boxed{{{formula}}}", same) == 1.0
 
 
 @pytest.mark.parametrize("answer", ["", "null", None, r"\$", "x" * 3000, r"\frac{", "$", "{}", r"\boxed{", "[1,2"])

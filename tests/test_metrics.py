@@ -109,7 +109,7 @@ def group(
             finish_reason=reason,
             versions=(3,) * (length - newer) + (5,) * newer,
         )
-        turn = Turn(prompt_ids=(0,), completion=completion)
+        turn = Turn(context_ids=(0,), completion=completion)
         trajectories.append(
             Trajectory(group_id=0, index=index, turns=(turn,), text="", reward=reward, rewards={"exact_match": reward})
         )
@@ -162,7 +162,6 @@ def kinds(metrics: dict[str, float], *, recipe: Recipe | None = None, **changes:
             "groups": [group([1, 0], [4, 2])],
             "dropped": 0,
             "tokens": 6,
-            "seconds_sampling": 1.0,
             "seconds_scoring": 1.0,
         }
         | changes

@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from cispo.errors import UserError
+from cispo.errors import RunError, UserError
 from cispo.rollout.rewards import Attempts, RewardFunction, RewardRunner, Score
 from cispo.types import Prompt
 
@@ -30,7 +31,7 @@ def coin(completion, **_): return random.random()
 def pid(completion, **_): return os.getpid()
 
 async def slow(completion, **_):
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(1.0)
     return len(completion)
 async def async_rank(completions, **_): return list(range(len(completions)))
 
@@ -127,7 +128,7 @@ def totals(scored: list[list[Score] | None]) -> list[list[float] | None]:
     return found
 
 
-def gone(pid: int, within: float = 5.0) -> bool:
+def gone(pid: int, within: float = 30.0) -> bool:
     """Whether a process ends (a zombie has ended) within some seconds."""
     for _ in range(int(within / 0.05)):
         try:
@@ -286,7 +287,7 @@ def test_a_column_whose_class_fails_is_an_error_of_its_prompt(user_code: str, tm
     with pytest.raises(UserError, match="prompt 3 has a column that cannot be sent to a process: 'odd': OSError: no"):
         score([RewardFunction(fn=f"{user_code}:coin")], [group(["a"], id=3, fine=1, odd=Packing())])
     with pytest.raises(UserError, match="coin raised OSError: no on prompt 3"):
-        score([RewardFunction(fn=f"{user_code}:coin")], [group(["a"], id=3, fine=1, odd=Unpacking())], timeout=5)
+        score([RewardFunction(fn=f"{user_code}:coin")], [group(["a"], id=3, fine=1, odd=Unpacking())], timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -294,8 +295,8 @@ def test_a_column_whose_class_fails_is_an_error_of_its_prompt(user_code: str, tm
     [
         ("raises", "raised ZeroDivisionError: division by zero on prompt 17, completion 1 (user_code.py, line "),
         ("leaves", "raised SystemExit: 4 on prompt 17, completion 1 (user_code.py, line "),
-        ("hangs", "did not finish within 0.5 s on prompt 17, completion 1 (user_code.py, line "),
-        ("hangs_with_the_gil", "did not finish within 0.5 s on prompt 17, completion 1 (user_code.py, line "),
+        ("hangs", "did not finish within {limit:g} s on prompt 17, completion 1 (user_code.py, line "),
+        ("hangs_with_the_gil", "did not finish within {limit:g} s on prompt 17, completion 1 (user_code.py, line "),
         ("dies", "ended its process with exit code 3 on prompt 17, completion 1"),
         ("crashes", "crashed its process (SIGSEGV) on prompt 17, completion 1"),
         ("nan", "returned nan on prompt 17, completion 1"),
@@ -304,8 +305,11 @@ def test_a_column_whose_class_fails_is_an_error_of_its_prompt(user_code: str, tm
         ("short", "returned 2 values for 3 completions on prompt 17"),
         ("number_for_group", "returned a float, not a list of 3 numbers on prompt 17"),
         ("async_raises", "raised ZeroDivisionError: division by zero on prompt 17, completion 1 (user_code.py, line "),
-        ("async_hangs", "did not finish within 0.5 s on prompt 17, completion 1"),
-        ("async_blocks", "blocked the event loop of the async rewards for more than 0.5 s on prompt 17 (user_code.py"),
+        ("async_hangs", "did not finish within {limit:g} s on prompt 17, completion 1"),
+        (
+            "async_blocks",
+            "blocked the event loop of the async rewards for more than {limit:g} s on prompt 17 (user_code.py",
+        ),
         ("async_dies", "ended its process with exit code 3 on prompt 17"),
     ],
 )
@@ -313,24 +317,26 @@ def test_a_failing_call_costs_its_group_or_the_run(user_code: str, function: str
     functions = [RewardFunction(fn="rewards.exact:exact_match"), RewardFunction(fn=f"{user_code}:{function}")]
     groups = [group(["a", "b", "c"], id=16, answer="b"), group(["a", "", "c"], id=17, answer="b")]
     groups += [group(["a", "b", "c"], id=18 + i, answer="c") for i in range(3)]
-    runner = RewardRunner(functions, on_error="drop_group", timeout=0.5)
+    timed_out = "hangs" in function or "blocks" in function
+    # Only calls that never end are to meet it.
+    limit = 1.0 if timed_out else 60.0
+    runner = RewardRunner(functions, on_error="drop_group", timeout=limit)
     started = time.perf_counter()
     try:
         scored = asyncio.run(runner.score(groups))
     finally:
         runner.close()
-    assert time.perf_counter() - started < 20, "a limit of 0.5 s took this long to act"
+    assert time.perf_counter() - started < 30, "a limit of a second took this long to act"
     found = totals(scored)
     assert found[1] is None, "the group of the failing call"
     assert found[0] is not None and found[2] is not None and found[3] == found[2] == found[4]
     assert [b - a for a, b in zip(found[0], found[2], strict=True)] == [0.0, -1.0, 1.0]
-    timed_out = "hangs" in function or "blocks" in function
     assert (runner.errors, runner.timeouts) == (int(not timed_out), int(timed_out))
     assert len(runner.problems) == 1
-    assert runner.problems[0].startswith(f"reward {user_code}:{function} {sentence}")
+    assert runner.problems[0].startswith(f"reward {user_code}:{function} {sentence.format(limit=limit)}")
 
     with pytest.raises(UserError) as raised:
-        score(functions, groups[1:2], timeout=0.5)
+        score(functions, groups[1:2], timeout=limit)
     assert str(raised.value) == runner.problems[0]
 
 
@@ -357,8 +363,8 @@ def test_async_calls_of_all_groups_run_side_by_side(user_code: str) -> None:
         return time.perf_counter() - started
 
     try:
-        # 128 calls of 0.3 s: 38 s one by one, 4.8 s one group at a time.
-        assert asyncio.run(producers()) < 2.0
+        # 128 calls of 1 s: 128 s one by one, 16 s one group at a time.
+        assert asyncio.run(producers()) < 8.0
     finally:
         runner.close()
 
@@ -460,12 +466,18 @@ def test_cancelled_scoring_leaves_no_busy_worker(user_code: str) -> None:
     async def cancel_then_score() -> list[list[Score] | None]:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(runner.score([group([""])]), timeout=0.5)
-        return await asyncio.wait_for(runner.score([group(["a"])]), timeout=5.0)
+        return await asyncio.wait_for(runner.score([group(["a"])]), timeout=60.0)
 
     try:
         assert totals(asyncio.run(cancel_then_score())) == [[1.0]]
     finally:
         runner.close()
+
+
+def test_a_temporary_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(RunError, match=f"cannot write {tmp_path / 'none'}: No such file"):
+        RewardRunner([RewardFunction(fn="rewards.exact:exact_match")]).check(["answer"])
 
 
 def test_close_ends_the_workers(user_code: str) -> None:
@@ -488,14 +500,14 @@ def test_no_process_outlives_its_driver(
         "asyncio.run(runner.score([Attempts(prompt=prompt, completions=['a'])]))\n"
     )
     driver = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
-    for _ in range(400):
+    for _ in range(1200):
         if pids.exists() and len(pids.read_text().split()) == 2:
             break
         time.sleep(0.05)
     worker, child = map(int, pids.read_text().split())
     assert not gone(worker, within=0.1) and not gone(child, within=0.1)
     end(driver)
-    driver.wait(timeout=10)
+    driver.wait(timeout=60)
     assert gone(worker) and gone(child)
 
 

@@ -21,7 +21,8 @@ from cispo.engines.vllm_engine import VLLMEngine
 from cispo.policies.loading import init_policy, load_policy, save_policy
 from cispo.policies.minimax.config import LightningConfig, dump_config, parse_config
 from cispo.policies.policy import Policy
-from cispo.types import Completion, RepetitionStop, Sampling
+from cispo.policies.replay import routes_of
+from cispo.types import Completion, RepetitionStop, RoutedExperts, Sampling
 from cispo.weights.publish import publish_weights, weights_folder
 from tests.served import sampled, update
 
@@ -106,6 +107,9 @@ def learner_logprobs(policy: Policy, prompts: Sequence[Sequence[int]], completio
 def difference(engine: ServedEngine, policy: Policy, prompts: Sequence[Sequence[int]], seed: int = 0) -> float:
     """The largest difference over what the engine samples now; 0 tokens and NaN are failures."""
     completions = sampled(engine, prompts, SAMPLING, seed)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if completion.routed_experts is not None:
+            assert_learners_experts(policy, [*prompt, *completion.token_ids], completion.routed_experts)
     engine_side = torch.tensor([x for c in completions for x in c.logprobs])
     learner_side = learner_logprobs(policy, prompts, completions)
     assert len(engine_side) == len(prompts) * TOKENS
@@ -113,11 +117,33 @@ def difference(engine: ServedEngine, policy: Policy, prompts: Sequence[Sequence[
     return (engine_side - learner_side).abs().max().item()
 
 
+def assert_learners_experts(policy: Policy, ids: Sequence[int], reported: RoutedExperts) -> None:
+    """The experts of every token but those from the cache, up to the first that two experts nearly tie for."""
+    tokens = torch.tensor(ids[:-1])
+    with torch.no_grad():
+        router = policy(tokens, torch.arange(len(tokens)), torch.tensor([0, len(tokens)], dtype=torch.int32)).router
+    expected = routes_of(router)[reported.first :]
+    found = torch.frombuffer(bytearray(reported.data), dtype=torch.uint8).view(reported.shape)
+    assert found.shape == expected.shape and reported.first % 16 == 0
+    wrong = (found != expected).any(-1).nonzero()
+    if len(wrong):
+        row, layer = wrong[0].tolist()
+        best = router[layer].probs[reported.first + row].sort(descending=True).values
+        assert best.diff().abs().min() < 1e-5, f"token {reported.first + row} has other experts in layer {layer}"
+
+
 @contextmanager
-def running(folder: Path, **engine_args: Any) -> Iterator[ServedEngine]:
-    engine = ServedEngine(
-        VLLMEngine(str(folder), dtype="float32", max_context=640, max_sequences=12, seed=0, engine_args=engine_args)
+def running(folder: Path, *, record_routes: bool = False, **engine_args: Any) -> Iterator[ServedEngine]:
+    core = VLLMEngine(
+        str(folder),
+        dtype="float32",
+        max_context=640,
+        max_sequences=12,
+        seed=0,
+        engine_args=engine_args,
+        record_routes=record_routes,
     )
+    engine = ServedEngine(core)
     try:
         yield engine
     finally:
@@ -184,7 +210,7 @@ def test_engine_equals_learner(mode: str, tiny: tuple[Path, list[Policy]], weigh
     engine_args, prompts, provoked = MODES[mode]
     folder, policies = tiny
     assert len(prompts) * TOKENS >= 2000
-    with running(folder, **engine_args) as engine:
+    with running(folder, record_routes=True, **engine_args) as engine:
         preemptions = counting(scheduler(engine), "_preempt_request", lambda _: 1)
         hits = counting(scheduler(engine).kv_cache_manager, "get_computed_blocks", lambda found: found[1])
         assert difference(engine, policies[0], prompts) <= TOLERANCE

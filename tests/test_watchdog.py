@@ -32,11 +32,11 @@ def test_what_moves_now_and_then_is_left_alone():
     activity, said = Activity(), []
 
     async def slow() -> None:
-        for _ in range(12):
+        for _ in range(30):
             with activity.doing("a step"):
                 await asyncio.sleep(0.1)
 
-    asyncio.run(guarded(slow(), activity, silence=0.7, say=said.append))
+    asyncio.run(guarded(slow(), activity, silence=2.5, say=said.append))
     assert not said
 
 

@@ -29,6 +29,8 @@ class TokenRewards:
     """Name -> [L] float64, already weighted. An outcome lies on the last token, a turn's reward on the turn's last."""
     values: Tensor | None = None
     """[L] float64: the critic's value of the state in which each token was sampled."""
+    turns: tuple[int, ...] = ()
+    """Sampled tokens of each turn; empty for a single turn of L tokens."""
 
     @cached_property
     def per_token(self) -> Tensor:
@@ -171,6 +173,48 @@ class RewardToGo(Advantage):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TurnToGo(Advantage):
+    """A_k = G_k - mean_j G_jk for all tokens of turn k, G_k = the rewards from turn k on.
+
+    The mean is over the attempts of the group that have a turn k; where one alone has it, over the last turn that two
+    have, so that the longest attempt is not compared with itself. Unlike `reward_to_go`, a reward that all attempts
+    have got already pushes no later token.
+    """
+
+    divide_by_std: bool = False
+    """Whether to divide by the standard deviation of the group's totals."""
+    name: ClassVar[str] = "turn_to_go"
+    group_relative: ClassVar[bool] = True
+
+    def __call__(self, groups: Groups) -> list[list[Tensor]]:
+        return [self._of_group(group) for group in groups]
+
+    def _of_group(self, group: Sequence[TokenRewards]) -> list[Tensor]:
+        lengths = [list(t.turns) or [len(t.per_token)] for t in group]
+        ahead = [_turns_to_go(t.per_token, own) for t, own in zip(group, lengths, strict=True)]
+        centred, baseline = [torch.zeros_like(own) for own in ahead], 0.0
+        for turn in range(max(map(len, ahead), default=0)):
+            having = [number for number, own in enumerate(ahead) if len(own) > turn]
+            values = torch.stack([ahead[number][turn] for number in having])
+            if len(having) > 1 or turn == 0:
+                baseline, differences = _mean(values), _centred(values)
+            else:
+                differences = values - baseline
+            for number, difference in zip(having, differences, strict=True):
+                centred[number][turn] = difference
+        totals = _totals(group)
+        scale = 1.0 if is_constant(totals) or not self.divide_by_std else float(totals.std(correction=0))
+        return [
+            (own / scale).repeat_interleave(torch.tensor(sizes)) for own, sizes in zip(centred, lengths, strict=True)
+        ]
+
+
+def _turns_to_go(per_token: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[K]: the sum of the rewards from each turn's first token on."""
+    return torch.stack([part.sum() for part in per_token.split(list(lengths))]).flip(0).cumsum(0).flip(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gae(Advantage):
     """Generalised advantage estimation on the critic's values (arXiv 1506.02438), whitened over the batch's tokens."""
 
@@ -223,6 +267,7 @@ ADVANTAGES: dict[str, Advantage] = {
         BatchBaseline(),
         BatchWhiten(),
         RewardToGo(),
+        TurnToGo(),
         Gae(),
     )
 }

@@ -29,7 +29,7 @@ from cispo.rollout.renderer import renderer_of
 from cispo.rollout.rollout import sampling_of
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
-from cispo.start import check_vocabulary, policy_folder, running_workers
+from cispo.start import check_vocabulary, merged_folder, policy_folder, running_workers
 from cispo.types import Completion, Prompt, Trajectory, TrajectoryGroup, Turn
 from cispo.workers import Workers
 
@@ -42,6 +42,7 @@ _PACKAGES = (
     "accelerate",
     "datasets",
     "math-verify",
+    "peft",
     "reasoning-gym",
 )
 
@@ -122,8 +123,9 @@ def _parity(console: Console, recipe: Recipe, checkpoint: str | None) -> list[st
     if source is None:
         raise UserError("the recipe has no data: section to take prompts for the parity check from")
     prompts = prompts_of(source, "eval" if recipe.eval else "data", renderer, recipe)[:64]
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         policy = checkpoint or policy_folder(recipe, renderer, Path(temporary))
+        policy = stack.enter_context(merged_folder(policy, recipe.policy.dtype))
         check_vocabulary(policy, renderer)
 
         async def run() -> list[str]:
@@ -153,7 +155,7 @@ async def _logprob_gap(
     """learner - engine log-probability of every sampled token."""
     samples = []
     for number, (prompt_ids, completion) in enumerate(zip(ids, completions, strict=True)):
-        turn = Turn(prompt_ids=tuple(prompt_ids), completion=completion)
+        turn = Turn(context_ids=tuple(prompt_ids), completion=completion)
         trajectory = Trajectory(group_id=number, index=0, turns=(turn,), text="", reward=0.0)
         group = TrajectoryGroup(prompt=prompts[number // 4], trajectories=(trajectory,))
         samples += to_samples(group)

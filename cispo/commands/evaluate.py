@@ -1,4 +1,4 @@
-"""`cispo evaluate`, `cispo generate` and `cispo export`: a checkpoint measured, sampled from and written out."""
+"""`cispo evaluate` and `cispo generate`: a checkpoint measured and sampled from."""
 
 from __future__ import annotations
 
@@ -8,25 +8,21 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
+from cispo.agents.episodes import episodes_of
 from cispo.errors import UserError
 from cispo.evaluate import evaluate, gaps
-from cispo.files import disk_errors
-from cispo.output.checkpoint import check_checkpoint
-from cispo.output.run_folder import no_run_above
 from cispo.output.screen import new_console, visible
-from cispo.policies.loading import load_policy, save_policy
 from cispo.recipe.load import load_recipe, need
 from cispo.recipe.schema import Recipe
 from cispo.rollout.prompts import prompt_ids, prompts_of, warn
-from cispo.rollout.renderer import Renderer, has_tokenizer, load_tokenizer, renderer_of
+from cispo.rollout.renderer import renderer_of
 from cispo.rollout.rewards import rewards_of
 from cispo.rollout.rollout import RolloutSetup, sample, sampling_of, score
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
-from cispo.start import check_vocabulary, chosen_policy, running_workers
+from cispo.start import check_vocabulary, chosen_policy, merged_folder, running_workers
 from cispo.types import Prompt
 from cispo.workers import Workers
 
@@ -41,19 +37,21 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
     prompts = prompts_of(recipe.eval, "eval", renderer, recipe)
     check_vocabulary(policy, renderer)
     rewards = rewards_of(recipe, {"eval": prompts})
+    episodes = episodes_of(recipe, renderer, {"eval": prompts})
+    play = None if episodes is None else episodes.play
 
     async def run() -> dict[str, float]:
         async with _engines_only(recipe, policy) as workers:
             metrics, _ = await evaluate(
                 prompts,
-                RolloutSetup(generate=workers.generate, renderer=renderer, rewards=rewards),
+                RolloutSetup(generate=workers.generate, renderer=renderer, rewards=rewards, play=play),
                 samples=recipe.train.eval_samples,
                 sampling=sampling_of(recipe, renderer),
                 seed=seed_of(recipe.seed, "eval"),
             )
             return metrics
 
-    with contextlib.closing(rewards):
+    with contextlib.closing(rewards), contextlib.closing(episodes) if episodes else contextlib.nullcontext():
         metrics = asyncio.run(run())
     if sentence := gaps(metrics, rewards):
         warn(sentence)
@@ -62,9 +60,10 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
 
 @contextlib.asynccontextmanager
 async def _engines_only(recipe: Recipe, policy: str) -> AsyncIterator[Workers]:
-    async with running_workers(recipe, policy, activity=Activity(), learners=False) as (workers, engines):
-        await engines
-        yield workers
+    with merged_folder(policy, recipe.policy.dtype) as whole:
+        async with running_workers(recipe, whole, activity=Activity(), learners=False) as (workers, engines):
+            await engines
+            yield workers
 
 
 def generate(
@@ -116,26 +115,3 @@ def generate(
     finally:
         if rewards is not None:
             rewards.close()
-
-
-def export(checkpoint: Path, to: Path, dtype: str) -> None:
-    """`cispo export`: a checkpoint as a model folder that transformers and vLLM load, checked by reading it back."""
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype!r} is unknown; there are float32 and bfloat16")
-    check_checkpoint(str(checkpoint))
-    if to.exists() and not to.is_dir():
-        raise UserError(f"--to {to} is a file")
-    if to.exists() and any(to.iterdir()):
-        raise UserError(f"--to {to} is not empty")
-    renderer = Renderer(load_tokenizer(str(checkpoint))) if has_tokenizer(checkpoint) else None
-    policy = load_policy(str(checkpoint), dtype=getattr(torch, dtype))
-    with no_run_above(to), disk_errors(to):
-        save_policy(policy, to)
-        if renderer is not None:
-            renderer.save(to)
-    written, again = policy.to_hf(), load_policy(str(to), dtype=getattr(torch, dtype)).to_hf()
-    assert written.keys() == again.keys() and all(torch.equal(written[k], again[k]) for k in written)
-    parameters = sum(t.numel() for t in written.values())
-    if renderer is None:
-        warn(f"{checkpoint} holds no tokenizer, so {to} has none either, and nothing says where completions end")
-    print(f"{to}: {parameters:,} parameters, {dtype}")

@@ -8,14 +8,19 @@ from pathlib import Path
 from cispo.algorithms import Algorithm
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import describe, warnings
+from cispo.learner.memory import RankMemory, rank_memory
+from cispo.learner.parallel import shards
 from cispo.output.screen import new_console, table_of, warn
-from cispo.policies.loading import count_parameters
+from cispo.policies.loading import config_of, count_parameters, shape_of
+from cispo.policies.lora import adapter_size
+from cispo.policies.policy import Policy
+from cispo.policies.replay import bytes_per_token
 from cispo.recipe.load import dump_yaml, load_recipe
-from cispo.recipe.schema import Recipe
+from cispo.recipe.schema import Env, Learner, Recipe
 from cispo.rollout.curriculum import describe_curriculum
 from cispo.rollout.renderer import renderer_of
 from cispo.runtime.placement import gpus_of, pick_device
-from cispo.start import new_config
+from cispo.start import check_experts, new_config
 
 # Below so many parameters vLLM's fixed cost of a step is most of it (docs/performance.md has the figures).
 _SMALL_POLICY = 2_000_000
@@ -47,13 +52,25 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
     model = recipe.policy.model
     parameters = count_parameters(model, new_config(recipe, renderer_of(recipe)) if model is None else None)
     half = recipe.policy.dtype == "bfloat16"
-    # Weights, gradient and two moments in float32; bfloat16 policies keep a float32 master beside the weights.
-    learner_bytes = parameters * (16 + 4 if half else 16)
+    trained = parameters if recipe.policy.lora is None else _adapter_size(recipe)
     engine_bytes = parameters * (2 if half else 4)
-    extra = [("critic memory", f"{_gib(learner_bytes)} a rank, as the learner")] if algorithm.critic else []
-    if algorithm.needs_reference:
-        extra.append(("reference policy", f"{_gib(engine_bytes)} a learner rank for weights"))
     device = pick_device(recipe.device)
+    sharded = shards(learner.shard, ranks=learner.ranks, device=device.type)
+    adapter = trained if recipe.policy.lora is not None else 0
+    memory = rank_memory(_shape(recipe), learner, dtype=recipe.policy.dtype, sharded=sharded, adapter=adapter)
+    extra = [("critic memory", f"{_gib(memory.peak)} a rank, as the learner")] if algorithm.critic else []
+    if recipe.policy.lora is not None:
+        share = f"{trained:,} trained parameters, {trained / parameters:.2%} of the policy's"
+        extra.append(("adapter", f"rank {recipe.policy.lora.rank}, {share}"))
+    if algorithm.needs_reference and recipe.policy.lora is not None:
+        extra.append(("reference policy", "the policy without its adapter, no memory of its own"))
+    elif algorithm.needs_reference:
+        share = engine_bytes / learner.ranks if sharded else engine_bytes
+        extra.append(("reference policy", f"{_gib(share)} a learner rank for weights"))
+    if recipe.policy.router_replay != "off":
+        extra.append(("router replay", _replay(recipe)))
+    if recipe.env is not None:
+        extra.append(("turns", _turns(recipe.env)))
     if device.type == "cuda":
         alone, shared = (gpus_of(recipe, critic=algorithm.critic, shared=s) for s in (False, True))
         extra.append(("GPUs", f"{alone} where each part has its own, {shared} shared (placement {rollout.placement})"))
@@ -70,7 +87,7 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
         ("device", str(device)),
         ("runtime", f"{where}: 1 driver, {learner.ranks} learner{critic}, {rollout.engines} {rollout.engine} engine"),
         ("policy", f"{parameters:,} parameters, {recipe.policy.dtype}, LM head in float32"),
-        ("learner memory", f"{_gib(learner_bytes)} a rank for weights, gradients and AdamW, plus activations"),
+        ("learner memory", _rank_memory(memory, learner, sharded=sharded)),
         *extra,
         ("engine memory", f"{_gib(engine_bytes)} an engine for weights, plus the cache"),
         (
@@ -80,6 +97,41 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
         ),
         ("sampling", _sampling(recipe)),
     ]
+
+
+def _turns(env: Env) -> str:
+    used = f"environment {env.use}" if env.use else f"tools {', '.join(env.tools)}"
+    return f"at most {env.max_turns} an attempt, {used}; in rounds: turn k of all attempts in one call of the engines"
+
+
+def _rank_memory(memory: RankMemory, learner: Learner, *, sharded: bool) -> str:
+    form = f"split over {learner.ranks} ranks" if sharded else "a whole copy"
+    layers = "layers recomputed" if learner.gradient_checkpointing else "layers kept"
+    return (
+        f"about {_gib(memory.peak)} a rank: weights and AdamW {_gib(memory.state)} ({form}), gradients and gathered "
+        f"weights {_gib(memory.during_pass)}, activations of {learner.tokens_per_micro_batch:,} tokens "
+        f"{_gib(memory.activations)} ({layers})"
+    )
+
+
+def _adapter_size(recipe: Recipe) -> int:
+    assert recipe.policy.lora is not None
+    return adapter_size(_shape(recipe), recipe.policy.lora)
+
+
+def _replay(recipe: Recipe) -> str:
+    """Cost of recording and replaying the experts of a batch. Raises UserError where there are none."""
+    policy, rollout = _shape(recipe), recipe.rollout
+    check_experts(recipe, policy)
+    size = bytes_per_token(policy)
+    most = size * rollout.prompts_per_step * rollout.group_size * rollout.max_context
+    return f"{size} bytes a token, at most {_gib(most)} a batch, and every router's product twice in the learner"
+
+
+def _shape(recipe: Recipe) -> Policy:
+    """The recipe's policy without memory for its weights."""
+    model = recipe.policy.model
+    return shape_of(new_config(recipe, renderer_of(recipe)) if model is None else config_of(model))
 
 
 def _sampling(recipe: Recipe) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cispo.errors import Diverged, UserError
-from cispo.types import Completion, FinishReason, RepetitionStop, Sampling
+from cispo.types import Completion, FinishReason, RepetitionStop, RoutedExperts, Sampling
 
 
 @dataclass(slots=True)
@@ -47,6 +47,8 @@ class Draft:
     starts: dict[int, int] = field(default_factory=dict)
     """{index of a token: version that samples it and those after it}, in order."""
     reason: FinishReason | None = None
+    routed_experts: RoutedExperts | None = None
+    """Set when the draft is complete, by an engine that records them."""
 
     def sampled_by(self, version: int) -> None:
         """Records the version of the policy that samples the next token and those after it."""
@@ -83,7 +85,17 @@ class Draft:
             logprobs=tuple(self.logprobs),
             finish_reason=self.reason,
             versions=tuple(version for (start, end), version in spans for _ in range(start, end)),
+            routed_experts=self._routed_experts(),
         )
+
+    def _routed_experts(self) -> RoutedExperts | None:
+        if self.routed_experts is None:
+            return None
+        # A rule may have ended the completion before the last token that the engine read.
+        read = len(self.prompt) + len(self.tokens) - 1
+        routed = self.routed_experts.until(read)
+        assert routed.first + routed.shape[0] == read, "a token that was read has no experts"
+        return routed
 
 
 def start_drafts(

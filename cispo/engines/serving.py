@@ -322,12 +322,14 @@ def make_engine(
     memory: float,
     sleeps: bool,
     engine_args: Mapping[str, object],
+    record_routes: bool = False,
 ) -> ServedEngine:
     """The engine named by a recipe's rollout.engine."""
     if kind == "torch":
         from cispo.engines.torch_engine import TorchEngine
 
-        return ServedEngine(TorchEngine(model, dtype=dtype, max_context=max_context, max_sequences=max_sequences))
+        sizes = {"max_context": max_context, "max_sequences": max_sequences}
+        return ServedEngine(TorchEngine(model, dtype=dtype, **sizes, record_routes=record_routes))
     from cispo.engines.vllm_engine import VLLMEngine
 
     engine = VLLMEngine(
@@ -340,5 +342,6 @@ def make_engine(
         memory=memory,
         sleeps=sleeps,
         engine_args=engine_args,
+        record_routes=record_routes,
     )
     return ServedEngine(engine)

@@ -16,7 +16,7 @@ from cispo.engines.drafts import Draft
 from cispo.engines.engine import check_model
 from cispo.engines.torch_sampler import Sampled, Sampler
 from cispo.policies.loading import load_policy
-from cispo.types import Sampling
+from cispo.types import RoutedExperts, Sampling
 from cispo.weights.publish import FileMessage, WeightMessage, mapped_weights
 
 
@@ -24,12 +24,17 @@ class TorchEngine:
     """The policy that trains, with a cache.
 
     `model` is a folder in checkpoint format. `max_context` bounds prompt and completion together, `max_sequences` the
-    sequences at a time. Tokens are drawn from torch's random stream.
+    sequences at a time. Tokens are drawn from torch's random stream. With `record_routes` completions carry the experts
+    of their tokens.
     """
 
-    def __init__(self, model: str, *, dtype: str, max_context: int, max_sequences: int) -> None:
+    def __init__(
+        self, model: str, *, dtype: str, max_context: int, max_sequences: int, record_routes: bool = False
+    ) -> None:
         check_model(model, max_context)
         self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
+        assert not record_routes or self._policy.router_shape[0], "the policy has no experts to record"
+        self._record_routes = record_routes
         self.max_context, self.max_sequences = max_context, max_sequences
         self.sampled = 0
         self._numbers = itertools.count()
@@ -101,7 +106,7 @@ class TorchEngine:
             drafts = {number: draft for number, draft in admitted.items() if draft.sampling == sampling}
             sampler = self._samplers.get(sampling)
             if sampler is None:
-                sampler = Sampler(self._policy, sampling)
+                sampler = Sampler(self._policy, sampling, record_routes=self._record_routes)
             if not len(sampler):  # it draws after the busy ones
                 self._samplers.pop(sampling, None)
                 self._samplers[sampling] = sampler
@@ -116,3 +121,6 @@ def _extend(draft: Draft, sampled: Sampled) -> None:
     """Adds the tokens that the draft does not have yet."""
     known = len(draft.tokens)
     draft.extend(sampled.tokens[known:], sampled.logprobs[known:], sampled.reason)
+    if sampled.routes is not None:
+        tokens, layers, k = sampled.routes.shape
+        draft.routed_experts = RoutedExperts(data=sampled.routes.numpy().tobytes(), shape=(tokens, layers, k))

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from cispo.policies.cache import Cache
 from cispo.policies.families import short_step
 from cispo.policies.policy import Policy
+from cispo.policies.replay import routes_of
 from cispo.types import FinishReason, RepetitionStop, Sampling
 
 # Maximum number of tokens of different prompts in one forward pass; it bounds the memory of activations.
@@ -36,6 +38,8 @@ class Sampled:
     logprobs: list[float]
     reason: FinishReason | None
     """None while it goes on."""
+    routes: Tensor | None = None
+    """[tokens read, layers, k]: their experts, prompt included; of an ended sequence whose experts are recorded."""
 
 
 @dataclass(slots=True)
@@ -58,6 +62,8 @@ class _Rows:
     """[n, room] float32."""
     hidden: Tensor
     """[n, d]: hidden state after the last token read."""
+    routes: Tensor
+    """[n, room, layers, k]: experts of the sampled tokens that were read; no layers where they are not recorded."""
 
     def __len__(self) -> int:
         return len(self.request)
@@ -74,6 +80,16 @@ class _Rows:
         if int(self.count.max()) == self.tokens.shape[1]:
             self.tokens = torch.cat([self.tokens, torch.zeros_like(self.tokens)], 1)
             self.logprobs = torch.cat([self.logprobs, torch.zeros_like(self.logprobs)], 1)
+            self.routes = torch.cat([self.routes, torch.zeros_like(self.routes)], 1)
+
+
+class _Read(NamedTuple):
+    """The passes over new sequences."""
+
+    hidden: Tensor
+    """[sequences, d]: after the last token."""
+    routes: list[Tensor]
+    """[tokens, layers, k] a sequence; none where experts are not recorded."""
 
 
 class Sampler:
@@ -82,8 +98,13 @@ class Sampler:
     The policy's weights may change between steps; the cache keeps keys, values and states until `recompute`.
     """
 
-    def __init__(self, policy: Policy, sampling: Sampling) -> None:
+    def __init__(self, policy: Policy, sampling: Sampling, *, record_routes: bool = False) -> None:
+        """`record_routes` keeps the experts of every token; the policy has MoE layers then."""
         self._policy, self._sampling, self._short = policy, sampling, short_step(policy)
+        self._record_routes = record_routes
+        self._prompts: dict[int, tuple[int, Tensor]] = {}
+        """Request -> tokens of its prompt, and the experts of those read before the rows' own: of the prompt, and after
+        `recompute` of sampled tokens too. Empty where experts are not recorded."""
         self._cache = Cache()
         self._rows: _Rows | None = None
         self._behind = False
@@ -97,7 +118,10 @@ class Sampler:
         """Starts a sequence for each request, of at least one and at most `limits[i]` tokens; no prompt is empty."""
         if self._rows is not None:
             self._catch_up(self._rows)
-        new = self._fresh(requests, limits, self._read(prompts))
+        read = self._read(prompts)
+        for request, prompt, routes in zip(requests, prompts, read.routes, strict=False):
+            self._prompts[request] = len(prompt), routes
+        new = self._fresh(requests, limits, read.hidden)
         self._rows = new if self._rows is None else self._rows.join(new)
 
     @torch.inference_mode()
@@ -117,7 +141,7 @@ class Sampler:
         self._behind = True
         ends = self._ends(rows, tokens, logprobs)
         gone = torch.stack(list(ends.values())).any(0)
-        ended = _collect(rows, ends, gone)
+        ended = [self._with_routes(rows, *pair) for pair in _collect(rows, ends, gone)]
         if ended:
             self._drop(gone)
         return ended
@@ -127,6 +151,8 @@ class Sampler:
         """Removes the sequences of these requests without a result; unknown ones are ignored."""
         if self._rows is not None:
             self._drop(torch.isin(self._rows.request, torch.tensor(requests, dtype=torch.long)))
+        for request in requests:
+            self._prompts.pop(request, None)
 
     def unfinished(self) -> list[Sampled]:
         """Tokens so far of every sequence that goes on."""
@@ -138,30 +164,48 @@ class Sampler:
         """Reads all sequences again, given the prompt of each request, so that only the present weights remain."""
         if self._rows is None:
             return
-        sequences = [[*prompts[sampled.request], *sampled.tokens] for sampled in self.unfinished()]
+        running = self.unfinished()
         self._cache = Cache()
-        self._rows.hidden = self._read(sequences)
+        read = self._read([[*prompts[sampled.request], *sampled.tokens] for sampled in running])
+        self._rows.hidden = read.hidden
+        for sampled, routes in zip(running, read.routes, strict=False):
+            self._prompts[sampled.request] = len(prompts[sampled.request]), routes
         self._behind = False
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """A new row of the cache for each prompt; returns the hidden states after them, [len(prompts), d]."""
-        hidden = []
+    def _read(self, prompts: Sequence[Sequence[int]]) -> _Read:
+        """A new row of the cache for each prompt."""
+        hidden, routes = [], []
         for part in _parts(prompts):
             unique = list(dict.fromkeys(map(tuple, prompts[part])))
             index = {prompt: number for number, prompt in enumerate(unique)}
             inverse = [index[tuple(prompt)] for prompt in prompts[part]]
             hidden.append(self._cache.read(self._policy, unique, inverse))
-        return torch.cat(hidden)
+            if self._record_routes:
+                by_prompt = routes_of(self._cache.router).split([len(prompt) for prompt in unique])
+                routes += [by_prompt[number] for number in inverse]
+        return _Read(torch.cat(hidden), routes)
 
     def _catch_up(self, rows: _Rows) -> None:
         if self._behind:
             last = rows.tokens[torch.arange(len(rows)), rows.count - 1]
             rows.hidden = self._cache.step(self._policy, last, self._short)
+            if self._record_routes:
+                rows.routes[torch.arange(len(rows)), rows.count - 1] = routes_of(self._cache.router)
             self._behind = False
+
+    def _with_routes(self, rows: _Rows, row: int, sampled: Sampled) -> Sampled:
+        """The ended sequence of a row, with its experts where they are recorded."""
+        if not self._record_routes:
+            return sampled
+        prompt, earlier = self._prompts.pop(sampled.request)
+        # The last token is not read.
+        later = rows.routes[row, len(earlier) - prompt : len(sampled.tokens) - 1]
+        return replace(sampled, routes=torch.cat([earlier, later]))
 
     def _fresh(self, requests: Sequence[int], limits: Sequence[int], hidden: Tensor) -> _Rows:
         n = len(requests)
         room = _FIRST_ROOM if self._rows is None else self._rows.tokens.shape[1]
+        one = routes_of(self._cache.router)[0] if self._record_routes else torch.zeros(0, 0, dtype=torch.uint8)
         return _Rows(
             request=torch.tensor(requests),
             limit=torch.tensor(limits),
@@ -171,6 +215,7 @@ class Sampler:
             tokens=torch.zeros(n, room, dtype=torch.long),
             logprobs=torch.zeros(n, room),
             hidden=hidden,
+            routes=one.new_zeros(n, room, *one.shape),
         )
 
     def _drop(self, gone: Tensor) -> None:
@@ -205,9 +250,10 @@ def _count_repeats(rows: _Rows, tokens: Tensor, rule: RepetitionStop) -> Tensor:
     return (rows.repeats >= sizes * (rule.pattern_count - 1)).any(1)
 
 
-def _collect(rows: _Rows, ends: dict[FinishReason, Tensor], gone: Tensor) -> list[Sampled]:
+def _collect(rows: _Rows, ends: dict[FinishReason, Tensor], gone: Tensor) -> list[tuple[int, Sampled]]:
+    """Rows that end, each with its sequence."""
     ended = gone.nonzero()[:, 0].tolist()
-    return [_sampled(rows, row, next(reason for reason, where in ends.items() if where[row])) for row in ended]
+    return [(row, _sampled(rows, row, next(reason for reason, where in ends.items() if where[row]))) for row in ended]
 
 
 def _sampled(rows: _Rows, row: int, reason: FinishReason | None) -> Sampled:

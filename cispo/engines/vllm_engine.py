@@ -18,6 +18,7 @@ from cispo.engines.drafts import Draft
 from cispo.engines.engine import check_model
 from cispo.engines.random_stream import seeded
 from cispo.engines.vllm_logprobs import PendingLogprobs, SampledTokens
+from cispo.engines.vllm_routes import RouteTable
 from cispo.engines.vllm_start import start_vllm
 from cispo.types import Sampling
 from cispo.weights.publish import WeightMessage
@@ -33,7 +34,8 @@ class VLLMEngine:
     `model` is a folder in checkpoint format. `max_context` bounds prompt and completion together, `max_sequences` the
     sequences at a time, `memory` the share of a GPU's memory that the cache may take; with `sleeps` it can be given
     back. `engine_args` are vLLM's own engine arguments and win over ours. With prefix caching, which is off by default,
-    blocks that earlier calls left in the cache change the last bits of a log-probability.
+    blocks that earlier calls left in the cache change the last bits of a log-probability. With `record_routes`
+    completions carry the experts of their tokens, but for those that came from the prefix cache.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class VLLMEngine:
         memory: float = 0.5,
         sleeps: bool = False,
         engine_args: Mapping[str, object] | None = None,
+        record_routes: bool = False,
     ) -> None:
         check_model(model, max_context)
         self.max_context, self.max_sequences = max_context, max_sequences
@@ -79,7 +82,8 @@ class VLLMEngine:
         }
         with warnings.catch_warnings(), seeded(seed):
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's, while it scans torch
-            self._engine = start_vllm(arguments | dict(engine_args or {}), memory=memory)
+            arguments |= dict(engine_args or {})
+            self._engine = start_vllm(arguments, memory=memory, record_routes=record_routes)
         from vllm.v1.engine.core_client import InprocClient
 
         core = self._engine.engine_core
@@ -89,11 +93,17 @@ class VLLMEngine:
         on_gpu = self._engine.vllm_config.device_config.device_type == "cuda"
         records = on_gpu and all(self._engine.collective_rpc("record_logprobs"))
         self._pending = self._recorded() if records else None
+        self._routes = self._recorded_routes() if record_routes else None
         self._caches = self._engine.vllm_config.cache_config.enable_prefix_caching
 
     def _recorded(self) -> PendingLogprobs:
         rpc = self._engine.collective_rpc
         return PendingLogprobs(lambda: rpc("send_logprobs"), lambda: rpc("take_logprobs"), self.max_context)
+
+    def _recorded_routes(self) -> RouteTable:
+        rpc = self._engine.collective_rpc
+        rpc("record_routes")
+        return RouteTable(lambda: rpc("take_routes"), rows=self.max_sequences, width=self.max_context)
 
     def submit(self, drafts: Sequence[Draft]) -> None:
         from vllm.inputs import tokens_input
@@ -116,6 +126,9 @@ class VLLMEngine:
         self._requests |= requests
         if self._pending is not None:
             self._pending.open(requests)
+        if self._routes is not None:
+            for request in requests:
+                self._routes.open(request)
 
     def step(self) -> list[Draft]:
         complete = self._take(self._core.get_output().outputs)
@@ -169,11 +182,19 @@ class VLLMEngine:
                 complete.append(request)
                 if reason is None:  # ended by a rule
                     self._core.abort_requests([request])
+        if self._routes is not None and complete:
+            self._routes.update()
+            for request in complete:
+                draft = self._requests[request]
+                draft.routed_experts = self._routes.get(request, len(draft.prompt) + len(draft.tokens) - 1)
         return self._forget(complete)
 
     def _forget(self, requests: Sequence[str]) -> list[Draft]:
         if self._pending is not None:
             self._pending.close(requests)
+        if self._routes is not None:
+            for request in requests:
+                self._routes.close(request)
         return [self._requests.pop(request) for request in requests]
 
     def receive_weights(self, message: WeightMessage) -> None:
@@ -205,7 +226,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         self._core.shutdown()
-        del self._core, self._engine, self._pending
+        del self._core, self._engine, self._pending, self._routes
 
 
 def _reason(output: EngineCoreOutput) -> str | None:

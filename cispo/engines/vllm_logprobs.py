@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cispo.engines.drafts import Draft
+from cispo.engines.vllm_routes import RouteExtension
 
 # Steps between fetches of running requests where a rule may end one because of its log-probabilities.
 _STEPS_BETWEEN_RULE_CHECKS = 64
@@ -144,11 +145,10 @@ class RecordingSampler:
         return sent.records()
 
 
-class RecorderExtension:
-    """Methods that vLLM adds to its worker."""
+class RecorderExtension(RouteExtension):
+    """Methods that vLLM adds to its worker, those of `RouteExtension` too: vLLM takes one class."""
 
     model_runner: _ModelRunner
-    use_v2_model_runner: bool
     _recorder: RecordingSampler
 
     def record_logprobs(self) -> bool:

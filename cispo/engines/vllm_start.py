@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ import torch
 from safetensors import SafetensorError
 
 from cispo.errors import UserError
-from cispo.policies.families import FAMILIES, family_of
+from cispo.files import read_json
+from cispo.policies.families import FAMILIES, PARSED, family_of
+from cispo.policies.replay import ROUTES_KEY
 from cispo.weights.vllm_receiver import TRANSFER_BACKEND, register_transfer_backend
 
 if TYPE_CHECKING:
@@ -34,9 +37,12 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
+_EXTENSION = "cispo.engines.vllm_logprobs.RecorderExtension"
 
-def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
-    """Builds the engine; `memory` is the share of a GPU's memory that its cache may take.
+
+def start_vllm(arguments: Mapping[str, Any], *, memory: float, record_routes: bool = False) -> LLMEngine:
+    """Builds the engine; `memory` is the share of a GPU's memory that its cache may take. With `record_routes` the
+    worker has the methods of `vllm_routes`.
 
     Raises UserError where vLLM refuses the model or an argument.
     """
@@ -61,7 +67,9 @@ def start_vllm(arguments: Mapping[str, Any], *, memory: float) -> LLMEngine:
     if unknown:
         raise UserError(f"rollout.engine_args: vLLM's engine has no argument {min(unknown)!r}")
     by_device = _cuda_arguments(arguments["max_num_seqs"], exact) if device == "cuda" else {"enforce_eager": True}
-    settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **arguments})
+    own = _own_arguments(Path(arguments["model"]), arguments)
+    recorded = _recording(arguments) if record_routes else {}
+    settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **own, **arguments, **recorded})
     try:
         config = settings.create_engine_config()
     except ValueError as error:
@@ -89,6 +97,21 @@ def _register_models() -> None:
                 ModelRegistry.register_model(architecture, resolve_name(family.vllm.model))
 
 
+def _own_arguments(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine arguments of a policy that vLLM reads by our parser. Raises UserError where vLLM cannot sample it."""
+    config = read_json(folder / "config.json")
+    family = family_of(config).vllm
+    if family is None or family.parser is None:
+        return {}
+    from cispo.policies.hybrid.vllm_plan import check_context, plan_of
+
+    resolve_name(family.parser)  # registers itself
+    if arguments["tensor_parallel_size"] > 1:
+        raise UserError("rollout.tensor_parallel: a policy of this family is sampled on one GPU an engine: set it to 1")
+    check_context(plan_of(config, folder, getattr(torch, arguments["dtype"])), arguments["max_model_len"])
+    return {"config_format": PARSED}
+
+
 def _leave_classes_alone() -> None:
     """Keeps vLLM's Transformers backend from changing transformers' own classes, which a learner of this process uses.
 
@@ -106,7 +129,7 @@ def _cuda_arguments(sequences: int, exact: bool) -> dict[str, Any]:
     float32 is for checks: its grouped products read sizes on the host, which a graph cannot hold.
     """
     common = {
-        "worker_extension_cls": "cispo.engines.vllm_logprobs.RecorderExtension",
+        "worker_extension_cls": _EXTENSION,
         # The cache has a size of its own, and several engines may start on one GPU at a time.
         "gpu_memory_utilization": 0.01,
     }
@@ -114,6 +137,12 @@ def _cuda_arguments(sequences: int, exact: bool) -> dict[str, Any]:
         return common | {"enforce_eager": True}
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": _graph_sizes(sequences)}
     return common | {"compilation_config": graphs}
+
+
+def _recording(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that make our models keep their routers' choices, and give the worker methods to read them."""
+    config = {**(arguments.get("additional_config") or {}), ROUTES_KEY: True}
+    return {"additional_config": config, "worker_extension_cls": _EXTENSION}
 
 
 def _graph_sizes(sequences: int) -> list[int]:
@@ -169,8 +198,8 @@ def _cache_bytes(config: VllmConfig) -> int:
         policy: Any = ModelRegistry.resolve_model_cls(model.architecture, model_config=model)[0]
         shapes = policy.get_mamba_state_shape_from_config(config)
         dtypes = policy.get_mamba_state_dtype_from_config(config)
-        if own := family_of(model.hf_config.to_dict()).vllm:
-            linear = resolve_name(own.model).count_cached_states(model)
+        if hasattr(policy, "count_cached_states"):
+            linear = policy.count_cached_states(model)
         state = sum(math.prod(s) * get_dtype_size(d) for s, d in zip(shapes, dtypes, strict=True))
         block *= math.ceil(state / (block * token_bytes))
         # vLLM puts layers of a kind into groups of one size and pads the last group.

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from cispo.algorithms.losses import value_loss
-from cispo.learner.parallel import join
+from cispo.learner.adapters import Adapters, base_folder, load_published, start_adapter
+from cispo.learner.parallel import join, shards
 from cispo.learner.rank import Rank, total, trainable_policy
+from cispo.learner.sharding import fill, sharded_value_model
+from cispo.policies.lora import AdaptedPolicy
 from cispo.policies.value import ValueModel
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch
-from cispo.weights.publish import mapped_weights
+from cispo.weights.publish import mapped_slices, mapped_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +47,33 @@ class Critic:
         *,
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str = "cpu",
+        adapters: Adapters | None = None,
         rank: int = 0,
         world: int = 1,
         address: str = "",
     ) -> None:
         self.value_clip = config.value_clip
-        mesh = join(rank=rank, world=world, device=torch.device(device), address=address)
-        self.model = ValueModel(trainable_policy(folder, learner, mesh, dtype)).to(mesh.device).train()
-        self.rank = Rank(self.model, learner, mesh, state_file="critic.safetensors", with_model=True)
+        shard = shards(learner.shard, ranks=world, device=device)
+        mesh = join(rank=rank, world=world, device=torch.device(device), address=address, shard=shard)
+        if shard:
+            base, lora = (folder, None) if adapters is None else (base_folder(folder), adapters.lora)
+            self.model = sharded_value_model(base, mesh, getattr(torch, dtype), lora)
+            if adapters is not None:
+                start_adapter(self.model.backbone, folder, adapters)
+            self.model.backbone.gradient_checkpointing = learner.gradient_checkpointing
+        else:
+            self.model = ValueModel(trainable_policy(folder, learner, mesh, dtype, adapters)).to(mesh.device)
+        self.model.train()
+        self.rank = Rank(self.model, learner, mesh, state="critic", dtype=dtype, with_model=True)
 
     def load_backbone(self, path: str) -> None:
         """Takes the policy's published weights as the backbone: a critic starts from the policy after its warm-up."""
-        self.model.backbone.load_hf(mapped_weights(path))
+        if isinstance(self.model.backbone, AdaptedPolicy):
+            load_published(self.model.backbone, path)
+        elif self.rank.sharded:
+            fill(self.model.backbone, mapped_slices(path), self.rank.mesh, self.rank.number_format)
+        else:
+            self.model.backbone.load_hf(mapped_weights(path))
         self.rank.optimizer.reload_masters()
 
     def values(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -64,7 +82,7 @@ class Critic:
         return self.rank.forward(batches, lambda mb: torch.where(mb.loss_mask, self._values(mb), 0.0))
 
     def update(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> CriticResult:
-        """One optimizer step on this rank's micro-batches; every rank must call it, also with none."""
+        """One optimizer step on this rank's micro-batches; every rank must call it, with as many."""
         losses = self.rank.backward(self.rank.to_device(micro_batches), self._loss)
         norm, taken = self.rank.step(lr)
         return CriticResult(loss=total(losses), grad_norm=norm, taken=taken)
@@ -79,6 +97,10 @@ class Critic:
     def restore(self, checkpoint: str) -> None:
         """Reads value model and optimizer from a checkpoint."""
         self.rank.restore(checkpoint)
+
+    def waiting_in(self) -> str:
+        """The step with collectives that is open, with its age; may be called while another call runs."""
+        return self.rank.mesh.waiting_in()
 
     def release_memory(self) -> None:
         self.rank.mesh.release_memory()

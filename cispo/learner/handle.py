@@ -33,6 +33,10 @@ class RankHandle:
         """Reads the rank's state from a checkpoint."""
         await self.remote.call("restore", checkpoint)
 
+    async def waiting_in(self) -> str:
+        """The step with collectives in which the rank is, answered while it is in it; "" without one."""
+        return str(await self.remote.look("waiting_in"))
+
     async def release_memory(self) -> None:
         """Returns cached memory to the device."""
         await self.remote.call("release_memory")

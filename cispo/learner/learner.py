@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,17 +19,20 @@ from torch import Tensor
 
 from cispo.algorithms.objective import Objective
 from cispo.errors import UserError
-from cispo.files import disk_errors, note_digest
-from cispo.learner.loss import micro_batch_loss, read, spread, trained_logprobs
-from cispo.learner.parallel import join
+from cispo.files import disk_errors
+from cispo.learner.adapters import Adapters, freeze_adapter
+from cispo.learner.export import Export
+from cispo.learner.loss import micro_batch_loss, read, read_for_loss, spread, trained_logprobs
+from cispo.learner.parallel import join, shards
 from cispo.learner.rank import Rank, total, trainable_policy
-from cispo.policies.loading import load_policy, save_policy, write_policy
+from cispo.learner.sharding import copy_rows, fill_from, sharded_policy
+from cispo.policies.loading import load_policy, save_policy
+from cispo.policies.lora import AdaptedPolicy
 from cispo.policies.moe import expert_counts, router_aux_loss
 from cispo.policies.policy import Policy
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch, TokenStats
 from cispo.weights.buckets import BucketMessage, Transport, WeightSender
-from cispo.weights.publish import publish_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +75,7 @@ class MicroBatchLoss(NamedTuple):
 
 
 class Learner:
-    """One rank: a whole copy of the policy, its optimizer, and the verbs of the training loop."""
+    """One rank: the policy or its rows of it, its optimizer, and the verbs of the training loop."""
 
     def __init__(
         self,
@@ -81,23 +85,26 @@ class Learner:
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str = "cpu",
         temperature: float = 1.0,
+        adapters: Adapters | None = None,
         rank: int = 0,
         world: int = 1,
         address: str = "",
     ) -> None:
         self.config, self.temperature = config, temperature
-        mesh = join(rank=rank, world=world, device=torch.device(device), address=address)
-        self.policy = trainable_policy(folder, config, mesh, dtype)
+        shard = shards(config.shard, ranks=world, device=device)
+        mesh = join(rank=rank, world=world, device=torch.device(device), address=address, shard=shard)
+        self.policy = trainable_policy(folder, config, mesh, dtype, adapters)
         self.reference: Policy | None = None
-        self._sender: WeightSender | None = None
+        self.export = Export(self.policy, mesh, dtype, folder)
+        self._folder = folder
         if config.router_aux_coef > 0 and self.policy.router_shape == (0, 0):
             raise UserError(f"learner.router_aux_coef {config.router_aux_coef}: the policy has no experts to balance")
-        self.rank = Rank(self.policy, config, mesh, state_file="learner.safetensors")
+        self.rank = Rank(self.policy, config, mesh, state="learner", dtype=dtype)
 
     # Training
 
     def update(self, micro_batches: Sequence[MicroBatch], objective: Objective, *, lr: float) -> UpdateResult:
-        """One optimizer step on this rank's micro-batches; every rank must call it, also with none."""
+        """One optimizer step on this rank's micro-batches; every rank must call it, with as many."""
         batch = self.forward_backward(micro_batches, objective)
         norm, taken = self.rank.step(lr)
         return UpdateResult(batch=batch, grad_norm=norm, taken=taken)
@@ -118,9 +125,10 @@ class Learner:
 
     def _loss(self, mb: MicroBatch, objective: Objective, load: ExpertLoad | None) -> tuple[Tensor, MicroBatchLoss]:
         """One micro-batch's loss, the balancing loss included, and its parts."""
-        output = read(self.policy, mb)
+        output, extra = read_for_loss(self.policy, mb)
         head = self.policy.lm_head_weight
         loss, tokens = micro_batch_loss(output.hidden, head, mb, objective, temperature=self.temperature)
+        tokens = replace(tokens, extra={**tokens.extra, **extra})
         if load is None:
             return loss, MicroBatchLoss(loss.detach(), None, tokens)
         aux = router_aux_loss([r.probs for r in output.router], self._balanced(mb), load.counts, load.tokens)
@@ -144,7 +152,8 @@ class Learner:
 
     def _balanced(self, mb: MicroBatch) -> Tensor:
         """[T] bool: the tokens that the balancing loss counts."""
-        return mb.loss_mask if self.config.router_aux_tokens == "completion" else torch.ones_like(mb.loss_mask)
+        every = self.config.router_aux_tokens == "all" and not mb.stand_in
+        return torch.ones_like(mb.loss_mask) if every else mb.loss_mask
 
     def reset_optimizer(self) -> None:
         """Drops the optimizer's moments, as between supervised warm-up and reinforcement learning."""
@@ -153,10 +162,20 @@ class Learner:
     # Log-probabilities
 
     def logprobs(self, micro_batches: Sequence[MicroBatch], *, reference: bool = False) -> list[Tensor]:
-        """Log-probability of every trained token by policy or reference, [T] a micro-batch, 0 where masked."""
+        """Log-probability of every trained token by policy or reference, [T] a micro-batch, 0 where masked.
+
+        The reference's routers choose for themselves: the engine's experts are the policy's.
+        """
+        if reference and isinstance(self.policy, AdaptedPolicy):
+            with self.policy.as_frozen():
+                return self.logprobs([replace(mb, routes=None) for mb in micro_batches])
         policy = self.reference if reference else self.policy
         assert policy is not None, "freeze_reference comes first"
-        return self.rank.forward(self.rank.to_device(micro_batches), lambda mb: self._logprobs(policy, mb))
+        if reference:
+            micro_batches = [replace(mb, routes=None) for mb in micro_batches]
+        return self.rank.forward(
+            self.rank.to_device(micro_batches), lambda mb: self._logprobs(policy, mb), model=policy
+        )
 
     def _logprobs(self, policy: Policy, mb: MicroBatch) -> Tensor:
         """[T]: 0 where masked."""
@@ -164,36 +183,51 @@ class Learner:
         return spread(trained_logprobs(hidden, policy.lm_head_weight, mb, temperature=self.temperature)[0], mb)
 
     def freeze_reference(self) -> None:
-        """Copies the current policy as the reference of a KL penalty."""
-        reference = copy.deepcopy(self.policy)
-        for parameter in reference.parameters():
-            parameter.requires_grad_(False)
+        """Copies the current policy as the reference of a KL penalty; of one with an adapter, the adapter."""
+        if isinstance(self.policy, AdaptedPolicy):
+            return freeze_adapter(self.policy)
+        if self.rank.sharded:
+            reference = self._empty_reference()
+            copy_rows(self.policy, reference, self.rank.mesh)
+        else:
+            reference = copy.deepcopy(self.policy)
+            for parameter in reference.parameters():
+                parameter.requires_grad_(False)
         self.reference = reference
 
     def load_reference(self, folder: str) -> None:
         """Reads the reference policy from a folder that `save` wrote."""
+        if isinstance(self.policy, AdaptedPolicy):
+            return freeze_adapter(self.policy, folder)
+        if self.rank.sharded:
+            self.reference = self._empty_reference()
+            fill_from(self.reference, folder, self.rank.mesh, self.rank.number_format)
+            return
         self.freeze_reference()
         assert self.reference is not None
         self.reference.load_hf(load_policy(folder, dtype=next(self.policy.parameters()).dtype).to_hf().items())
 
-    # Weights to the engines
+    def _empty_reference(self) -> Policy:
+        """A split policy without gradient, with undefined weights: FSDP's modules cannot be copied."""
+        return sharded_policy(self._folder, self.rank.mesh, self.rank.number_format, trained=False).train()
+
+    # Weights to the engines; of a sharded policy every rank calls `publish` and `stage_bucket`
 
     def publish(self, folder: str, version: int) -> str:
         """Writes the weights to a file that engines read; returns its path."""
-        return str(publish_weights(self.policy.to_hf(), folder, version))
+        return self.export.publish(folder, version)
 
     @property
     def sender(self) -> WeightSender:
         """The current weights in buckets, staged in one buffer of a bucket's size."""
-        if self._sender is None:
-            self._sender = WeightSender(self.policy.to_hf())
-        return self._sender
+        return self.export.sender
 
     def num_buckets(self) -> int:
         return len(self.sender.buckets)
 
     def stage_bucket(self, number: int, transport: Transport, *, check: bool) -> BucketMessage:
-        return self.sender.stage(number, transport, check=check)
+        with self.rank.mesh.doing(f"the gather of bucket {number + 1} of {self.num_buckets()}"):
+            return self.sender.stage(number, transport, check=check)
 
     def open_weight_group(self, world: int) -> str:
         """Opens the process group of learner and engines for weights; returns its address."""
@@ -209,20 +243,19 @@ class Learner:
 
     def save(self, folder: str) -> None:
         """Writes the policy in Hugging Face form. Raises RunError where the disk refuses."""
+        if self.rank.sharded or isinstance(self.policy, AdaptedPolicy):
+            self.export.copy()(Path(folder))
+            return
         with disk_errors(Path(folder)):
             save_policy(self.policy, folder)
 
     def start_save(self, folder: str) -> None:
-        """Copies policy (in Hugging Face form) and optimizer; a thread writes them while training goes on."""
-        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.policy.to_hf().items()}
-        config = self.policy.hf_config()
+        """Copies policy (in Hugging Face form) and optimizer; a thread writes them while training goes on.
 
-        def write_model() -> None:
-            with disk_errors(Path(folder)):
-                write_policy(weights, config, folder)
-                note_digest(Path(folder) / "model.safetensors")
-
-        self.rank.start_save(folder, write_model)
+        A rank that holds the same as rank 0 writes nothing.
+        """
+        if self.rank.writes:
+            self.rank.start_save(folder, partial(self.export.copy(), Path(folder)))
 
     def saved(self, *, wait: bool) -> bool:
         """Whether the files of `start_save` are complete. Raises RunError where the disk refused them."""
@@ -231,6 +264,10 @@ class Learner:
     def restore(self, checkpoint: str) -> None:
         """Reads the optimizer from a checkpoint; its policy is loaded by the constructor."""
         self.rank.restore(checkpoint)
+
+    def waiting_in(self) -> str:
+        """The step with collectives that is open, with its age; may be called while another call runs."""
+        return self.rank.mesh.waiting_in()
 
     def release_memory(self) -> None:
         """Returns cached memory to the device, for engines that wake up."""

@@ -19,18 +19,34 @@ from cispo.algorithms.objective import Objective
 from cispo.ops.logprobs import fused_token_loss, token_logprobs
 from cispo.policies.attention import Documents, SharedPrompts
 from cispo.policies.policy import Policy, PolicyOutput, RouterOutput
+from cispo.policies.replay import differing, live_choices
 from cispo.types import LossInputs, MicroBatch, TokenStats
 
 
 def read(policy: Policy, mb: MicroBatch) -> PolicyOutput:
     """The policy's pass over a micro-batch: hidden [T, d], and router outputs over all T tokens."""
-    if mb.unique_index is None or mb.inverse is None:
-        return policy(mb.tokens, mb.positions, mb.cu_seqlens, mb.max_seqlen)
+    # Always by `attend`: a split policy gathers its weights around that method alone.
     documents = Documents(mb.cu_seqlens, len(mb.tokens), mb.max_seqlen)
+    if mb.unique_index is None or mb.inverse is None:
+        return policy.attend(mb.tokens, mb.positions, documents, mb.routes)
     tokens, positions = mb.tokens.index_select(0, mb.unique_index), mb.positions.index_select(0, mb.unique_index)
-    output = policy.attend(tokens, positions, SharedPrompts(documents, mb.unique_index, mb.inverse))
+    routes = None if mb.routes is None else mb.routes.index_select(0, mb.unique_index)
+    output = policy.attend(tokens, positions, SharedPrompts(documents, mb.unique_index, mb.inverse), routes)
     router = tuple(RouterOutput(*(x.index_select(0, mb.inverse) for x in layer)) for layer in output.router)
     return PolicyOutput(output.hidden.index_select(0, mb.inverse), router)
+
+
+def read_for_loss(policy: Policy, mb: MicroBatch) -> tuple[PolicyOutput, dict[str, Tensor]]:
+    """`read`, with values [N] of the trained tokens by metric name: under router replay, 1 for those with replayed
+    experts that are not the routers' own choice in some layer.
+    """
+    if mb.routes is None:
+        return read(policy, mb), {}
+    with live_choices(policy) as live:
+        output = read(policy, mb)
+    own = live if mb.inverse is None else [chosen.index_select(0, mb.inverse) for chosen in live]
+    differs = differing(own, [layer.chosen for layer in output.router]).index_select(0, mb.loss_index)
+    return output, {"router/replayed_differ": differs.float()}
 
 
 def micro_batch_loss(

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from cispo.errors import UserError
@@ -39,7 +40,8 @@ class Optimizer:
     """AdamW with weight decay on matrices only; a step with a gradient that is not finite is skipped.
 
     Gradients are summed in float32 over micro-batches. Weights of a lower precision are copies of float32 masters: a
-    learning rate of 1e-6 is far below the spacing of bfloat16 numbers and would change nothing.
+    learning rate of 1e-6 is far below the spacing of bfloat16 numbers and would change nothing. Of a parameter that is
+    split over the ranks the master is this rank's rows, which FSDP keeps in float32 and whose gradients it sums.
     """
 
     def __init__(
@@ -49,15 +51,25 @@ class Optimizer:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        over_ranks: Callable[[Sequence[Tensor]], None] | None = None,
+        keep_masters: bool = False,
     ) -> None:
-        """`parameters` are (name, parameter) pairs; the state is saved under the names."""
-        named = list(parameters)
+        """`parameters` are (name, parameter) pairs; the state is saved under the names.
+
+        For split parameters `over_ranks` sums tensors over the ranks in place; `keep_masters` adds the masters to the
+        state, where the weights in a model folder are rounded.
+        """
+        named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         exact = (torch.float32, torch.float64)
-        self.masters = [p if p.dtype in exact else Parameter(p.detach().float()) for p in self.parameters]
-        self.copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        self.masters = [p if p.dtype in exact else Parameter(p.detach().float()) for p in map(_own, self.parameters)]
+        pairs = list(zip(self.parameters, self.masters, strict=True))
+        self.shards = [(p, m) for p, m in pairs if isinstance(p, DTensor)]
+        """(split parameter, the rows of it that are its master)."""
+        self.copies = [(p, m) for p, m in pairs if p is not m and not isinstance(p, DTensor)]
         """(weight of a lower precision, its master)."""
+        self.keep_masters, self.over_ranks = keep_masters, over_ranks
         matrices = [m for m in self.masters if m.dim() > 1]
         others = [m for m in self.masters if m.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -76,7 +88,7 @@ class Optimizer:
         A parameter without an update has no moments yet.
         """
         found: dict[str, Tensor] = {}
-        copied = {id(m) for _, m in self.copies}
+        copied = {id(m) for _, m in (self.shards if self.keep_masters else self.copies)}
         for name, master in zip(self.names, self.masters, strict=True):
             found |= {f"{name}/{entry}": value for entry, value in self.adam.state[master].items()}
             if id(master) in copied:
@@ -115,6 +127,9 @@ class Optimizer:
 
     def gradients(self) -> list[Tensor]:
         """Every master's gradient; zeros where the loss does not depend on the parameter."""
+        for parameter, master in self.shards:
+            if isinstance(parameter.grad, DTensor):
+                master.grad, parameter.grad = parameter.grad.to_local(), None
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -125,7 +140,7 @@ class Optimizer:
 
         Only the norm is read from the device.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
+        norm = self._clip(max_grad_norm)
         taken = math.isfinite(norm)
         if taken:
             for group in self.adam.param_groups:
@@ -136,3 +151,21 @@ class Optimizer:
                     torch._foreach_copy_([p for p, _ in self.copies], [m for _, m in self.copies])
         self.adam.zero_grad(set_to_none=True)
         return norm, taken
+
+    def _clip(self, max_grad_norm: float) -> float:
+        """Scales the gradients down to the norm over all parameters; returns the norm before."""
+        if self.over_ranks is None:
+            return float(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
+        # Every element is in the rows of one rank: squares are summed, once each.
+        gradients = self.gradients()
+        square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        self.over_ranks([square])
+        norm = square.sqrt()
+        scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        return float(norm)
+
+
+def _own(parameter: Parameter) -> Parameter:
+    """The rows of a split parameter that this rank holds, in their own memory; any other parameter itself."""
+    return Parameter(parameter.to_local().detach()) if isinstance(parameter, DTensor) else parameter

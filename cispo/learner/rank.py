@@ -2,24 +2,29 @@
 
     micro-batches --loss_of, backward--> gradients --sum over micro-batches and ranks--> AdamW --> weights
 
-Each rank holds a whole copy of the model; only this file, `parallel` and the learner's exports of weights rely on it.
-Sharding enters here: parameters of a rank (`trainable_policy`), collectives of a pass (`forward`, `backward`), gradient
-norm (`step`), part of the state that a rank writes and reads (`start_save`, `restore`).
+A rank holds a whole copy of the model, or its rows of each parameter (`sharding`). The difference is in the gradient's
+sum, which FSDP has taken for rows, in the norm, and in the part of the state that a rank writes and reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cispo.files import BackgroundSave, load_tensors, save_tensors
+from cispo.errors import RunError
+from cispo.files import BackgroundSave
+from cispo.learner.adapters import Adapters, base_folder, start_adapter
+from cispo.learner.memory import relief
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Mesh, to_device
+from cispo.learner.sharding import Rows, fill_from, reshard, row_range, rows_of, sharded_policy, state_rows
+from cispo.learner.state import StoredState, state_path, write_state
 from cispo.policies.loading import load_policy
+from cispo.policies.lora import adapt
 from cispo.policies.policy import Policy
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch
@@ -30,9 +35,27 @@ Report = TypeVar("Report")
 _MODEL = "model/"
 
 
-def trainable_policy(folder: str, config: LearnerConfig, mesh: Mesh, dtype: Literal["float32", "bfloat16"]) -> Policy:
-    """The policy of a folder on this rank's device, ready for training."""
-    policy = load_policy(folder, dtype=getattr(torch, dtype)).to(mesh.device)
+def trainable_policy(
+    folder: str,
+    config: LearnerConfig,
+    mesh: Mesh,
+    dtype: Literal["float32", "bfloat16"],
+    adapters: Adapters | None = None,
+) -> Policy:
+    """The policy of a folder on this rank's device, whole or this rank's rows of it, ready for training.
+
+    With `adapters` the policy is frozen but for an adapter, that of the folder or a new one.
+    """
+    number = getattr(torch, dtype)
+    base = folder if adapters is None else base_folder(folder)
+    if mesh.shards is not None:
+        policy = sharded_policy(base, mesh, number, lora=None if adapters is None else adapters.lora)
+        fill_from(policy, base, mesh, number)
+    else:
+        policy = load_policy(base, dtype=number).to(mesh.device)
+        policy = policy if adapters is None else adapt(policy, adapters.lora)
+    if adapters is not None:
+        start_adapter(policy, folder, adapters)
     policy.gradient_checkpointing = config.gradient_checkpointing
     policy.train()
     return policy
@@ -42,42 +65,105 @@ class Rank:
     """One rank's model with its optimizer, and the operations in which all ranks take part."""
 
     def __init__(
-        self, model: nn.Module, config: LearnerConfig, mesh: Mesh, *, state_file: str, with_model: bool = False
+        self,
+        model: nn.Module,
+        config: LearnerConfig,
+        mesh: Mesh,
+        *,
+        state: str,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        with_model: bool = False,
     ) -> None:
-        """`state_file` names the optimizer's file in a checkpoint; `with_model` writes the model into it too."""
+        """`state` names the optimizer's files in a checkpoint; `with_model` writes the model into them too.
+
+        `dtype` is the number format of the weights that engines and model folders get.
+        """
         self.model, self.config, self.mesh = model, config, mesh
-        self.state_file, self.with_model = state_file, with_model
+        self.state, self.dtype, self.with_model = state, dtype, with_model
         self._save: BackgroundSave | None = None
+        # From before the first pass: FSDP shows gathered weights under the same names during and after one.
+        self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.reset_optimizer()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank holds rows of each parameter."""
+        return self.mesh.shards is not None
+
+    @property
+    def number_format(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank has a part of checkpoints to write."""
+        return self.mesh.rank < self.parts
+
+    @property
+    def parts(self) -> int:
+        """Ranks that write a part of the state: all with rows, or rank 0 for all that hold the same."""
+        return self.mesh.world if self.sharded else 1
 
     def reset_optimizer(self) -> None:
         """Replaces the optimizer by one without moments, as between warm-up and reinforcement learning."""
         self.optimizer = Optimizer(
-            self.model.named_parameters(),
+            self._named,
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
+            over_ranks=self.mesh.sum if self.sharded else None,
+            keep_masters=self.sharded and not self.with_model and self.dtype == "bfloat16",
         )
+
+    @contextmanager
+    def doing(self, step: str) -> Iterator[None]:
+        """A step with collectives. Raises RunError, which names keys of the recipe, where GPU memory does not do."""
+        try:
+            with self.mesh.doing(step):
+                yield
+        except torch.OutOfMemoryError as error:
+            lora = any(not parameter.requires_grad for parameter in self.model.parameters())
+            ways = relief(self.config, sharded=self.sharded, lora=lora)
+            reason = str(error).split(". ")[0]
+            raise RunError(f"learner rank {self.mesh.rank}, {step}: {reason}; less is used with {ways}") from None
 
     def to_device(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches as `forward` and `backward` take them."""
         return [to_device(mb, self.mesh.device) for mb in micro_batches]
 
     @torch.no_grad()
-    def forward(self, batches: Sequence[MicroBatch], values_of: Callable[[MicroBatch], Tensor]) -> list[Tensor]:
-        """A pass without gradient: `values_of` each micro-batch on the device, [T], returned on the host."""
-        return [values.cpu() for values in [values_of(mb) for mb in batches]]
+    def forward(
+        self,
+        batches: Sequence[MicroBatch],
+        values_of: Callable[[MicroBatch], Tensor],
+        *,
+        model: nn.Module | None = None,
+    ) -> list[Tensor]:
+        """A pass without gradient: `values_of` each micro-batch on the device, [T], returned on the host.
+
+        `model` is the one that `values_of` runs, if not the trained one.
+        """
+        with self.doing("a forward pass"):
+            values = [values.cpu() for values in [values_of(mb) for mb in batches]]
+        reshard(model or self.model)
+        return values
 
     def backward(
         self, batches: Sequence[MicroBatch], loss_of: Callable[[MicroBatch], tuple[Tensor, Report]]
     ) -> list[Report]:
         """Leaves the gradient of the whole batch, summed over micro-batches and ranks, in the optimizer.
 
-        `loss_of` gives the loss of a micro-batch and a report, which is returned. Every rank must call it, also with no
-        micro-batch. A GPU is never waited for: nothing is read from it here.
+        `loss_of` gives the loss of a micro-batch and a report, which is returned. Every rank must call it, with as many
+        micro-batches. A GPU is never waited for: nothing is read from it here.
         """
-        reports = [self._backward(mb, loss_of) for mb in batches]
-        self.mesh.sum(self.optimizer.gradients())
+        reports = []
+        for number, mb in enumerate(batches, 1):
+            with self.doing(f"forward and backward of micro-batch {number} of {len(batches)}"):
+                reports.append(self._backward(mb, loss_of))
+        gradients = self.optimizer.gradients()
+        if not self.sharded:
+            with self.doing("the sum of gradients"):
+                self.mesh.sum(gradients)
         return reports
 
     def _backward(self, mb: MicroBatch, loss_of: Callable[[MicroBatch], tuple[Tensor, Report]]) -> Report:
@@ -88,24 +174,35 @@ class Rank:
 
     def step(self, lr: float) -> tuple[float, bool]:
         """One optimizer step after `backward`: gradient norm over all ranks before clipping, whether it was taken."""
-        return self.optimizer.step(lr, max_grad_norm=self.config.max_grad_norm)
+        with self.doing("the optimizer step"):
+            return self.optimizer.step(lr, max_grad_norm=self.config.max_grad_norm)
 
     def start_save(self, folder: str, write_model: Callable[[], None] | None = None) -> None:
         """Copies the state to the host; a thread runs `write_model` and writes the state while training goes on.
 
-        The ranks' states are equal: rank 0 alone is told to save.
+        A rank whose state is that of rank 0 writes nothing.
         """
-        state: dict[str, Tensor] = {}
-        if self.with_model:
-            state = {f"{_MODEL}{name}": p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
-        state |= self.optimizer.state()
+        if not self.writes:
+            return
+        state = self._rows_of_state()
+        file = state_path(folder, self.state, self.mesh.rank, self.parts)
 
         def write() -> None:
             if write_model is not None:
                 write_model()
-            save_tensors(state, self._path(folder))
+            write_state(state, file)
 
         self._save = BackgroundSave(write)
+
+    def _rows_of_state(self) -> dict[str, Rows]:
+        """Copies on the host of this rank's part: the model's rows if it is in the state, and the optimizer's."""
+        rows = {name: rows_of(parameter, self.mesh) for name, parameter in self._named}
+        state: dict[str, Rows] = {}
+        if self.with_model:
+            state = {f"{_MODEL}{name}": r.on_host() for name, r in rows.items()}
+        state |= state_rows(self.optimizer.state(), rows)
+        # Step counts and the like are equal on all ranks.
+        return {key: r for key, r in state.items() if r.shape or self.mesh.rank == 0}
 
     def saved(self, *, wait: bool) -> bool:
         """Whether the files of `start_save` are complete. Raises RunError where the disk refused them."""
@@ -113,16 +210,21 @@ class Rank:
 
     @torch.no_grad()
     def restore(self, checkpoint: str) -> None:
-        """Reads the optimizer's state, and the model where the file has it."""
-        state = load_tensors(self._path(checkpoint))
+        """Reads the optimizer's state, and the model where the files have it; any number of ranks may have saved it."""
+        stored = StoredState(checkpoint, self.state)
+        state = {key: self._own_part(stored, key) for key in stored.shapes}
         if self.with_model:
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(state.pop(f"{_MODEL}{name}"))
+            for name, parameter in self._named:
+                rows_of(parameter, self.mesh).values.copy_(state.pop(f"{_MODEL}{name}"))
             self.optimizer.reload_masters()
         self.optimizer.restore(state)
 
-    def _path(self, folder: str) -> Path:
-        return Path(folder) / "training" / self.state_file
+    def _own_part(self, stored: StoredState, key: str) -> Tensor:
+        shape = stored.shapes[key]
+        if not shape:
+            return stored.read(key, 0, 1)
+        first, last = row_range(shape[0], self.mesh.rank, self.mesh.world) if self.sharded else (0, shape[0])
+        return stored.read(key, first, last - first)
 
 
 def total(losses: Sequence[Tensor]) -> float:

@@ -17,38 +17,15 @@ Source: arXiv 2401.04658 (Lightning Attention-2), for any document lengths.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from cispo.ops.backend import Backend, choose_backend
+from cispo.ops.chunks import Layout, choose_chunk, lay_out, pad_chunks
 from cispo.ops.recurrent import RecurrentOp
 
 # Larger heads have no tiles in the table of the kernels.
 _LARGEST_KERNEL_DIM = 256
-
-
-class _Layout(NamedTuple):
-    """The positions of tokens in documents cut into chunks.
-
-    The N chunks are ordered by their place in the document, then by document, longest first: the chunks that one
-    step of the scan reads are contiguous, and belong to the first documents of the order.
-    """
-
-    chunk: int
-    slots: Tensor
-    """[T] int64: the row of each token among the N * chunk padded rows."""
-    sources: Tensor
-    """[N * chunk] int64: the token of each row, T where it has none."""
-    lengths: Tensor
-    """[N] int64: tokens in each chunk."""
-    widths: list[int]
-    """Documents that have a first chunk, a second, ..."""
-    order: Tensor
-    """[S] int64: documents by number of chunks, most first."""
-    rank: Tensor
-    """[S] int64: the inverse of `order`."""
 
 
 def lightning_attention(
@@ -75,9 +52,9 @@ def lightning_attention(
 
         return lightning_triton.attend(q, k, v, slopes, cu_seqlens, initial_state, output_final_state)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    layout = _lay_out(cu_seqlens, q.shape[0], q.shape[-1], chunk_size)
+    layout = lay_out(cu_seqlens, q.shape[0], choose_chunk(cu_seqlens, q.shape[-1], chunk_size))
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = (_to_chunks(x.to(dtype), layout) for x in (q, k, v))
+        queries, keys, values = (pad_chunks(x.to(dtype), layout).permute(2, 0, 1, 3).contiguous() for x in (q, k, v))
         slopes = slopes.to(dtype)
         place = torch.arange(layout.chunk, device=q.device)
         decay = _decay(slopes, place[:, None] - place).tril()[:, None]
@@ -88,7 +65,7 @@ def lightning_attention(
             updates = (keys * _decay(slopes, remaining)[..., None]).transpose(-1, -2) @ values
             states, final_state = _scan(updates, slopes, layout, initial_state)
             outputs = outputs + (queries * _decay(slopes, place + 1)[:, None, :, None]) @ states
-        flat = outputs.permute(1, 2, 0, 3).reshape(-1, *q.shape[1:]).index_select(0, layout.slots)
+        flat = outputs.permute(1, 2, 0, 3).reshape(-1, *q.shape[1:]).index_select(0, layout.rows)
     return flat.to(q.dtype), final_state if output_final_state else None
 
 
@@ -173,54 +150,12 @@ def _uses_kernels(q: Tensor, k: Tensor, v: Tensor, backend: Backend | None) -> b
     return choose_backend(backend, q, k, v) == "triton" and q.shape[-1] <= _LARGEST_KERNEL_DIM
 
 
-def _lay_out(cu_seqlens: Tensor, tokens: int, dim: int, chunk_size: int) -> _Layout:
-    lengths = cu_seqlens.diff().long()
-    chunk = _choose_chunk(lengths, dim, chunk_size)
-    chunks = (lengths + chunk - 1) // chunk
-    order = torch.argsort(chunks, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
-    # Documents with more than t chunks, for t = 0, 1, ...: all of them, less those that have ended.
-    widths = len(chunks) - torch.bincount(chunks, minlength=1).cumsum(0)[:-1]
-    offsets = widths.cumsum(0) - widths
-    document = torch.repeat_interleave(lengths, output_size=tokens)
-    within = torch.arange(tokens, device=lengths.device) - cu_seqlens[:-1].long()[document]
-    index = offsets[within // chunk] + rank[document]
-    filled = torch.bincount(index, minlength=int(chunks.sum()))
-    slots = index * chunk + within % chunk
-    sources = torch.full((len(filled) * chunk,), tokens, device=slots.device)
-    sources[slots] = torch.arange(tokens, device=slots.device)
-    return _Layout(chunk, slots, sources, filled, widths.tolist(), order, rank)
-
-
-def _choose_chunk(lengths: Tensor, dim: int, chunk_size: int) -> int:
-    """The cheapest chunk, at most `chunk_size`: long chunks pad short documents, short ones carry more states.
-
-    A padded row costs its chunk (scores), about 64 (copies) and, where documents span chunks, 2 * dim (matmuls with
-    states) and dim^2 / chunk (moving them): this ranks chunks as a CPU does, on equal, ragged and mixed lengths.
-    """
-    longest = int(lengths.max()) if len(lengths) else 0
-    costs: dict[int, float] = {}
-    for size in (chunk_size, chunk_size // 2, chunk_size // 4):
-        chunk = max(1, min(longest, size))
-        rows = int(((lengths + chunk - 1) // chunk).sum()) * chunk
-        states = 2 * dim + dim * dim / chunk if longest > chunk else 0
-        costs[chunk] = rows * (chunk + 64 + states)
-    return min(costs, key=lambda chunk: costs[chunk])
-
-
-def _to_chunks(x: Tensor, layout: _Layout) -> Tensor:
-    """[T, H, D] to [H, N, chunk, D], zero where a chunk has no token."""
-    padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, layout.sources)
-    return padded.view(-1, layout.chunk, *x.shape[1:]).permute(2, 0, 1, 3).contiguous()
-
-
 def _decay(slopes: Tensor, distance: Tensor) -> Tensor:
     """exp(-slope * distance), [H, *distance.shape]; distances below 0 count as 0 (the caller masks them)."""
     return torch.exp(-slopes.view(-1, *[1] * distance.ndim) * distance.clamp(min=0))
 
 
-def _scan(updates: Tensor, slopes: Tensor, layout: _Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan(updates: Tensor, slopes: Tensor, layout: Layout, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """States at the start of every chunk [H, N, D, D] and at the end of every document [S, H, D, D]."""
     heads, _, dim, _ = updates.shape
     documents = len(layout.order)

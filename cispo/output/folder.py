@@ -15,7 +15,7 @@ from pathlib import Path
 from cispo.errors import Diverged, UserError
 from cispo.files import disk_errors, write_text
 from cispo.output.board import Board
-from cispo.types import TrajectoryGroup
+from cispo.types import Trajectory, TrajectoryGroup
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
@@ -102,6 +102,7 @@ class RunLog:
                 "token_ids": list(t.turns[-1].completion.token_ids),
                 "version": min(min(turn.completion.versions) for turn in t.turns),
                 "version_max": max(max(turn.completion.versions) for turn in t.turns),
+                **_conversation(t),
             }
             for group in groups
             for t in group.trajectories
@@ -120,3 +121,15 @@ class RunLog:
         with disk_errors(self.folder):
             self._lines.close()
             self._board.close()
+
+
+def _conversation(t: Trajectory) -> dict[str, object]:
+    """Further columns of an attempt with tools or an environment: its end, its turns and its messages as JSON."""
+    if not t.status:
+        return {}
+    turns = [
+        {"tokens": len(turn.completion.token_ids), "context": len(turn.context_ids), "rewards": dict(turn.rewards)}
+        for turn in t.turns
+    ]
+    messages = json.dumps(t.messages, ensure_ascii=False, default=str)
+    return {"status": t.status, "turns": json.dumps(turns), "messages": messages, "events": json.dumps(dict(t.events))}

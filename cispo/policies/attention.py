@@ -1,6 +1,8 @@
 """The attention that a policy's layers call, and its implementations on packed documents.
 
-    Attention --softmax--> causal softmax attention    --recurrent--> a kind of linear attention (`ops.recurrent`)
+    Attention --softmax---------> causal softmax attention
+              --sparse_softmax--> the same over the keys that an indexer selects (`ops.sparse_attention`)
+              --recurrent-------> a kind of linear attention, a short convolution (`ops.recurrent`)
 
     Documents          packed documents, nothing shared
     SharedPrompts      packed documents, with prompts in common that pass the layers once
@@ -11,6 +13,9 @@ Softmax attention on packed documents has two forms:
     varlen    flash attention's own for packed documents, nothing padded: bfloat16 and float16 on a GPU
     padded    documents of similar length in one batch, padded on the right: every other device and dtype; on a CPU as
               plain products while the probabilities are few (`ops.product_attention`)
+
+Sparse attention is padded on every device; without more tokens than it selects it is the other one. Values may be of a
+width of their own: kernels that want one width get them padded with zeros.
 
 The index tensors of a form are computed once a forward pass, for all layers.
 """
@@ -26,6 +31,7 @@ from torch import Tensor
 
 from cispo.ops.product_attention import Batch, Padding, product_attention
 from cispo.ops.recurrent import RecurrentOp
+from cispo.ops.sparse_attention import Index, sparse_attention
 
 # Probabilities of a layer that are kept for the gradient at most: 64 MiB of float32.
 _KEPT_PROBABILITIES = 1 << 24
@@ -40,7 +46,11 @@ class Attention(Protocol):
     """
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """Causal softmax attention, [T, H, D]: q [T, H, D]; k, v [T, K, D]; scale is 1 / sqrt(D) where None."""
+        """Causal softmax attention, [T, H, E]: q [T, H, D], k [T, K, D], v [T, K, E]; scale 1 / sqrt(D) where None."""
+        ...
+
+    def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
+        """`softmax` over the `index.top_k` keys of the highest index scores; equal scores: lowest position first."""
         ...
 
     def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
@@ -65,6 +75,11 @@ class Documents:
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return causal_attention(q, k, v, self, scale)
+
+    def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
+        if not len(q) or self.max_seqlen <= index.top_k:
+            return self.softmax(q, k, v, scale)
+        return sparse_attention(q, k, v, index, self.padding, scale)
 
     def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
         return op.packed(*inputs, self.cu_seqlens)[0]
@@ -117,10 +132,15 @@ class SharedPrompts:
         return Padding(batches, whole.places.index_select(0, self.unique_index), shared=True)
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        if _choose_form(q) == "padded" and _few(q, self.padding):
+        if _choose_form(q, v) == "padded" and _few(q, self.padding):
             return product_attention(q, k, v, self.padding, scale)
         q, k, v = (x.index_select(0, self.inverse) for x in (q, k, v))
         return self.documents.softmax(q, k, v, scale).index_select(0, self.unique_index)
+
+    def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
+        if not len(q) or self.documents.max_seqlen <= index.top_k:
+            return self.softmax(q, k, v, scale)
+        return sparse_attention(q, k, v, index, self.padding, scale)
 
     def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
         tokens = [x.index_select(0, self.inverse) for x in inputs[: op.token_inputs]]
@@ -135,21 +155,21 @@ def causal_attention(
     scale: float | None = None,
     form: AttentionForm | None = None,
 ) -> Tensor:
-    """Causal softmax attention inside each document, [T, H, D]; nothing crosses from one document to another.
+    """Causal softmax attention inside each document, [T, H, E]; nothing crosses from one document to another.
 
-    q [T, H, D]; k, v [T, K, D] with H a multiple of K (arXiv 2305.13245); scale is 1 / sqrt(D) where None. Tests name
-    the `form`.
+    q [T, H, D], k [T, K, D], v [T, K, E] with H a multiple of K (arXiv 2305.13245); scale is 1 / sqrt(D) where None.
+    Tests name the `form`.
     """
     if not len(q):
         return q.new_zeros(*q.shape[:2], v.shape[-1])
-    if (form or _choose_form(q)) == "varlen":
+    if (form or _choose_form(q, v)) == "varlen":
         # Kernels swap heads and queries where the bound is 1, and then take no empty documents: 2 is a bound too.
         max_seqlen = max(documents.max_seqlen, 2)
         starts = documents.cu_seqlens
         # `torch.nn.attention.varlen` wraps this operation, but its own arguments change from release to release.
         return torch.ops.aten._flash_attention_forward(
-            q, k, v, starts, starts, max_seqlen, max_seqlen, 0.0, True, False, scale=scale
-        )[0]
+            q, k, _widened(v, q), starts, starts, max_seqlen, max_seqlen, 0.0, True, False, scale=scale
+        )[0][..., : v.shape[-1]]
     padding = documents.padding
     if _few(q, padding):
         return product_attention(q, k, v, padding, scale)
@@ -157,7 +177,8 @@ def causal_attention(
     outputs = []
     for batch in padding.batches:
         padded = [x.index_select(0, batch.rows.flatten()).unflatten(0, batch.rows.shape) for x in (q, k, v)]
-        outputs.append(_attend(padded[0], padded[1], padded[2], scale).flatten(0, 1))
+        attended = _attend(padded[0], padded[1], _widened(padded[2], q), scale)
+        outputs.append(attended[..., : v.shape[-1]].flatten(0, 1))
     return torch.cat(outputs).index_select(0, padding.places)
 
 
@@ -167,10 +188,17 @@ def _few(q: Tensor, padding: Padding) -> bool:
     return exact and q.shape[1] * padding.probabilities <= _KEPT_PROBABILITIES
 
 
-def _choose_form(q: Tensor) -> AttentionForm:
+def _choose_form(q: Tensor, v: Tensor) -> AttentionForm:
     """varlen where flash attention takes the tensors."""
-    suited = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    half, width = q.dtype in (torch.bfloat16, torch.float16), q.shape[-1]
+    suited = q.is_cuda and half and width % 8 == 0 and v.shape[-1] <= width <= 256
     return "varlen" if suited and _has_flash(q.device) else "padded"
+
+
+def _widened(v: Tensor, q: Tensor) -> Tensor:
+    """Values narrower than q's heads with zeros behind them, up to that width; others as they are."""
+    missing = q.shape[-1] - v.shape[-1]
+    return F.pad(v, (0, missing)) if missing > 0 else v
 
 
 @lru_cache

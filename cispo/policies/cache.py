@@ -11,15 +11,16 @@ every operation takes all sequences at once, and none that has ended.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cispo.ops.recurrent import RecurrentOp
-from cispo.policies.attention import Documents, causal_attention
-from cispo.policies.policy import Policy
+from cispo.ops.sparse_attention import Index, index_scores, select
+from cispo.policies.attention import Documents
+from cispo.policies.policy import Policy, RouterOutput
 from cispo.policies.short_step import ShortStep
 
 # Tokens that a row has room for at first; the room doubles when a sequence outgrows it.
@@ -35,10 +36,13 @@ class Cache:
     def __init__(self) -> None:
         self.lengths = torch.zeros(0, dtype=torch.long)
         """[n] int64: tokens of each row's sequence that have been read."""
-        self.keys_values: list[Tensor] = []
-        """[2, rows, K, room, D] for each softmax layer, finite everywhere; rows and room as reserved."""
+        self.stores: list[list[Tensor]] = []
+        """Keys [rows, K, room, D] and values [rows, K, room, E] of each softmax layer, and index keys [rows, 1, room,
+        Di] of a sparse one; finite everywhere, rows and room as reserved."""
         self.states: list[Tensor] = []
         """[rows, ...] for each recurrent call of a step, at least float32."""
+        self.router: tuple[RouterOutput, ...] = ()
+        """Router outputs of the last pass: over the tokens of its distinct prompts, or over its rows."""
         self.rows, self.room = 0, _FIRST_ROOM
 
     def __len__(self) -> int:
@@ -54,7 +58,7 @@ class Cache:
         bounds = torch.tensor(list(accumulate(lengths.tolist(), initial=0)))
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        hidden = policy.attend(tokens, positions, _Reading(self, bounds, chosen)).hidden
+        hidden, self.router = policy.attend(tokens, positions, _Reading(self, bounds, chosen))
         self.lengths = torch.cat([self.lengths, lengths[chosen]])
         return hidden[bounds[1:] - 1][chosen]
 
@@ -65,10 +69,7 @@ class Cache:
         """
         self._reserve(len(self), int(self.lengths.max()) + 1)
         stepping = _Stepping(self)
-        if short is None:
-            hidden = policy.attend(tokens, self.lengths, stepping).hidden
-        else:
-            hidden = short(tokens, self.lengths, stepping)
+        hidden, self.router = (short or policy.attend)(tokens, self.lengths, stepping)
         self.lengths = self.lengths + 1
         return hidden
 
@@ -80,13 +81,13 @@ class Cache:
         order = torch.arange(left).index_copy(0, holes, movers)
         if len(holes):
             longest = int(self.lengths[movers].max())
-            for layer in self.keys_values:
-                layer[:, holes, :, :longest] = layer[:, movers, :, :longest]
+            for store in chain.from_iterable(self.stores):
+                store[holes, :, :longest] = store[movers, :, :longest]
             for layer in self.states:
                 layer[holes] = layer[movers]
         self.lengths = self.lengths[order]
-        if not left and sum(layer.nbytes for layer in (*self.keys_values, *self.states)) > _IDLE_BYTES:
-            self.keys_values, self.states, self.rows, self.room = [], [], 0, _FIRST_ROOM
+        if not left and sum(x.nbytes for x in chain(self.states, *self.stores)) > _IDLE_BYTES:
+            self.stores, self.states, self.rows, self.room = [], [], 0, _FIRST_ROOM
         return order
 
     def _reserve(self, rows: int, tokens: int) -> None:
@@ -94,11 +95,11 @@ class Cache:
         if rows > self.rows:
             self.rows = max(rows, 2 * self.rows)
             self.states = [_enlarged(layer, 0, self.rows) for layer in self.states]
-            self.keys_values = [_enlarged(layer, 1, self.rows) for layer in self.keys_values]
+            self.stores = [[_enlarged(store, 0, self.rows) for store in layer] for layer in self.stores]
         if tokens > self.room:
             while self.room < tokens:
                 self.room *= 2
-            self.keys_values = [_enlarged(layer, 3, self.room) for layer in self.keys_values]
+            self.stores = [[_enlarged(store, 2, self.room) for store in layer] for layer in self.stores]
 
 
 def _vectors(rows: Tensor, places: Tensor, heads: int, room: int) -> Tensor:
@@ -106,11 +107,10 @@ def _vectors(rows: Tensor, places: Tensor, heads: int, room: int) -> Tensor:
     return ((rows[:, None] * heads + torch.arange(heads)) * room + places[:, None]).flatten()
 
 
-def _write(layer: Tensor, vectors: Tensor, k: Tensor, v: Tensor) -> None:
-    """Copies k and v [n, K, D] to the indices `vectors`; layer is [2, rows, K, room, D]."""
+def _write(store: Tensor, vectors: Tensor, new: Tensor) -> None:
+    """Copies `new` [n, K, D] to the indices `vectors`; store is [rows, K, room, D]."""
     # As whole vectors: an index of two axes with one between them is copied number by number.
-    for store, new in zip(layer, (k, v), strict=True):
-        store.view(-1, layer.shape[-1]).index_copy_(0, vectors, new.reshape(-1, layer.shape[-1]))
+    store.view(-1, store.shape[-1]).index_copy_(0, vectors, new.reshape(-1, store.shape[-1]))
 
 
 def _enlarged(x: Tensor, axis: int, size: int) -> Tensor:
@@ -133,15 +133,27 @@ class _Reading:
         self.places = torch.cat([torch.arange(n) for n in lengths.tolist()])
         self.sources = bounds[:-1][copies].repeat_interleave(lengths) + self.places
         self.softmax_calls = self.recurrent_calls = 0
+        self._of_heads: dict[int, Tensor] = {}
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        layers, number = self.cache.keys_values, self.softmax_calls
+        self._keep(k, v)
+        return self.documents.softmax(q, k, v, scale)
+
+    def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
+        self._keep(k, v, index.keys[:, None])
+        return self.documents.sparse_softmax(q, k, v, index, scale)
+
+    def _keep(self, *tensors: Tensor) -> None:
+        """Copies those of the prompts, [tokens, heads, width], into the stores of this layer's new rows."""
+        layers, number = self.cache.stores, self.softmax_calls
         if number == len(layers):
-            layers.append(k.new_zeros(2, self.cache.rows, k.shape[1], self.cache.room, k.shape[2]))
-        vectors = _vectors(self.rows, self.places, k.shape[1], self.cache.room)
-        _write(layers[number], vectors, k.index_select(0, self.sources), v.index_select(0, self.sources))
+            layers.append([x.new_zeros(self.cache.rows, x.shape[1], self.cache.room, x.shape[2]) for x in tensors])
+        for store, x in zip(layers[number], tensors, strict=True):
+            heads = x.shape[1]
+            if heads not in self._of_heads:
+                self._of_heads[heads] = _vectors(self.rows, self.places, heads, self.cache.room)
+            _write(store, self._of_heads[heads], x.index_select(0, self.sources))
         self.softmax_calls += 1
-        return causal_attention(q, k, v, self.documents, scale)
 
     def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
         output, states = op.packed(*inputs, self.documents.cu_seqlens, output_final_state=True)
@@ -158,7 +170,7 @@ class _Stepping:
     """The pass over one token of every row."""
 
     def __init__(self, cache: Cache) -> None:
-        self.keys_values, self.states = iter(cache.keys_values), iter(cache.states)
+        self.stores, self.states = iter(cache.stores), iter(cache.states)
         self.lengths, self.rows, self.room = cache.lengths, torch.arange(len(cache)), cache.room
         self.longest = int(cache.lengths.max()) + 1
         outside = torch.arange(self.longest) > cache.lengths[:, None]
@@ -167,19 +179,42 @@ class _Stepping:
         self._of_heads: dict[int, tuple[Tensor, Tensor]] = {}
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        n, heads, dim = k.shape
-        layer = next(self.keys_values)
-        vectors, mask = self._once(heads)
-        _write(layer, vectors, k, v)
-        keys, values = layer[:, :n, :, : self.longest]
+        keys, values = self._append(k, v)
+        return self._attend(q, keys, values, scale)
+
+    def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
+        keys, values, offered = self._append(k, v, index.keys[:, None])
+        hidden = None
+        if self.longest > index.top_k:
+            scores = index_scores(index.queries[:, None], offered[:, 0], index.weights[:, None])[:, 0]
+            hidden = ~select(scores, self.mask == 0, index.top_k)
+        return self._attend(q, keys, values, scale, hidden)
+
+    def _append(self, *tensors: Tensor) -> list[Tensor]:
+        """Writes those of the new tokens, [n, heads, width]; returns the stores' parts in use, [n, heads, longest,
+        width]."""
+        stores = next(self.stores)
+        for store, x in zip(stores, tensors, strict=True):
+            _write(store, self._once(x.shape[1])[0], x)
+        return [store[: len(self.rows), :, : self.longest] for store in stores]
+
+    def _attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None, hidden: Tensor | None = None
+    ) -> Tensor:
+        """[n, H, E] of q [n, H, D], without the keys where `hidden` [n, longest] is True."""
+        n, heads, _, dim = keys.shape
         grouped = q.reshape(n, heads, -1, dim)
         if q.dtype != torch.float32:
-            shown = self.mask[:, None, None].to(q.dtype)
+            mask = self.mask if hidden is None else self.mask.masked_fill(hidden, -torch.inf)
+            shown = mask[:, None, None].to(q.dtype)
             return F.scaled_dot_product_attention(grouped, keys, values, shown, scale=scale).flatten(1, 2)
+        mask = self._once(heads)[1]
+        if hidden is not None:
+            mask = mask.masked_fill(hidden.repeat_interleave(heads, 0)[:, None], -torch.inf)
         # The same as two products, which take a fifth to a third less time for one query a row.
         factor = dim**-0.5 if scale is None else scale
         scores = torch.baddbmm(mask, grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=factor)
-        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(q.shape)
+        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(n, q.shape[1], -1)
 
     def _once(self, heads: int) -> tuple[Tensor, Tensor]:
         """For all layers of so many heads: the indices of their new vectors, and the mask [n * heads, 1, longest]."""

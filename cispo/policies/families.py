@@ -3,7 +3,8 @@
     config.json --family_of--> Family -> build, short_step -> the learner and the torch engine
                                       -> vllm              -> vLLM's registries (`vllm_plugin`), engine start
 
-A new family is a folder beside this file and an entry in FAMILIES.
+A new family of hybrids is a file in `hybrid/`, any other a folder beside this file, and an entry in FAMILIES
+(docs/families.md).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import torch
 
+from cispo.policies.hybrid import deepseek, gqa_moe, kimi_linear, ling, minimax_m2, qwen3_next
+from cispo.policies.hybrid.config import HybridConfig
+from cispo.policies.hybrid.model import build as build_hybrid
 from cispo.policies.minimax.config import is_lightning_config
 from cispo.policies.minimax.model import LightningPolicy
 from cispo.policies.minimax.model import build as build_minimax
@@ -32,6 +36,19 @@ class VLLMModel:
     """An nn.Module with vLLM's model interface, and `count_cached_states(model_config)` for the size of the cache."""
     configs: Mapping[str, str] = field(default_factory=dict)
     """Config class of each model_type that transformers does not know."""
+    parser: str | None = None
+    """Parser by which vLLM reads config.json, of the config format `PARSED`; None for vLLM's own reading."""
+
+
+PARSED = "cispo"
+"""Name of our config format in vLLM's registry."""
+
+POLICY_MODEL = VLLMModel(
+    architectures=("PolicyForCausalLM",),
+    model="cispo.policies.hybrid.vllm_model:PolicyForCausalLM",
+    parser="cispo.policies.hybrid.vllm_config:PolicyConfigParser",
+)
+"""The family's own policy inside vLLM: for every family that `hybrid.model.HybridPolicy` implements."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +86,22 @@ def _dense_step(policy: Policy) -> ShortStep | None:
     return short_step(policy)
 
 
+def _hybrid(matches: Callable[[HFConfig], bool], parse: Callable[[HFConfig], HybridConfig]) -> Family:
+    """A family of `HybridPolicy`."""
+    return Family(
+        matches=matches,
+        build=lambda config, folder, dtype: build_hybrid(parse(config), dtype),
+        short_step=lambda policy: None,
+        vllm=POLICY_MODEL,
+    )
+
+
 _MINIMAX_M1 = "cispo.policies.minimax.hf_configs:MiniMaxM1Config"
 _MINIMAX_TEXT_01 = "cispo.policies.minimax.hf_configs:MiniMaxText01Config"
 
 FAMILIES = {
+    # Before "minimax", which is the model_type of MiniMax-M2's first release too.
+    "minimax_m2": _hybrid(minimax_m2.matches, minimax_m2.parse),
     "minimax": Family(
         matches=is_lightning_config,
         build=build_minimax,
@@ -90,6 +119,11 @@ FAMILIES = {
             },
         ),
     ),
+    "qwen3_next": _hybrid(qwen3_next.matches, qwen3_next.parse),
+    "kimi_linear": _hybrid(kimi_linear.matches, kimi_linear.parse),
+    "deepseek": _hybrid(deepseek.matches, deepseek.parse),
+    "ling": _hybrid(ling.matches, ling.parse),
+    "gqa_moe": _hybrid(gqa_moe.matches, gqa_moe.parse),
     "dense": Family(matches=lambda _: True, build=_build_dense, short_step=_dense_step),
 }
 

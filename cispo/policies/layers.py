@@ -26,6 +26,22 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype)  # type: ignore[union-attr]
 
 
+class CentredRMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight) over the last axis, in float32: the weight is zero where the norm is neutral."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = 1 + self.weight.to(wide)
+        if x.is_cuda:
+            return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)
+        return _RMSNorm.apply(x.to(wide), weight, self.eps).to(x.dtype)  # type: ignore[union-attr]
+
+
 class _RMSNorm(torch.autograd.Function):
     """In the fewest passes over x: F.rms_norm is a dozen operations on a CPU, and two and a half times as long.
 

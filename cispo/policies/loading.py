@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ _POSITION_KEYS = (
 # Number formats of weights, as safetensors names them. Others are quantised, and mean nothing without their scales.
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""peft's name for the file of an adapter."""
+
 # Files of pickled weights, as torch and others write them.
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -44,9 +48,7 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     from safetensors import SafetensorError
 
     folder = local_folder(source)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no policy: config.json is missing")
-    config = read_json(folder / "config.json")
+    config = _config_of(folder)
     files = weight_files(folder)
     try:
         policy = _build(config, folder, dtype)
@@ -58,21 +60,49 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     return policy
 
 
+def policy_without_weights(folder: Path, dtype: torch.dtype) -> Policy:
+    """The policy of a folder on the meta device, with real values in the buffers that follow from the config alone.
+
+    Raises UserError as `load_policy` does; config.json and the headers of the weight files are read, no weights.
+    """
+    config = _config_of(folder)
+    check_weights(folder)
+    return policy_on_meta(config, folder, dtype)
+
+
+def policy_on_meta(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> Policy:
+    """`shape_of` a config in a number format, with real values in the buffers that follow from the config alone."""
+    with torch.device("meta"):
+        policy = _build(config, folder, dtype)
+    computed = set(dict(policy.named_buffers())) - set(policy.state_dict())
+    if computed:
+        # A twin whose undefined weights are never touched: the system gives it addresses, and no memory.
+        twin = dict(_build(config, folder, dtype).named_buffers())
+        for name in computed:
+            module, _, own = name.rpartition(".")
+            policy.get_submodule(module)._buffers[own] = twin[name].clone()
+    return policy
+
+
+def _config_of(folder: Path) -> HFConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no policy: config.json is missing")
+    return read_json(folder / "config.json")
+
+
 def init_policy(config: HFConfig, seed: int, dtype: torch.dtype = torch.float32) -> Policy:
     """A policy with random weights from a config.json's content; they depend on the config and the seed alone.
 
-    Matrices are normal with the config's initializer_range, norms one, biases zero.
+    `Policy.initial_weight` draws them: matrices are normal with the config's initializer_range, norms neutral, biases
+    zero.
     """
     policy = _build(config, None, dtype)
     std = initial_std(policy)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if parameter.ndim > 1:
-                # Always drawn in float32: a bfloat16 policy is the float32 one, rounded.
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        # Always drawn in float32: a bfloat16 policy is the float32 one, rounded.
+        for name, weight in policy.named_weights().items():
+            weight.copy_(policy.initial_weight(name, weight.shape, std, generator))
     return policy
 
 
@@ -88,7 +118,7 @@ def count_parameters(source: str | None, config: HFConfig | None) -> int:
     """Parameters of the policy that a folder's or hub id's config.json, or `config`, describes; allocates nothing."""
     if config is None:
         assert source is not None
-        config = read_json(local_folder(source) / "config.json")
+        config = config_of(source)
     return sum(p.numel() for p in shape_of(config).parameters())
 
 
@@ -118,7 +148,7 @@ def max_positions_of(config: HFConfig) -> int | None:
 
 def save_policy(policy: Policy, folder: str | Path) -> None:
     """Writes config.json and model.safetensors, each under a temporary name first."""
-    write_policy(policy.to_hf(), policy.hf_config(), folder)
+    write_policy(policy.checkpoint(), policy.hf_config(), folder)
 
 
 def write_policy(state: Mapping[str, Tensor], config: HFConfig, folder: str | Path) -> None:
@@ -134,7 +164,24 @@ def write_policy(state: Mapping[str, Tensor], config: HFConfig, folder: str | Pa
     write_json(folder / "config.json", config)
 
 
-def local_folder(source: str | Path) -> Path:
+def part_file(number: int, count: int) -> str:
+    """File name of part `number` (from 0) of a model's weights in `count` files."""
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(parts: Sequence[Mapping[str, int]], folder: Path) -> None:
+    """Writes the index of weights in several files, each name -> bytes, in the form of transformers."""
+    names = {name: part_file(number, len(parts)) for number, part in enumerate(parts) for name in part}
+    size = sum(sum(part.values()) for part in parts)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": names})
+
+
+def config_of(source: str | Path) -> HFConfig:
+    """The config.json of a folder or of a hub's model; no weights are fetched. Raises UserError as `local_folder`."""
+    return read_json(local_folder(source, weights=False) / "config.json")
+
+
+def local_folder(source: str | Path, *, weights: bool = True) -> Path:
     """The folder itself, or a copy of the hub's model of that name. Raises UserError where neither exists."""
     folder = Path(source)
     if folder.is_dir():
@@ -144,7 +191,8 @@ def local_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json", "generation_config.json"]
+    wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     try:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -169,13 +217,15 @@ def weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{index} names {foreign[0]!r}, which is not the name of a file in its folder")
         files = [folder / name for name in sorted(set(names.values()))]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS)
     others = sorted(file.name for pattern in _OTHER_FORMATS for file in folder.glob(pattern))
     if not files and others:
         raise UserError(
             f"{folder} holds weights as {others[0]}, a format that can run code when it is loaded: convert them to "
             "safetensors"
         )
+    if not files and (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{folder} holds an adapter alone: cispo export --merge writes it and its policy as one")
     if not files:
         raise UserError(f"{folder} holds no weights: there is no *.safetensors file in it")
     for file in files:
@@ -198,6 +248,27 @@ def check_weights(folder: Path) -> None:
         raise UserError(f"{folder}: a weight file is broken or cut short: {error}") from None
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+
+
+class WeightSlice(Protocol):
+    """A tensor in a file, of which a slice along the first axis is read."""
+
+    def __getitem__(self, rows: slice) -> Tensor: ...
+
+    def get_shape(self) -> list[int]: ...
+
+
+def weight_slices(folder: Path) -> Iterator[tuple[str, WeightSlice]]:
+    """(name, tensor in a file) of every weight of a policy's folder. Raises UserError where a file is broken."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():
+                    yield name, weights.get_slice(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: a weight file is broken or cut short: {error}") from None
 
 
 def _read_weights(files: Iterable[Path], *, headers: bool = False) -> Iterator[tuple[str, Tensor]]:

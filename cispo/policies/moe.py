@@ -1,12 +1,25 @@
-"""Mixture of experts: top-k router, grouped experts, and the balance loss over a global batch."""
+"""Mixture of experts: routers, grouped experts, and the balance loss over a global batch.
+
+    x [T, d] --router--> chosen [T, k], weights [T, k] --experts--> mixture [T, d]  (+ shared experts)
+
+Router replay: `routes` [T, k] are the choices of another forward pass, an engine's; rows of -1 leave the choice to the
+router. Weights come from this pass's scores, so the gradient reaches the router all the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cispo.policies.layers import SwiGLU
+
+# Keeps the sum of sigmoid scores above zero where all of them underflow.
+_TINY = 1e-20
 
 # On a CPU, all of few experts on so few tokens (a decode step) are faster than sorting the tokens by expert.
 FEW_TOKENS = 64
@@ -20,12 +33,21 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden))
         self.top_k = top_k
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [T, d] to probs [T, E], at least float32, and chosen [T, k] int64, most probable first."""
-        # The product is float32 too: logits rounded to bfloat16 make ties, and ties are chosen either way.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        probs = F.linear(x.to(wide), self.weight.to(wide)).softmax(-1)
-        return probs, probs.topk(self.top_k, dim=-1).indices
+        probs = _logits(x, self.weight).softmax(-1)
+        return probs, replayed(probs.topk(self.top_k, dim=-1).indices, routes)
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    # The product is float32 too: logits rounded to bfloat16 make ties, and ties are chosen either way.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), weight.to(wide))
+
+
+def replayed(chosen: Tensor, routes: Tensor | None) -> Tensor:
+    """The rows of `routes` [T, k], of any signed integer dtype, and those of `chosen` [T, k] where a row is -1."""
+    return chosen if routes is None else torch.where(routes[:, :1] >= 0, routes.to(chosen.dtype), chosen)
 
 
 def routing_weights(probs: Tensor, chosen: Tensor) -> Tensor:
@@ -35,6 +57,83 @@ def routing_weights(probs: Tensor, chosen: Tensor) -> Tensor:
     """
     weights = probs.gather(-1, chosen)
     return weights / weights.sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How a router scores, chooses and weighs experts.
+
+    Example (DeepSeek-V3): Routing(num_experts=256, top_k=8, scores="sigmoid", corrected=True, scale=2.5, groups=8,
+    kept_groups=4)
+    """
+
+    num_experts: int
+    top_k: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    corrected: bool = False
+    """A bias an expert is added to its score for the choice alone: balance without a loss (arXiv 2408.15664)."""
+    normalised: bool = True
+    """The weights of a token's chosen experts are divided by their sum, and multiplied by `scale` then."""
+    scale: float = 1.0
+    groups: int = 1
+    """Equal groups of neighbouring experts; a token's experts come from its `kept_groups` best, each scored by the sum
+    of its two best experts (arXiv 2412.19437, section 2.1.2)."""
+    kept_groups: int = 1
+
+
+class Routed(NamedTuple):
+    """Decisions of a `ScoreRouter`."""
+
+    probs: Tensor
+    """[T, E], at least float32: scores divided by their sum over all experts; softmax scores sum to 1 already."""
+    chosen: Tensor
+    """[T, k] int64."""
+    weights: Tensor
+    """[T, k] of the chosen experts' outputs, at least float32."""
+
+
+class ScoreRouter(nn.Module):
+    """A router by the rule of `Routing`; `weight` is [E, d].
+
+    `e_score_correction_bias` [E] float32 is a buffer: stored, sent to engines, without gradient.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, hidden: int, routing: Routing) -> None:
+        super().__init__()
+        self.routing = routing
+        self.weight = nn.Parameter(torch.empty(routing.num_experts, hidden))
+        bias = torch.zeros(routing.num_experts, dtype=torch.float32) if routing.corrected else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, x: Tensor, routes: Tensor | None = None) -> Routed:
+        """x [T, d]; routes [T, k] or None."""
+        rule, logits = self.routing, _logits(x, self.weight)
+        if rule.scores == "softmax":
+            scores = probs = logits.softmax(-1)
+        else:
+            scores = logits.sigmoid()
+            probs = scores / (scores.sum(-1, keepdim=True) + _TINY)
+        chosen = replayed(self._ranked(scores.detach()).topk(rule.top_k, dim=-1).indices, routes)
+        if rule.normalised and rule.scores == "softmax":
+            weights = routing_weights(scores, chosen)
+        else:
+            weights = scores.gather(-1, chosen)
+            if rule.normalised:
+                weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
+        return Routed(probs, chosen, weights if rule.scale == 1 else weights * rule.scale)
+
+    def _ranked(self, scores: Tensor) -> Tensor:
+        """Scores [T, E] by which experts are chosen: -inf for those of groups that are out."""
+        rule, bias = self.routing, self.e_score_correction_bias
+        ranked = scores if bias is None else scores + bias
+        if rule.kept_groups == rule.groups:
+            return ranked
+        groups = ranked.unflatten(-1, (rule.groups, -1))
+        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1).topk(rule.kept_groups, dim=-1).indices
+        kept = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=ranked.device).scatter_(-1, best, True)
+        return groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
 
 
 class Experts(nn.Module):
@@ -88,10 +187,35 @@ class MoE(nn.Module):
         self.gate = Router(hidden, num_experts, top_k)
         self.experts = Experts(hidden, width, num_experts)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, d] to the mixture [T, d], and the router's probs [T, E] and chosen [T, k]."""
-        probs, chosen = self.gate(x)
+        probs, chosen = self.gate(x, routes)
         return self.experts(x, chosen, routing_weights(probs, chosen)), probs, chosen
+
+
+class SharedMoE(nn.Module):
+    """Experts behind a `ScoreRouter`, and a shared expert that sees every token, gated by a sigmoid or not."""
+
+    def __init__(
+        self, hidden: int, width: int, routing: Routing, *, shared_width: int = 0, shared_gate: bool = False
+    ) -> None:
+        """`shared_width` is that of all shared experts together, 0 for none."""
+        super().__init__()
+        self.gate = ScoreRouter(hidden, routing)
+        self.experts = Experts(hidden, width, routing.num_experts)
+        self.shared_experts = SwiGLU(hidden, shared_width) if shared_width else None
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if shared_width and shared_gate else None
+
+    def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Routed]:
+        """x [T, d], routes [T, k] or None, to the mixture [T, d] and the router's decisions."""
+        routed = self.gate(x, routes)
+        mixture = self.experts(x, routed.chosen, routed.weights)
+        if self.shared_experts is not None:
+            shared = self.shared_experts(x)
+            if self.shared_expert_gate is not None:
+                shared = torch.sigmoid(self.shared_expert_gate(x)) * shared
+            mixture = mixture + shared
+        return mixture, routed
 
 
 def expert_counts(chosen: Tensor, mask: Tensor, num_experts: int) -> Tensor:

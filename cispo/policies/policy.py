@@ -24,9 +24,9 @@ class RouterOutput(NamedTuple):
     """Decisions of one MoE layer's router."""
 
     probs: Tensor
-    """[T, E]: softmax over all experts, at least float32."""
+    """[T, E], at least float32, rows sum to 1: softmax over all experts, or sigmoid scores divided by their sum."""
     chosen: Tensor
-    """[T, k] int64."""
+    """[T, k] int64: replayed choices where routes are given."""
 
 
 class PolicyOutput(NamedTuple):
@@ -62,6 +62,14 @@ class Policy(nn.Module, ABC):
 
     __call__: Callable[..., PolicyOutput]
     _gradient_checkpointing = False
+    read_as_matrices: tuple[str, ...] = ()
+    """Names of linear layers that `attend` does not call: it reads their weights, so adapters would have no effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+        """A checkpoint's tensors that the policy does not run but writes back, by their names on disk: the layers of
+        multi-token prediction. On the CPU, in the dtype of the file."""
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -87,17 +95,29 @@ class Policy(nn.Module, ABC):
         return 0, 0
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None = None,
+        routes: Tensor | None = None,
     ) -> PolicyOutput:
         """tokens and positions [T] int64; cu_seqlens [S + 1] int32: the start of each document, then T.
 
-        `max_seqlen` is the length of the longest document; without it, it is read from the device.
+        `max_seqlen` is the length of the longest document; without it, it is read from the device. `routes` as in
+        `attend`.
         """
-        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), max_seqlen))
+        return self.attend(tokens, positions, Documents(cu_seqlens, len(tokens), max_seqlen), routes)
 
     @abstractmethod
-    def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
-        """`forward` with any form of attention: packed documents, shared prompts, a sampler's cache."""
+    def attend(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, routes: Tensor | None = None
+    ) -> PolicyOutput:
+        """`forward` with any form of attention: packed documents, shared prompts, a sampler's cache.
+
+        `routes` [T, MoE layers, k], of a signed integer dtype, are experts to take instead of the routers' choices
+        (router replay); a row of -1 leaves the choice to the router. Weights are those of this pass.
+        """
 
     @abstractmethod
     def hf_config(self) -> dict[str, Any]:
@@ -114,19 +134,45 @@ class Policy(nn.Module, ABC):
     def disk_places(self) -> Iterator[tuple[str, Place]]:
         """The names that `to_hf` writes, in order, each with the part of a parameter that it holds."""
 
-    def to_hf(self) -> dict[str, Tensor]:
+    def keeps(self, name: str) -> bool:
+        """Whether the checkpoint's tensor `name` goes to `kept`."""
+        return False
+
+    def initial_weight(self, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
+        """Value of the parameter or stored buffer `name` in a new policy, float32 on the CPU.
+
+        Matrices are normal with standard deviation `std`, biases zero, other vectors one.
+        """
+        if len(shape) > 1:
+            return torch.randn(shape, generator=generator) * std
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """The parameters, then the buffers that a checkpoint holds: stored and sent to engines, but not trained."""
+        stored = {place.parameter for _, place in self.disk_places()}
+        buffers = {name: buffer for name, buffer in self.named_buffers() if name in stored}
+        return {**dict(self.named_parameters()), **buffers}
+
+    def to_hf(self) -> Mapping[str, Tensor]:
         """The weights under the names that checkpoints use: views, detached, a tied lm_head left out."""
-        parameters = dict(self.named_parameters())
-        return {name: place.of(parameters[place.parameter].detach()) for name, place in self.disk_places()}
+        weights = self.named_weights()
+        return {name: place.of(weights[place.parameter].detach()) for name, place in self.disk_places()}
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """`to_hf` and the tensors that are only kept: everything that a folder of the policy holds."""
+        return {**self.to_hf(), **self.kept}
 
     @torch.no_grad()
     def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copies a whole checkpoint in. Raises UserError for a missing, unexpected or misshapen weight."""
-        parameters = dict(self.named_parameters())
+        parameters = self.named_weights()
         missing: dict[str, dict[Place, str]] = {}
         for name, place in self.disk_places():
             missing.setdefault(place.parameter, {})[place] = name
         for name, tensor in weights:
+            if self.keeps(name):
+                self.kept[name] = tensor.detach().to("cpu", copy=True) if tensor.device.type != "meta" else tensor
+                continue
             place = self.place_of(name)
             if place is None:
                 continue

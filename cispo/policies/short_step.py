@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from cispo.policies.attention import Attention
 from cispo.policies.layers import RMSNorm
+from cispo.policies.policy import PolicyOutput
 
-ShortStep = Callable[[Tensor, Tensor, Attention], Tensor]
-"""(tokens [n] int64, positions [n] int64, attention) to the hidden states after the final norm, [n, d]."""
+ShortStep = Callable[[Tensor, Tensor, Attention], PolicyOutput]
+"""(tokens [n] int64, positions [n] int64, attention) to the outputs of `Policy.attend`."""
 
 
 class Norm(NamedTuple):

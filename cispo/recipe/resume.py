@@ -28,6 +28,7 @@ _FREE = (
     "rollout.engine_args",
     "reward.timeout",
     "learner.ranks",
+    "learner.shard",
     "learner.tokens_per_micro_batch",
     "learner.gradient_checkpointing",
     "train",

@@ -64,6 +64,16 @@ class Section(BaseModel):
     )
 
 
+class Lora(Section):
+    rank: Positive = 16
+    """Rank of each adapter."""
+    alpha: Rate = 32.0
+    """An adapter's product is scaled by alpha / rank."""
+    targets: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Linear layers by the ends of their names (q_proj, self_attn.o_proj); all but the head when left out. Experts that
+    are stacked in one tensor stay frozen."""
+
+
 class Policy(Section):
     model: Text | None = None
     """Folder or hub id of the policy to start from (config.json and safetensors); or give `config`."""
@@ -73,13 +83,18 @@ class Policy(Section):
     """Folder or hub id of the tokenizer; the model's own when left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights; the LM head is computed in float32 either way."""
+    router_replay: Literal["off", "rollout"] = "off"
+    """Whether the learner takes the experts that the engine chose for each token, or chooses them again."""
+    lora: Lora | None = None
+    """Low-rank adapters: only they are trained, the policy itself is frozen."""
 
 
 class Data(Section):
     source: Text
     """A .jsonl or .parquet file, a hub id, module:function, or reasoning_gym:TASK."""
     split: Text = "train"
-    """Which split; of a procedural source, train is one half of all problems and any other name the other half."""
+    """Which split, or a slice such as train[:90%]. A file has the split train alone; of a procedural source, train is one
+    half of all problems and any other name the other half."""
     args: dict[str, object] = {}
     """Arguments of the function or parameters of the reasoning-gym task (with size and seed)."""
     limit: Positive | None = None
@@ -150,6 +165,26 @@ class Reward(Section):
     """Seconds that one call may take."""
 
 
+class Env(Section):
+    tools: list[Text] = []
+    """Tools of the policy: module:function each."""
+    use: Text | None = None
+    """An environment instead: module:Class with `step`, or with methods that are tools."""
+    args: dict[str, object] = {}
+    """Further columns of every row, for tools and environment."""
+    max_turns: Positive = 8
+    """Replies of one attempt at most."""
+    tool_parser: Text | None = None
+    """How calls are read from a reply: the name of a parser of vLLM, or module:function; else `[name arguments]`."""
+    timeout: Rate = 10.0
+    """Seconds that one call of a tool or environment may take."""
+    on_error: Literal["tell", "fail", "raise"] = "tell"
+    """Effect of a call that raises or takes too long: its text for the policy, the end of the attempt, or of the run.
+    An environment's own error ends the attempt with `tell` as well."""
+    workers: Positive = 2
+    """Processes that run tools and environments."""
+
+
 class Curriculum(Section):
     drop_above: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), _NUMBER] | None = None
     """A prompt is never sampled again once at least this share of its last group was right (ScaleRL: 0.9)."""
@@ -180,7 +215,7 @@ class Algorithm(Section):
     """Denominator of the ratio: the engine's logprobs, or the learner's before this batch."""
     advantage: Text | None = None
     """group_norm, group_norm_sample (std with n-1), group_mean, leave_one_out, batch_baseline, batch_whiten,
-    reward_to_go or gae."""
+    reward_to_go, turn_to_go or gae."""
     gamma: Share | None = None
     """GAE: discount of later rewards, per token."""
     lam: Share | None = None
@@ -230,6 +265,8 @@ class Critic(Section):
 class Learner(Section):
     ranks: Positive = 1
     """Data-parallel learner processes."""
+    shard: bool | Literal["auto"] = "auto"
+    """Whether weights, gradients and AdamW's state are split over the ranks; auto is true on GPUs."""
     lr: Rate = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -323,6 +360,8 @@ class Recipe(Section):
     """Supervised warm-up, before the first training step."""
     rollout: Rollout = Rollout()
     """How completions are sampled."""
+    env: Env | None = None
+    """Several turns: the tools or the environment that answer the policy."""
     reward: Reward | None = None
     """How completions are scored."""
     curriculum: Curriculum = Curriculum()

@@ -14,7 +14,8 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
@@ -124,9 +125,9 @@ def read_text(text: str | bytes, where: str) -> Values:
 def read_value(text: str, key: str, where: str) -> object:
     """The value that `key`=`text` gives: the text itself for a key that holds text, else the YAML in it.
 
-    Quotes around the whole text and `null` are YAML for a key that holds text as well.
+    Quotes around the whole text and `null` are YAML for a key that holds text as well, and so is a list of texts.
     """
-    if key in _text_keys() and not _QUOTED_OR_NULL.fullmatch(text):
+    if key in _text_keys() - _list_keys() and not _QUOTED_OR_NULL.fullmatch(text):
         return text
     try:
         return _construct(text, where, tuple(key.split(".")))
@@ -217,6 +218,18 @@ def _expanded(node: Node, place: tuple[str, ...]) -> Node:
 def _text_keys() -> frozenset[str]:
     """Dotted keys of the schema that hold text."""
     return frozenset(key for key, info in known_keys() if _holds_text(info.annotation))
+
+
+@functools.cache
+def _list_keys() -> frozenset[str]:
+    """Dotted keys of the schema that hold a list, or nothing."""
+    return frozenset(key for key, info in known_keys() if _holds_list(info.annotation))
+
+
+def _holds_list(annotation: object) -> bool:
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return any(_holds_list(part) for part in get_args(annotation))
+    return get_origin(annotation) is list
 
 
 def _holds_text(annotation: object) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import string
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import TypeVar
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Data, Recipe
@@ -29,6 +30,9 @@ _CHARACTERS_PER_TOKEN = 1000
 
 _NAMED_ROWS = 10
 """Most rows that a sentence names."""
+
+
+Encoded = TypeVar("Encoded", bound=Sized)
 
 
 def warn(sentence: str) -> None:
@@ -55,20 +59,21 @@ def prompt_ids(prompts: Sequence[Prompt], key: str, renderer: Renderer, recipe: 
 
 
 def fitting(
-    texts: Sequence[str | None],
-    encode: Callable[[str], list[int]],
+    texts: Sequence[Encoded | None],
+    encode: Callable[[Encoded], list[int]],
     recipe: Recipe,
     key: str,
     *,
     before: Sequence[int] | None = None,
+    size_of: Callable[[Encoded], int] = len,
 ) -> list[list[int]]:
     """The token ids of one text a row, each with `before` tokens in front of it; None is a text that is too long.
 
-    UserError naming the rows that leave no room in the context for a further token.
+    `size_of` a text is in characters. UserError naming the rows that leave no room in the context for a further token.
     """
     context = recipe.rollout.max_context
     most = _CHARACTERS_PER_TOKEN * context
-    ids = [None if text is None or len(text) > most else encode(text) for text in texts]
+    ids = [None if text is None or size_of(text) > most else encode(text) for text in texts]
     lengths = [most + 1 if tokens is None else len(tokens) for tokens in ids]
     sizes = [length + more for length, more in zip(lengths, before or [0] * len(lengths), strict=True)]
     over = [row for row, size in enumerate(sizes) if size > context - 1]

@@ -24,6 +24,9 @@ from cispo.user_code import is_hub_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Tools = Sequence[Mapping[str, object]]
+"""Tools of the policy in JSON schema."""
+
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _GENERATION = "generation_config.json"
 
@@ -53,16 +56,42 @@ class Renderer:
         # Some tokenizers add their bos by a flag, others by a post-processor: only an encoded text tells.
         self._prefix = [bos] if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else []
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
+    def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """The prompt as token ids, up to the beginning of the policy's turn."""
+        return self.encode_prompt(self._templated(messages, tools))
+
+    def extend(self, messages: Sequence[Message], reply: Sequence[int], tools: Tools = ()) -> list[int]:
+        """The tokens between a sampled reply and the next one, which answers `messages`.
+
+        `reply` ends with an end-of-sequence token. The tokens are the difference of two renderings of a conversation
+        made up for it, behind the end of the policy's turn: nothing that was sampled is tokenised again. Raises
+        UserError where the template does not render a conversation as a prefix of its continuation.
+        """
+        if self.tokenizer.chat_template is None:
+            return self._encode("".join(map(_content, messages)))
+        made_up = [{"role": "user", "content": "?"}, _policy_turn(messages)]
+        before = self._templated(made_up, tools, generate=False)
+        after = self._templated([*made_up, *messages], tools)
+        ends = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in self.eos_ids]
+        end = max(ends, key=lambda text: before.rfind(text))
+        place = before.rfind(end)
+        if place < before.find(_ANSWER) or not after.startswith(before[: place + len(end)]):
+            raise UserError(
+                f"the chat template of '{self.tokenizer.name_or_path}' does not continue a conversation: it renders "
+                "the policy's turn differently once messages follow it"
+            )
+        # Where another end was sampled, the template's own still closes the turn.
+        sampled = str(self.tokenizer.convert_ids_to_tokens(reply[-1]))
+        return self._encode(after[place + len(end) if sampled == end else place :])
+
+    def _templated(self, messages: Sequence[Message], tools: Tools, *, generate: bool = True) -> str:
         try:
-            text = self._text(messages)
+            return self._text(messages, tools, generate=generate)
         except UserError:
             raise
         # A template may raise anything.
         except Exception as error:
             raise UserError(f"the chat template of '{self.tokenizer.name_or_path}' {reason_of(error)}") from error
-        return self.encode_prompt(text)
 
     def texts(self, conversations: Sequence[Sequence[Message]], longest: int, where: str) -> list[str | None]:
         """The texts that `encode_prompt` takes, with a chat template's time and memory bounded.
@@ -100,6 +129,13 @@ class Renderer:
         """(prompt, completion) as token ids."""
         return self.render(messages), self.encode_completion(completion)
 
+    def decode_reply(self, token_ids: Sequence[int]) -> str:
+        """The text of a completion with special tokens, which mark thoughts and calls, but for the one that ends it."""
+        own = list(token_ids[:-1]) if token_ids and token_ids[-1] in self.eos_ids else list(token_ids)
+        text = self.tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -122,13 +158,17 @@ class Renderer:
         }
         write_json(Path(folder) / _GENERATION, values)
 
-    def _text(self, messages: Sequence[Message]) -> str:
+    def _text(self, messages: Sequence[Message], tools: Tools = (), *, generate: bool = True) -> str:
         if self.tokenizer.chat_template is None:
             return "".join(_content(message) for message in messages)
         # Any: transformers declares string values alone, though contents may be lists.
         conversation: list[dict[str, Any]] = [dict(message) for message in messages]
-        text = str(self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
-        if any(not isinstance(m["content"], str) and m["content"] and str(m["content"]) in text for m in messages):
+        named: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        text = str(
+            self.tokenizer.apply_chat_template(conversation, add_generation_prompt=generate, tokenize=False, **named)
+        )
+        contents = [message.get("content") for message in messages]
+        if any(not isinstance(content, str) and content and str(content) in text for content in contents):
             raise TypeError("it takes the content of a message for text, where the prompt has a list of parts")
         return text
 
@@ -140,6 +180,25 @@ class Renderer:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         self.highest_id = max(self.highest_id, max(ids, default=0))
         return ids
+
+
+# The policy's turn of a made-up conversation; no template writes such a text itself.
+_ANSWER = "an answer of 4711 words"
+
+
+def _policy_turn(messages: Sequence[Message]) -> Message:
+    """A turn of the policy that `messages` may follow: with a call for each tool message."""
+    calls = [
+        {
+            "id": message.get("tool_call_id", "call_0"),
+            "type": "function",
+            "function": {"name": message.get("name", "tool"), "arguments": {}},
+        }
+        for message in messages
+        if message["role"] == "tool"
+    ]
+    turn = {"role": "assistant", "content": _ANSWER}
+    return {**turn, "tool_calls": calls} if calls else turn
 
 
 def renderer_of(recipe: Recipe) -> Renderer:

@@ -13,20 +13,10 @@ import tempfile
 from pathlib import Path
 
 from cispo.errors import UserError
+from cispo.files import disk_errors
+from cispo.rollout.frames import HEADER, frame, receive, send, unframe
 from cispo.rollout.reward_function import OUR_FILES, Failure
-from cispo.rollout.reward_worker import (
-    HEADER,
-    LAST_CALL,
-    START_SECONDS,
-    Job,
-    Ready,
-    Reply,
-    Setup,
-    frame,
-    receive,
-    send,
-    unframe,
-)
+from cispo.rollout.reward_worker import LAST_CALL, START_SECONDS, Job, Ready, Reply, Setup
 
 # Beyond twice the limit of a call: by then a working watchdog has ended the worker, on a busy machine too.
 _SLACK_SECONDS = 10.0
@@ -78,15 +68,17 @@ class WorkerProcess:
     def __init__(self, setup: Setup) -> None:
         """Starts the process and blocks until its functions are imported.
 
-        UserError naming a recipe key when an import fails, WorkerDied when the process ends during one.
+        UserError naming a recipe key when an import fails, WorkerDied when the process ends during one, RunError when
+        the temporary folder cannot be written.
         """
         self.setup = setup
         self.alive = True
         self._jobs: dict[int, asyncio.Future[Reply]] = {}
         self._sending = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
-        self._black_box = tempfile.TemporaryFile(buffering=0)
-        self._black_box.write(LAST_CALL.pack(-1, -1, -1))
+        with disk_errors(Path(tempfile.gettempdir())):
+            self._black_box = tempfile.TemporaryFile(buffering=0)
+            self._black_box.write(LAST_CALL.pack(-1, -1, -1))
         self._socket, theirs = socket.socketpair()
         fds = (theirs.fileno(), self._black_box.fileno())
         with theirs:

@@ -15,7 +15,6 @@ import asyncio
 import faulthandler
 import math
 import os
-import pickle
 import queue
 import random
 import signal
@@ -25,13 +24,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from cispo.errors import UserError
+from cispo.rollout.frames import receive, send
 from cispo.rollout.reward_function import Attempt, Call, Failure, Function, Signature, Value, calls_of, load_function
 
-HEADER = struct.Struct("<Q")
-"""Length of a frame's pickle."""
 LAST_CALL = struct.Struct("<qqq")
 """Start of the black box: job, function and completion of the last call; completion -1 is the whole group."""
 
@@ -76,9 +74,6 @@ class Reply:
     id: int
     values: list[list[Value]]
     failure: Failure | None = None
-
-
-_Message = TypeVar("_Message", Setup, Ready, Job, Reply)
 
 
 class Worker:
@@ -219,35 +214,3 @@ def _work(connection: socket.socket, black_box: int) -> None:
         asyncio.run(worker.run_async())
     else:
         worker.run()
-
-
-def frame(message: _Message) -> bytes:
-    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return HEADER.pack(len(body)) + body
-
-
-def unframe(body: bytearray, kind: type[_Message]) -> _Message:
-    """The message in a frame without its header."""
-    message = pickle.loads(body)
-    assert isinstance(message, kind)
-    return message
-
-
-def send(connection: socket.socket, message: _Message) -> None:
-    connection.sendall(frame(message))
-
-
-def receive(connection: socket.socket, kind: type[_Message]) -> _Message:
-    """The next message; EOFError when the other end is gone."""
-    return unframe(_receive_exactly(connection, HEADER.unpack(_receive_exactly(connection, HEADER.size))[0]), kind)
-
-
-def _receive_exactly(connection: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        received = connection.recv_into(view)
-        if received == 0:
-            raise EOFError
-        view = view[received:]
-    return data

@@ -2,26 +2,48 @@
 
     P prompts --sample--> P groups of G trajectories --score--> rewards --shape--> length penalty --> Rollouts <--> JSON
 
-`sample` alone knows how an attempt comes about: here, one completion of the rendered prompt. The two later stages work
-on trajectories of any number of turns.
+`sample` makes attempts of one completion; with tools or an environment, `RolloutSetup.play` takes its place. The two
+later stages work on trajectories of any number of turns.
 """
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import Attempts, RewardRunner, Scores
-from cispo.types import Completion, FinishReason, Prompt, RepetitionStop, Sampling, Trajectory, TrajectoryGroup, Turn
+from cispo.types import (
+    Completion,
+    FinishReason,
+    Prompt,
+    RepetitionStop,
+    RoutedExperts,
+    Sampling,
+    Trajectory,
+    TrajectoryGroup,
+    Turn,
+)
 
 Generate = Callable[[list[list[int]], Sampling, int], Awaitable[list[Completion]]]
 """(prompts as token ids, sampling, seed) -> one completion a prompt, in order."""
 
 _Json = Mapping[str, Any]
+
+
+class Play(Protocol):
+    """How attempts of several turns come about."""
+
+    async def __call__(
+        self, prompts: Sequence[Prompt], generate: Generate, *, group_size: int, sampling: Sampling, seed: int
+    ) -> list[TrajectoryGroup]:
+        """One group of unscored trajectories a prompt, in order."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +54,8 @@ class RolloutSetup:
     renderer: Renderer
     rewards: RewardRunner | None
     """None: every reward is 0."""
+    play: Play | None = None
+    """None: an attempt is one completion of the rendered prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +69,6 @@ class Rollouts:
     """Completions left out of the other groups because no reward function applied to them: all gave None."""
     tokens: int
     """Sampled tokens, those of dropped groups included."""
-    seconds_sampling: float
-    """Rendering, generation and decoding."""
     seconds_scoring: float
     rounds: int = 1
     """Calls of `roll_out` that were added up."""
@@ -78,8 +100,8 @@ async def roll_out(
     overlong_factor: float = 1.0,
 ) -> Rollouts:
     """Samples `group_size` attempts at every prompt, scores them and adds the overlong penalty."""
-    started = time.perf_counter()
-    groups = await sample(prompts, setup.generate, setup.renderer, group_size=group_size, sampling=sampling, seed=seed)
+    play = partial(sample, renderer=setup.renderer) if setup.play is None else setup.play
+    groups = await play(prompts, setup.generate, group_size=group_size, sampling=sampling, seed=seed)
     sampled = time.perf_counter()
     kept = groups if setup.rewards is None else await score(groups, setup.rewards)
     scored = time.perf_counter()
@@ -89,7 +111,6 @@ async def roll_out(
         dropped=len(groups) - len(kept),
         unscored=group_size * len(kept) - sum(len(group.trajectories) for group in kept),
         tokens=sum(t.length for group in groups for t in group.trajectories),
-        seconds_sampling=sampled - started,
         seconds_scoring=scored - sampled,
     )
 
@@ -114,7 +135,7 @@ async def sample(
                 Trajectory(
                     group_id=prompt.id,
                     index=index,
-                    turns=(Turn(prompt_ids=tuple(ids), completion=completion),),
+                    turns=(Turn(context_ids=tuple(ids), completion=completion),),
                     text=renderer.decode(completion.token_ids),
                     reward=0.0,
                 )
@@ -145,11 +166,12 @@ def _with_scores(group: TrajectoryGroup, scores: Scores) -> TrajectoryGroup:
 
 
 def shape(groups: Sequence[TrajectoryGroup], *, max_tokens: int, buffer: int, penalty: float) -> list[TrajectoryGroup]:
-    """Adds `overlong_penalty` to the reward of every trajectory."""
+    """Adds `overlong_penalty` of its longest completion to the reward of every trajectory."""
 
     def shaped(t: Trajectory) -> Trajectory:
+        longest = max(len(turn.completion.token_ids) for turn in t.turns)
         return replace(
-            t, reward=t.reward + overlong_penalty(t.length, max_tokens=max_tokens, buffer=buffer, penalty=penalty)
+            t, reward=t.reward + overlong_penalty(longest, max_tokens=max_tokens, buffer=buffer, penalty=penalty)
         )
 
     return [replace(group, trajectories=tuple(map(shaped, group.trajectories))) for group in groups]
@@ -173,10 +195,16 @@ def rollouts_to_json(rollouts: Rollouts) -> dict[str, object]:
     """
     plain = {f.name: getattr(rollouts, f.name) for f in fields(Rollouts) if f.name != "groups"}
     groups = [
-        {"prompt": group.prompt.id, "trajectories": [asdict(t) for t in group.trajectories]}
+        {"prompt": group.prompt.id, "trajectories": [asdict(t, dict_factory=_plain) for t in group.trajectories]}
         for group in rollouts.groups
     ]
     return {**plain, "groups": groups}
+
+
+def _plain(values: list[tuple[str, object]]) -> dict[str, object]:
+    """Bytes as base64 text; routed experts that are not recorded leave no key."""
+    kept = [(name, value) for name, value in values if name != "routed_experts" or value is not None]
+    return {n: base64.b64encode(value).decode() if isinstance(value, bytes) else value for n, value in kept}
 
 
 def rollouts_from_json(values: _Json, prompts: Sequence[Prompt]) -> Rollouts:
@@ -193,11 +221,17 @@ def _trajectory(values: _Json) -> Trajectory:
 
 
 def _turn(values: _Json) -> Turn:
-    return Turn(**_known(Turn, values, completion=_completion(values["completion"])))
+    # Versions before 0.2 called the context `prompt_ids`: it was the whole prompt.
+    context = tuple(values["context_ids"] if "context_ids" in values else values["prompt_ids"])
+    return Turn(**_known(Turn, values, context_ids=context, completion=_completion(values["completion"])))
 
 
 def _completion(values: _Json) -> Completion:
-    return Completion(**_known(Completion, values, finish_reason=FinishReason(values["finish_reason"])))
+    converted: dict[str, object] = {"finish_reason": FinishReason(values["finish_reason"])}
+    if routed := values.get("routed_experts"):
+        data = base64.b64decode(routed["data"])
+        converted["routed_experts"] = RoutedExperts(**_known(RoutedExperts, routed, data=data))
+    return Completion(**_known(Completion, values, **converted))
 
 
 def _known(kind: type, values: _Json, **converted: object) -> dict[str, Any]:

@@ -36,6 +36,9 @@ _CPU_ENV = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
+# Ray's name for the calls of `look`.
+_LOOKS = "looks"
+
 # Simultaneous calls of a concurrent object. Ray queues any further call, `ask("progress")` included.
 _MAX_CONCURRENT = 100_000
 
@@ -73,6 +76,10 @@ class Handle(Protocol):
 
     async def ask(self, method: str) -> object:
         """As `call`, but the watchdog does not count it as progress of the run."""
+        ...
+
+    async def look(self, method: str) -> object:
+        """As `ask`, of an object of `start_ranks`: answered at once, also while another call of it runs."""
         ...
 
     def kill(self) -> None:
@@ -143,6 +150,9 @@ class _LocalHandle:
         return await _result(getattr(self.target, method)(*args, **kwargs))
 
     async def ask(self, method: str) -> object:
+        return await self.call(method)
+
+    async def look(self, method: str) -> object:
         return await self.call(method)
 
     def kill(self) -> None:
@@ -252,6 +262,9 @@ class _RayHandle:
     async def ask(self, method: str) -> object:
         return await self.wait(self.actor.call.remote(method, (), {}))
 
+    async def look(self, method: str) -> object:
+        return await self.wait(self.actor.call.options(concurrency_group=_LOOKS).remote(method, (), {}))
+
     def kill(self) -> None:
         import ray
 
@@ -326,7 +339,7 @@ class RayRuntime:
     async def start_ranks(
         self, build: Callable[..., object], *args: object, name: str, resources: Sequence[Resources], **kwargs: object
     ) -> list[Handle]:
-        handles = [self._actor(f"{name}-{rank}", own) for rank, own in enumerate(resources)]
+        handles = [self._actor(f"{name}-{rank}", own, looks=True) for rank, own in enumerate(resources)]
         address = await handles[0].wait(handles[0].actor.free_address.remote())
         await asyncio.gather(
             *(
@@ -336,7 +349,7 @@ class RayRuntime:
         )
         return list(handles)
 
-    def _actor(self, name: str, resources: Resources, concurrent: bool = False) -> _RayHandle:
+    def _actor(self, name: str, resources: Resources, concurrent: bool = False, *, looks: bool = False) -> _RayHandle:
         import ray
 
         environment = {"env_vars": {} if resources.gpus else _CPU_ENV}
@@ -347,7 +360,10 @@ class RayRuntime:
             options["max_concurrency"] = _MAX_CONCURRENT
         # `ps` and Ray's tools show the name of an actor's class.
         kind = type(name, (_ConcurrentHost if concurrent else _Host,), {})
-        actor = ray.remote(kind).options(**options).remote()
+        # Calls of a group run in a thread of its own; all others stay one after another.
+        groups: Any = {"concurrency_groups": {_LOOKS: 1}}
+        remote = ray.remote(**groups)(kind) if looks else ray.remote(kind)
+        actor = remote.options(**options).remote()
         self._actors.append(actor)
         return _RayHandle(actor, name, self._activity, concurrent=concurrent)
 

@@ -20,6 +20,8 @@ from cispo.errors import RunError
 
 # Seconds that the run's task, and then a driver with a blocked event loop, get beyond the watchdog's limit.
 _GRACE = 60.0
+# Seconds that a source of details gets.
+_DETAIL_TIMEOUT = 5.0
 # Seconds between two rounds of `Activity.checks`.
 _CHECK_EVERY = 2.0
 
@@ -31,6 +33,8 @@ class Activity:
         self.moved_at = time.monotonic()
         self.checks: list[Callable[[], None]] = []
         """Conditions of the run, looked at every few seconds; each raises RunError where it does not hold."""
+        self.details: list[Callable[[], Awaitable[str]]] = []
+        """Sources of a clause about processes that are busy, "" without one, for the report of a stalled run."""
         self._open: dict[int, tuple[str, float]] = {}
         self._numbers = itertools.count()
 
@@ -66,6 +70,15 @@ class Activity:
         oldest_first = sorted(self._open.values(), key=lambda block: block[1])
         tasks = [f"{task} (for {now - since:.0f} s)" for task, since in oldest_first]
         return ", ".join(tasks) or "nothing that is known: the driver itself is busy or stuck"
+
+    async def report(self) -> str:
+        """A sentence about a run that has stalled: its open blocks, and the details that arrive in time."""
+        known = []
+        for detail in self.details:
+            with contextlib.suppress(Exception):  # a process that does not answer is no news here
+                known.append(await asyncio.wait_for(detail(), _DETAIL_TIMEOUT))
+        text = f"nothing has moved for {self.silence:.0f} s; waiting for {self.waiting_for()}"
+        return "; ".join([text, *filter(None, known)])
 
 
 async def guarded(run: Awaitable[None], activity: Activity, *, silence: float, say: Callable[[str], None]) -> None:
@@ -112,7 +125,7 @@ async def _watch(activity: Activity, silence: float, say: Callable[[str], None])
         faulthandler.dump_traceback_later(2 * silence + _GRACE, exit=True, file=sys.stderr)
         await asyncio.sleep(min(silence / 10, 5.0))
         if activity.silence > 2 * silence:
-            raise RunError(f"nothing has moved for {activity.silence:.0f} s; waiting for {activity.waiting_for()}")
+            raise RunError(await activity.report())
         if activity.silence > silence and said_at != activity.moved_at:
             said_at = activity.moved_at
-            say(f"nothing has moved for {activity.silence:.0f} s; waiting for {activity.waiting_for()}")
+            say(await activity.report())

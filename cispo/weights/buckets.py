@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -113,27 +113,65 @@ def checksum(buffer: Tensor) -> int:
     return int((rows * (2 * torch.arange(len(rows), device=rows.device) + 1)).sum())
 
 
+class Source(Protocol):
+    """Weights under checkpoint names, wherever they are."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def shapes(self) -> Mapping[str, Tensor]:
+        """Tensors of the weights' shapes and number formats; their values are not read."""
+        ...
+
+    def fill(self, slots: Sequence[Slot], buffer: Tensor) -> None:
+        """Writes the weights of the slots into `buffer` [bytes] uint8, as they are at the moment."""
+        ...
+
+
+class WholeWeights:
+    """A `Source` of weights that are whole on this device."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        """`state` holds views of the weights under checkpoint names."""
+        self.shapes = state
+        self.device = next(iter(state.values())).device
+
+    @torch.no_grad()
+    def fill(self, slots: Sequence[Slot], buffer: Tensor) -> None:
+        for slot in slots:
+            slot.of(buffer).copy_(self.shapes[slot.name])
+
+
 class WeightSender:
     """The learner's side: fills buckets from the weights and offers them."""
 
-    def __init__(self, state: Mapping[str, Tensor], bucket_bytes: int = BUCKET_BYTES) -> None:
-        """`state` holds views of the weights, under checkpoint names; `stage` copies the values of its moment."""
-        self.state = state
-        self.buckets = plan_buckets(state, bucket_bytes)
-        device = next(iter(state.values())).device
+    def __init__(self, weights: Mapping[str, Tensor] | Source, bucket_bytes: int = BUCKET_BYTES) -> None:
+        """`weights` are a source, or views of whole weights; `stage` copies the values of its moment.
+
+        Where the source gathers from several ranks, all of them call `fill`, `stage` and `pieces` alike.
+        """
+        self.source = WholeWeights(weights) if isinstance(weights, Mapping) else weights
+        self.buckets = plan_buckets(self.source.shapes, bucket_bytes)
         size = max(bucket.bytes for bucket in self.buckets)
         # Zeros, so that the gaps between tensors have the same checksum on both sides.
-        self.buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.buffer = torch.zeros(size, dtype=torch.uint8, device=self.source.device)
         self._group: BroadcastGroup | None = None
+
+    def fill(self, number: int) -> Tensor:
+        """Copies a bucket's tensors into the buffer; returns its filled part, [bytes] uint8."""
+        bucket = self.buckets[number]
+        self.source.fill(bucket.slots, self.buffer)
+        return self.buffer[: bucket.bytes]
+
+    def pieces(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(number, weights by name) of every bucket, views of the buffer that the next bucket overwrites."""
+        for number, bucket in enumerate(self.buckets):
+            yield number, dict(unpack(bucket, self.fill(number)))
 
     def stage(self, number: int, transport: Transport, *, check: bool = False) -> BucketMessage:
         """Copies a bucket's tensors into the buffer; returns the message that announces it to the engines."""
-        bucket = self.buckets[number]
-        targets = [slot.of(self.buffer) for slot in bucket.slots]
-        with torch.no_grad():
-            for target, slot in zip(targets, bucket.slots, strict=True):
-                target.copy_(self.state[slot.name])
-        part = self.buffer[: bucket.bytes]
+        bucket, part = self.buckets[number], self.fill(number)
         if part.is_cuda:
             torch.cuda.synchronize(part.device)
         return BucketMessage(

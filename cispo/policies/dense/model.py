@@ -148,7 +148,10 @@ class HFPolicy(Policy):
         assert isinstance(head, nn.Linear)
         return head.weight
 
-    def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
+    def attend(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, routes: Tensor | None = None
+    ) -> PolicyOutput:
+        assert routes is None, "a dense policy has no experts to replay"
         if not len(tokens):  # transformers' reshapes refuse an empty row
             return PolicyOutput(tokens[:, None] * self.lm_head_weight[:1])
         output = self.model.base_model(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cispo.policies.attention import Attention
 from cispo.policies.dense.model import HFPolicy
 from cispo.policies.layers import signed_sine, turned
-from cispo.policies.policy import Policy
+from cispo.policies.policy import Policy, PolicyOutput
 from cispo.policies.short_step import Norm, ShortStep, norm_of, rms_norm
 
 _LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -53,7 +53,7 @@ class LlamaStep:
         self._embed, self._rotary, self._norm = base.embed_tokens.weight, base.rotary_emb, norm_of(base.norm)
         self._layers = [_llama_layer(layer) for layer in base.layers]
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
         x = F.embedding(tokens, self._embed)
         cos, sin = (table[0, :, None] for table in self._rotary(x, positions[None]))
         sin = signed_sine(sin)
@@ -62,7 +62,7 @@ class LlamaStep:
             normed = rms_norm(x, layer.mlp_norm)
             gate, up = layer.gate_up(normed).chunk(2, -1)
             x = x + F.linear(F.silu(gate, inplace=True).mul_(up), *layer.down)
-        return rms_norm(x, self._norm)
+        return PolicyOutput(rms_norm(x, self._norm))
 
 
 def _llama_attention(layer: _LlamaLayer, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:

@@ -37,7 +37,7 @@ from cispo.policies.policy import HFConfig, Place, Policy, PolicyOutput, RouterO
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that are carried from load to save; the shape does not depend on them."""
 
-RunExperts = Callable[[MoE, Tensor], tuple[Tensor, Tensor, Tensor]]
+RunExperts = Callable[[MoE, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 """`MoE.forward`, or another form of the same arithmetic."""
 
 
@@ -100,18 +100,22 @@ class Layer(nn.Module):
         self.attention_factors = config.attention_factors(layer)
         self.mlp_factors = config.mlp_alpha, config.mlp_beta
 
-    def forward(self, x: Tensor, attention: Attention, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, d] to x [T, d] and the router's probs [T, E] and chosen [T, k]."""
+    def forward(
+        self, x: Tensor, attention: Attention, cos: Tensor, sin: Tensor, routes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, d], routes [T, k] or None, to x [T, d] and the router's probs [T, E] and chosen [T, k]."""
         normed = self.input_layernorm(x)
         rotary = () if self.lightning else (cos, sin)
         x = self.residual(x, normed, self.self_attn(normed, attention, *rotary), self.attention_factors)
         normed = self.post_attention_layernorm(x)
-        branch, probs, chosen = self.mix_experts(normed)
+        branch, probs, chosen = self.mix_experts(normed, routes=routes)
         return self.residual(x, normed, branch, self.mlp_factors), probs, chosen
 
-    def mix_experts(self, normed: Tensor, run: RunExperts = MoE.__call__) -> tuple[Tensor, Tensor, Tensor]:
+    def mix_experts(
+        self, normed: Tensor, run: RunExperts = MoE.__call__, routes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The second branch [T, d], of routed and shared experts, and the router's probs and chosen."""
-        branch, probs, chosen = run(self.mlp, normed)
+        branch, probs, chosen = run(self.mlp, normed, routes)
         if self.shared_mlp is not None and self.coefficient is not None:
             wide = torch.promote_types(normed.dtype, torch.float32)
             share = torch.sigmoid(F.linear(normed.to(wide), self.coefficient.weight.to(wide))).to(normed.dtype)
@@ -125,6 +129,8 @@ class Layer(nn.Module):
 
 class LightningPolicy(Policy):
     """A MiniMax-01 model: packed tokens in, hidden states and router outputs out."""
+
+    read_as_matrices = ("coefficient",)
 
     def __init__(self, config: LightningConfig, special_tokens: HFConfig) -> None:
         """`special_tokens` may hold other keys, which are ignored: a config.json as it is, say."""
@@ -145,16 +151,19 @@ class LightningPolicy(Policy):
     def router_shape(self) -> tuple[int, int]:
         return len(self.layers), self.config.num_experts
 
-    def attend(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
+    def attend(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, routes: Tensor | None = None
+    ) -> PolicyOutput:
         cos, sin = rotary_table(positions, self.config.rotary_dim, self.config.rope_theta)
         x = self.embed_tokens(tokens)
         router = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            inputs = x, attention, cos, sin, None if routes is None else routes[:, number]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                outputs = checkpoint(layer, x, attention, cos, sin, use_reentrant=False, preserve_rng_state=False)
+                outputs = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
                 assert outputs is not None
             else:
-                outputs = layer(x, attention, cos, sin)
+                outputs = layer(*inputs)
             x, probs, chosen = outputs
             router.append(RouterOutput(probs, chosen))
         return PolicyOutput(self.norm(x), tuple(router))

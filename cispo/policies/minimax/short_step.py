@@ -14,6 +14,7 @@ from cispo.policies.attention import Attention
 from cispo.policies.layers import apply_rotary, rotary_table
 from cispo.policies.minimax.model import Layer, LightningAttention, LightningPolicy, SoftmaxAttention
 from cispo.policies.moe import FEW_TOKENS, MoE
+from cispo.policies.policy import PolicyOutput, RouterOutput
 from cispo.policies.short_step import norm_of, rms_norm
 
 
@@ -27,15 +28,18 @@ class LightningStep:
         self._norms = [(norm_of(n.input_layernorm), norm_of(n.post_attention_layernorm)) for n in self._layers]
         self._mixers = [_mixer_of(layer.self_attn) for layer in self._layers]
 
-    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, attention: Attention) -> PolicyOutput:
         x = F.embedding(tokens, self._embed)
         rotary = rotary_table(positions, self._config.rotary_dim, self._config.rope_theta)
+        router = []
         for layer, mixer, (first, second) in zip(self._layers, self._mixers, self._norms, strict=True):
             normed = rms_norm(x, first)
             x = layer.residual(x, normed, mixer(normed, rotary, attention), layer.attention_factors)
             normed = rms_norm(x, second)
-            x = layer.residual(x, normed, layer.mix_experts(normed, _experts)[0], layer.mlp_factors)
-        return rms_norm(x, self._norm)
+            branch, probs, chosen = layer.mix_experts(normed, _experts)
+            x = layer.residual(x, normed, branch, layer.mlp_factors)
+            router.append(RouterOutput(probs, chosen))
+        return PolicyOutput(rms_norm(x, self._norm), tuple(router))
 
 
 class _Lightning:
@@ -68,11 +72,11 @@ def _mixer_of(module: LightningAttention | SoftmaxAttention) -> _Lightning | _So
     return _Lightning(module) if isinstance(module, LightningAttention) else _Softmax(module)
 
 
-def _experts(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _experts(moe: MoE, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`MoE.forward` where all experts compute all rows: without the copy of the weights that one product would need."""
     experts = moe.experts
-    if len(x) > FEW_TOKENS or len(experts.gate_up_proj) > 2 * moe.gate.top_k:
-        return moe(x)
+    if routes is not None or len(x) > FEW_TOKENS or len(experts.gate_up_proj) > 2 * moe.gate.top_k:
+        return moe(x, routes)
     probs = F.linear(x, moe.gate.weight).softmax(-1)
     values, chosen = probs.topk(moe.gate.top_k, -1)
     shares = torch.zeros_like(probs).scatter_(1, chosen, values / values.sum(-1, keepdim=True))

@@ -53,6 +53,7 @@ from cispo.policies.minimax.names import place_of, vllm_target
 from cispo.policies.minimax.vllm_shares import ShardedRMSNorm, check_shares, load_expert, load_inputs, load_rows
 from cispo.policies.minimax.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
 from cispo.policies.moe import MoE
+from cispo.policies.replay import RouteBuffer, route_buffer
 
 
 def resolve_config(model: ModelConfig) -> LightningConfig:
@@ -225,6 +226,7 @@ class LightningLayer(nn.Module):
         self.postnorm = config.postnorm
         self.attention_factors = config.attention_factors(layer)
         self.mlp_factors = config.mlp_alpha, config.mlp_beta
+        self.route_buffer: RouteBuffer | None = None
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [T, d], positions [T] -> [T, d]."""
@@ -242,6 +244,8 @@ class LightningLayer(nn.Module):
             # The learner's arithmetic, which takes it eight launches: logits are float32 sums of bfloat16 products.
             logits = torch.mm(x, self.mlp.gate.weight.t(), out_dtype=torch.float32)
             weights, chosen, _ = fused_topk(x, logits, self.mlp.gate.top_k, renormalize=True)
+            if self.route_buffer is not None:
+                self.route_buffer.leave(self.mlp.gate, chosen)
             out = fused_experts(x, self.mlp.experts.gate_up_proj, self.mlp.experts.down_proj, weights, chosen)
         else:
             out, _, _ = self.mlp(x)
@@ -290,6 +294,9 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.requires_grad_(False)
+        self.route_buffer = route_buffer(self, vllm_config)
+        for layer in cast(Sequence[LightningLayer], self.model.layers):
+            layer.route_buffer = self.route_buffer
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)

@@ -1,0 +1,303 @@
+"""The driver's end of environments: processes of user code, and sessions that survive the death of one.
+
+    SessionPool.open(prompt, ...) -> RemoteSession: start, step(reply) ..., reward, close
+
+An environment is a function of its seed and the replies that it got: where its process ends, another one gets the same
+replies and goes on. A request over its time limit ends its process, and is the fault of its own session alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cispo.agents.contract import Reply, Step
+from cispo.agents.environment import Identity, Observation
+from cispo.agents.session_worker import Answer, Message, Ready, Request, Setup, Verb
+from cispo.errors import UserError
+from cispo.rollout.frames import HEADER, frame, receive, send, unframe
+from cispo.rollout.reward_worker import START_SECONDS
+
+_BOOT = "import sys; sys.path[:] = {path!r}; from cispo.agents.session_worker import main; main({socket})"
+
+
+class SessionError(Exception):
+    """User code without a usable answer; the message is the predicate of a sentence about it."""
+
+    def __init__(self, problem: str, *, timed_out: bool = False) -> None:
+        super().__init__(problem)
+        self.timed_out = timed_out
+
+
+class _ProcessEnded(Exception):
+    """The process ended during a request; `waiting` is the number of requests that it was serving."""
+
+    def __init__(self, waiting: int, how: str) -> None:
+        super().__init__(how)
+        self.waiting = waiting
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request on its way."""
+
+    answer: asyncio.Future[Answer]
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class SessionProcess:
+    """One process with imported user code."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Starts the process and blocks until the objects are imported. Raises UserError naming the recipe key."""
+        self._waiting: dict[int, _Waiting] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._sending = asyncio.Lock()
+        self.alive = True
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT.format(path=sys.path, socket=theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C reaches the driver alone, and the process group can be killed as a whole.
+                start_new_session=True,
+                env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ},
+            )
+        self._socket.settimeout(START_SECONDS)
+        try:
+            send(self._socket, setup)
+            self.ready = receive(self._socket, Ready)
+        except (EOFError, OSError):
+            self.kill()
+            names = ", ".join(setup.used)
+            raise UserError(f"{setup.key}: the import of {names} {self._how()}") from None
+        if self.ready.error is not None:
+            self.kill()
+            raise UserError(self.ready.error)
+        self._socket.setblocking(False)
+
+    async def ask(self, request: Request, limit: float) -> Answer:
+        """The answer to a request. Raises SessionError where it takes over `limit` seconds, which ends the process,
+        and _ProcessEnded where the process ends otherwise."""
+        loop = asyncio.get_running_loop()
+        self._waiting[request.id] = waiting = _Waiting(loop.create_future())
+        try:
+            if not self.alive:
+                raise _ProcessEnded(0, self._how())
+            with contextlib.suppress(OSError):  # it ended: the reader reports how
+                async with self._sending:
+                    await loop.sock_sendall(self._socket, frame(request))
+            if self._reader is None or self._reader.done():
+                self._reader = loop.create_task(self._read())
+            started = asyncio.create_task(waiting.started.wait())
+            try:
+                await asyncio.wait({started, waiting.answer}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                started.cancel()
+            await asyncio.wait({waiting.answer}, timeout=limit)
+            if not waiting.answer.done():
+                self._waiting.pop(request.id)
+                self._end("was ended for another session's request")
+                raise SessionError(f"did not finish within {limit:g} s", timed_out=True)
+            return waiting.answer.result()
+        finally:
+            self._waiting.pop(request.id, None)
+
+    async def _read(self) -> None:
+        while self._waiting:
+            try:
+                size = HEADER.unpack(await self._receive(HEADER.size))[0]
+                message = unframe(await self._receive(size), Message)
+            except (EOFError, OSError):
+                self._end()
+                return
+            waiting = self._waiting.get(message.id)
+            if waiting is None:
+                continue
+            waiting.started.set()
+            if isinstance(message, Answer) and not waiting.answer.done():
+                waiting.answer.set_result(message)
+
+    async def _receive(self, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            received = await asyncio.get_running_loop().sock_recv_into(self._socket, view)
+            if received == 0:
+                raise EOFError
+            view = view[received:]
+        return data
+
+    def _end(self, how: str = "") -> None:
+        """Ends the process, and with it all requests that it serves."""
+        self.kill()
+        waiting = [w for w in self._waiting.values() if not w.answer.done()]
+        for one in waiting:
+            one.answer.set_exception(_ProcessEnded(len(waiting) if not how else 0, how or self._how()))
+
+    def kill(self) -> None:
+        """Ends the process at once, with the processes that the user's code started."""
+        if not self.alive:
+            return
+        self.alive = False
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._reader is not None and not self._reader.done() and self._reader is not asyncio.current_task():
+            # Before the socket is closed: the loop knows it by its number, which the next one may get.
+            self._reader.get_loop().remove_reader(self._socket)
+            self._reader.cancel()
+        self._socket.close()
+
+    def _how(self) -> str:
+        code = self._process.returncode
+        if code is not None and code < 0:
+            return f"crashed its process ({signal.Signals(-code).name})"
+        return f"ended its process with exit code {code}"
+
+
+class SessionPool:
+    """Processes that share the sessions of a run; started with the first session, and again after a death."""
+
+    def __init__(self, setup: Setup, *, timeout: float, workers: int) -> None:
+        """`timeout` is in seconds for one request."""
+        assert workers > 0 and timeout > 0
+        self.setup, self.timeout = setup, timeout
+        self.seconds = 0.0
+        """Spent in user code, summed over sessions."""
+        self._processes: list[SessionProcess | None] = [None] * workers
+        self._locks = [asyncio.Lock() for _ in range(workers)]
+        self._alone: set[SessionProcess] = set()
+        self._numbers = itertools.count()
+        self._ready: Ready | None = None
+
+    def check(self) -> Ready:
+        """Imports the user's objects. Raises UserError naming the recipe key."""
+        if self._ready is None:
+            self._processes[0] = SessionProcess(self.setup)
+            self._ready = self._processes[0].ready
+        return self._ready
+
+    def open(self, columns: Mapping[str, object], identity: Identity) -> RemoteSession:
+        """A session for one attempt; nothing is sent yet."""
+        return RemoteSession(self, next(self._numbers), pickle.dumps(dict(columns)), identity)
+
+    async def process_of(self, session: int) -> SessionProcess:
+        """The process that serves a session, started again where it has ended."""
+        slot = session % len(self._processes)
+        async with self._locks[slot]:
+            process = self._processes[slot]
+            if process is None or not process.alive:
+                process = self._processes[slot] = await asyncio.to_thread(SessionProcess, self.setup)
+        return process
+
+    async def process_alone(self) -> SessionProcess:
+        """A process for one suspect."""
+        process = await asyncio.to_thread(SessionProcess, self.setup)
+        self._alone.add(process)
+        return process
+
+    def next_request(self) -> int:
+        return next(self._numbers)
+
+    def close(self) -> None:
+        """Ends all processes; if the pool is used again, it starts new ones."""
+        for process in (*self._processes, *self._alone):
+            if process is not None:
+                process.kill()
+        self._processes = [None] * len(self._processes)
+        self._alone.clear()
+
+
+class RemoteSession:
+    """One attempt's environment, in any process of the pool."""
+
+    def __init__(self, pool: SessionPool, number: int, columns: bytes, identity: Identity) -> None:
+        self._pool, self._number, self._columns, self._identity = pool, number, columns, identity
+        self._process: SessionProcess | None = None
+        self._past: list[tuple[Verb, Reply | None]] = []
+        """Requests that made the state of the environment, for another process to repeat."""
+        self._suspect = False
+        self.seconds = 0.0
+
+    async def start(self) -> Observation:
+        value = (await self._ask("start")).value
+        assert isinstance(value, str | list | tuple)
+        return value
+
+    async def step(self, reply: Reply) -> tuple[Step | None, int]:
+        answer = await self._ask("step", reply)
+        assert answer.value is None or isinstance(answer.value, Step)
+        return answer.value, answer.failed
+
+    async def reward(self) -> Mapping[str, float]:
+        value = (await self._ask("reward")).value
+        assert isinstance(value, dict)
+        return value
+
+    async def close(self) -> None:
+        """Tells the environment that its attempt has ended; its errors no longer matter."""
+        if self._process is not None and self._process.alive:
+            with contextlib.suppress(SessionError, _ProcessEnded):
+                await self._send("close", None)
+
+    async def _ask(self, verb: Verb, reply: Reply | None = None) -> Answer:
+        started = time.perf_counter()
+        try:
+            answer = await self._lasting(verb, reply)
+        finally:
+            elapsed = time.perf_counter() - started
+            self.seconds += elapsed
+            self._pool.seconds += elapsed
+        if verb in ("start", "step"):
+            self._past.append((verb, reply))
+        return answer
+
+    async def _lasting(self, verb: Verb, reply: Reply | None) -> Answer:
+        """The answer of a process that lives: of another one where the first died by a request of another session."""
+        while True:
+            try:
+                if self._process is None or not self._process.alive:
+                    await self._repeat_past()
+                return await self._send(verb, reply)
+            except _ProcessEnded as death:
+                if self._suspect and death.waiting:
+                    raise SessionError(str(death)) from None
+                # Alone in its process, a second death is its own.
+                self._suspect = self._suspect or death.waiting > 0
+
+    async def _repeat_past(self) -> None:
+        pool = self._pool
+        self._process = await (pool.process_alone() if self._suspect else pool.process_of(self._number))
+        for verb, reply in self._past:
+            await self._send(verb, reply)
+
+    async def _send(self, verb: Verb, reply: Reply | None) -> Answer:
+        assert self._process is not None
+        request = Request(self._pool.next_request(), self._number, verb, self._columns, self._identity, reply)
+        answer = await self._process.ask(request, self._pool.timeout)
+        if answer.problem:
+            raise SessionError(answer.problem)
+        return answer
+
+
+def pool_of(used: Sequence[str], args: Mapping[str, object], key: str, *, timeout: float, workers: int) -> SessionPool:
+    """The pool of a recipe's environment. Raises UserError where its objects cannot be imported or used."""
+    pool = SessionPool(Setup(tuple(used), dict(args), key), timeout=timeout, workers=workers)
+    try:
+        pool.check()
+    except BaseException:
+        pool.close()
+        raise
+    return pool

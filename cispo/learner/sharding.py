@@ -1,0 +1,296 @@
+"""A model split over the ranks by FSDP2: each parameter's rows, built and filled without ever being whole.
+
+    config.json --meta device--> model --shard--> this rank's rows, float32 <--fill-- slices of safetensors files
+    rows --all-gather of a layer, in the compute dtype--> forward and backward --reduce-scatter, sums--> rows' gradients
+    rows --ShardedWeights: gather of a bucket--> engines, model folders
+
+FSDP's shards are the float32 masters of the optimizer. A parameter of n rows has ceil(n / ranks) of them on each rank
+but the last ones. Three rules keep it exact: forward inputs are not cast (rotary tables would be rounded), gradients
+are summed and never averaged, and `reshard` ends every pass without gradient (the root's weights would stay gathered,
+and changes would go unseen).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from cispo.learner.memory import layers_of
+from cispo.learner.parallel import Mesh
+from cispo.policies.loading import WeightSlice, local_folder, policy_without_weights, weight_slices
+from cispo.policies.lora import adapt
+from cispo.policies.policy import Place, Policy
+from cispo.policies.value import ValueModel
+from cispo.recipe.schema import Lora
+from cispo.weights.buckets import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of a tensor that is split along its first axis over the ranks.
+
+    Example: Rows((41, 8), 11, values) with values [11, 8] on rank 1 of 4
+    """
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    first: int
+    """Index of the first row in the whole tensor."""
+    values: Tensor
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return torch.Size(self.shape[1:]).numel()
+
+    def on_host(self) -> Rows:
+        """A copy in host memory."""
+        return Rows(self.shape, self.first, self.values.detach().to("cpu", copy=True))
+
+    def overlap(self, start: int, stop: int) -> tuple[int, int]:
+        """The part of the elements [start, stop) of the flat whole tensor that is in these rows; it may be empty."""
+        first = self.first * self.width
+        return max(start, first), min(stop, first + self.values.numel())
+
+
+def rows_of(tensor: Tensor, mesh: Mesh) -> Rows:
+    """This rank's rows of a parameter or buffer: all of them where it is not split."""
+    if not isinstance(tensor, DTensor):
+        return Rows(tuple(tensor.shape), 0, tensor.detach())
+    first, _ = row_range(len(tensor), mesh.rank, mesh.world)
+    return Rows(tuple(tensor.shape), first, tensor.to_local().detach())
+
+
+def row_range(rows: int, rank: int, world: int) -> tuple[int, int]:
+    """The rows [first, last) of `rows` that a rank holds, as torch.chunk cuts them."""
+    each = -(-rows // world)
+    return min(rank * each, rows), min((rank + 1) * each, rows)
+
+
+def sharded_policy(
+    folder: str, mesh: Mesh, dtype: torch.dtype, *, trained: bool = True, lora: Lora | None = None
+) -> Policy:
+    """A folder's policy, split over the ranks, with undefined weights (`fill` and `copy_rows` give them values).
+
+    Its rows are float32 where it is `trained`, else of `dtype` and without gradient; with an adapter that alone is
+    trained. It runs in `dtype`. Raises UserError as `load_policy` does.
+    """
+    policy = _unsplit(folder, dtype, lora) if trained else policy_without_weights(local_folder(folder), dtype)
+    if not trained:
+        policy.requires_grad_(False)
+    shard(policy, mesh, dtype)
+    register_fsdp_forward_method(policy, "attend")
+    return policy
+
+
+def _unsplit(folder: str, dtype: torch.dtype, lora: Lora | None) -> Policy:
+    """A policy on the meta device of which everything, or only the adapter, is float32 and trained."""
+    if lora is None:
+        return policy_without_weights(local_folder(folder), wide(dtype))
+    return adapt(policy_without_weights(local_folder(folder), dtype), lora, wide(dtype))
+
+
+def sharded_value_model(folder: str, mesh: Mesh, dtype: torch.dtype, lora: Lora | None = None) -> ValueModel:
+    """A critic on a folder's policy, split over the ranks; its head is zero, and float32 as on a whole copy."""
+    with torch.device("meta"):
+        model = ValueModel(_unsplit(folder, dtype, lora))
+    shard(model, mesh, dtype, exact=[model.head])
+    fill_from(model.backbone, folder, mesh, dtype)
+    for parameter in model.head.parameters():
+        rows_of(parameter, mesh).values.zero_()
+    return model
+
+
+def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, exact: Sequence[nn.Module] = ()) -> None:
+    """Splits a model on the meta device and gives its rows memory with undefined values.
+
+    Each block of the policy, an embedding that is not the head too, the modules in `exact` and the rest are gathered on
+    their own. The model runs in `dtype`, those in `exact` in their own number format.
+    """
+    assert mesh.shards is not None, "the mesh has no axis for shards"
+    compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide(dtype), cast_forward_inputs=False)
+    head = next(module for module in model.modules() if isinstance(module, Policy)).lm_head_weight
+    # The head is read outside of any module: it stays with the root, which is gathered until the backward pass.
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
+    for block in (*embeddings, *layers_of(model)):
+        fully_shard(block, mesh=mesh.shards, mp_policy=compute)
+    for module in exact:
+        fully_shard(module, mesh=mesh.shards, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(model, mesh=mesh.shards, mp_policy=compute)
+    # Nothing changes a layer's output in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for module in fsdp_modules(model):
+        # Sums: no gradient is divided by a number of ranks. gloo has no scaled sum, hence the plain one there.
+        module.set_gradient_divide_factor(1.0)
+        if mesh.device.type == "cpu":
+            module.set_force_sum_reduction_for_comms(True)
+    allocate(model, mesh.device)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The number format of masters and gradients: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def reshard(model: nn.Module) -> None:
+    """Ends a pass without gradient, after which FSDP keeps the last weights gathered and would miss changes.
+
+    Does nothing for a whole copy.
+    """
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory for rows and buffers on the meta device, with undefined values; tied parameters stay one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    computed = {n: b for n, b in model.named_buffers() if not b.is_meta}
+    model.to_empty(device=device)
+    for name, buffer in computed.items():
+        module, _, own = name.rpartition(".")
+        model.get_submodule(module)._buffers[own] = buffer.to(device)
+    for first, *others in names.values():
+        for other in others:
+            module, _, own = other.rpartition(".")
+            model.get_submodule(module)._parameters[own] = model.get_parameter(first)
+
+
+@torch.no_grad()
+def fill(policy: Policy, weights: Iterable[tuple[str, WeightSlice]], mesh: Mesh, dtype: torch.dtype) -> None:
+    """Reads this rank's rows of every weight, rounded to `dtype` first; a slice of a file is all that is in memory.
+
+    The files were checked before: names and shapes fit. Tensors that the policy only keeps are rank 0's; others know
+    their shapes.
+    """
+    targets = {name: rows_of(weight, mesh) for name, weight in policy.named_weights().items()}
+    trained = {name for name, _ in policy.named_parameters()}
+    policy.kept.clear()
+    for name, values in weights:
+        if policy.keeps(name):
+            kept = (
+                values[:] if mesh.rank == 0 else torch.empty(values.get_shape(), dtype=values[:1].dtype, device="meta")
+            )
+            policy.kept[name] = kept
+            continue
+        place = policy.place_of(name)
+        if place is None:
+            continue
+        rows = targets[place.parameter]
+        start, stop = extent(place, rows.shape)
+        low, high = rows.overlap(start, stop)
+        if low >= high:
+            continue
+        width = (stop - start) // values.get_shape()[0]
+        part = values[(low - start) // width : (high - start) // width].to(rows.values.device)
+        part = part.to(dtype) if place.parameter in trained else part
+        offset = rows.first * rows.width
+        rows.values.view(-1)[low - offset : high - offset].copy_(part.reshape(-1))
+
+
+def extent(place: Place, shape: Sequence[int]) -> tuple[int, int]:
+    """The elements [start, stop) of the flat parameter of that shape which a checkpoint's tensor fills."""
+    view = place.of(torch.empty(*shape, device="meta"))
+    assert view.is_contiguous(), f"a tensor of {place.parameter} is no range of its elements"
+    start = int(view.storage_offset())
+    return start, start + view.numel()
+
+
+@torch.no_grad()
+def copy_rows(source: Policy, target: Policy, mesh: Mesh) -> None:
+    """Copies the rows of one policy into another of the same shape, rounded to its number format."""
+    into = target.named_weights()
+    for name, weight in source.named_weights().items():
+        rows_of(into[name], mesh).values.copy_(rows_of(weight, mesh).values)
+
+
+def fill_from(policy: Policy, folder: str, mesh: Mesh, dtype: torch.dtype) -> None:
+    """`fill` from a policy's folder."""
+    fill(policy, weight_slices(local_folder(folder)), mesh, dtype)
+
+
+class ShardedWeights:
+    """The weights under checkpoint names, gathered from the ranks a bucket at a time (a `weights.buckets.Source`).
+
+    The collective itself writes a gathered weight where it belongs in the bucket: a rank needs no memory beside it.
+    """
+
+    def __init__(self, policy: Policy, mesh: Mesh, dtype: torch.dtype) -> None:
+        """`dtype` is that of the parameters in the buckets; stored buffers keep their own."""
+        self.mesh, self.device = mesh, mesh.device
+        weights = {name: rows_of(weight, mesh) for name, weight in policy.named_weights().items()}
+        split = {name for name, _ in policy.named_parameters()}
+        self._rows: dict[str, Rows] = {}
+        self._extents: dict[str, tuple[int, int]] = {}
+        self._whole: dict[str, Tensor] = {}
+        self.shapes: dict[str, Tensor] = {}
+        for name, place in policy.disk_places():
+            rows = weights[place.parameter]
+            view = place.of(torch.empty(*rows.shape, device="meta"))
+            if place.parameter in split:
+                self._rows[name], self._extents[name] = rows, extent(place, rows.shape)
+            else:
+                self._whole[name] = place.of(rows.values)
+            kind = dtype if place.parameter in split else rows.values.dtype
+            self.shapes[name] = torch.empty(view.shape, dtype=kind, device="meta")
+
+    def fill(self, slots: Sequence[Slot], buffer: Tensor) -> None:
+        """Gathers the slots' weights into `buffer` [bytes] uint8; every rank must call it with the same slots."""
+        waits = list(chain.from_iterable(self._gather(slot, slot.of(buffer)) for slot in slots))
+        for wait in waits:
+            wait.wait()
+
+    def _gather(self, slot: Slot, target: Tensor) -> list[dist.Work]:
+        if slot.name in self._whole:
+            target.copy_(self._whole[slot.name])
+            return []
+        rows, (start, stop), flat = self._rows[slot.name], self._extents[slot.name], target.view(-1)
+        low, high = rows.overlap(start, stop)
+        offset = rows.first * rows.width
+        if low < high:
+            flat[low - start : high - start].copy_(rows.values.view(-1)[low - offset : high - offset])
+        count = rows.shape[0]
+        if stop - start == count * rows.width and count % self.mesh.world == 0:
+            return _all_gather(flat, flat[low - start : high - start])
+        # One expert's part, or rows that the ranks do not divide: each owner sends its own.
+        works = []
+        for rank in range(self.mesh.world):
+            first, last = (row * rows.width for row in row_range(count, rank, self.mesh.world))
+            begin, end = max(first, start), min(last, stop)
+            if begin < end:
+                works += _broadcast(flat[begin - start : end - start], rank)
+        return works
+
+
+def _all_gather(whole: Tensor, own: Tensor) -> list[dist.Work]:
+    """In place: `own` is this rank's part of `whole`."""
+    work = dist.all_gather_into_tensor(whole, own, async_op=True)
+    return [work] if work is not None else []
+
+
+def _broadcast(values: Tensor, rank: int) -> list[dist.Work]:
+    work = dist.broadcast(values, src=rank, async_op=True)
+    return [work] if work is not None else []
+
+
+def state_rows(tensors: Mapping[str, Tensor], whole: Mapping[str, Rows]) -> dict[str, Rows]:
+    """Tensors of an optimizer under "parameter/entry", each with its place in the whole; scalars are not split."""
+    found = {}
+    for key, values in tensors.items():
+        rows = whole[key.rpartition("/")[0]]
+        split = values.shape == rows.values.shape and values.dim() > 0
+        found[key] = Rows(rows.shape, rows.first, values) if split else Rows(tuple(values.shape), 0, values)
+    return found

@@ -1,0 +1,161 @@
+"""Any policy as a model of vLLM: the learner's own forward pass, with attention over vLLM's caches.
+
+    PolicyForCausalLM -> Policy.attend(tokens, positions, PagedAttention) -> hidden -> logits in float32
+
+Weights have the policy's own names and are copied in place. In bfloat16 on a GPU, vLLM's fused kernel multiplies with
+the experts' own two weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import fused_experts
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+
+from cispo.errors import UserError
+from cispo.policies.families import family_of
+from cispo.policies.hybrid.vllm_attention import PagedAttention
+from cispo.policies.hybrid.vllm_config import PolicyConfig
+from cispo.policies.hybrid.vllm_plan import Plan, plan_of
+from cispo.policies.hybrid.vllm_states import StateHolder
+from cispo.policies.moe import Experts
+from cispo.policies.policy import HFConfig, Policy
+from cispo.policies.replay import route_buffer
+
+
+class FusedExperts(Experts):
+    """Experts of a policy, with the same two parameters, by vLLM's kernel where it suits."""
+
+    def __init__(self, experts: Experts) -> None:
+        nn.Module.__init__(self)
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        if not x.is_cuda or x.dtype != torch.bfloat16:
+            return super().forward(x, chosen, weights)
+        return fused_experts(x, self.gate_up_proj, self.down_proj, weights.float(), chosen.to(torch.int32))
+
+
+class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
+    """The model that vLLM loads for every family without a model of its own in vLLM."""
+
+    # Read by vLLM's loader, first match wins: a folder may hold other safetensors beside the model's.
+    allow_patterns_overrides = ["model*.safetensors", "*.safetensors", "*.bin"]
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        assert get_tensor_model_parallel_world_size() == 1, "checked before the engine starts"
+        model = vllm_config.model_config
+        self.plan = _plan(model)
+        content, folder = _source(model)
+        self.policy = family_of(content).build(content, folder, model.dtype)
+        self.policy.requires_grad_(False)
+        _fuse_experts(self.policy)
+        self.route_buffer = route_buffer(self.policy, vllm_config)
+        # vLLM reads a layer's number from its name.
+        names = [f"model.layers.{i}" for i in range(len(self.plan.softmax) + self.plan.holders)]
+        self.attention = nn.ModuleList(
+            Attention(
+                call.heads,
+                call.head_size,
+                call.scale,
+                num_kv_heads=call.kv_heads,
+                cache_config=vllm_config.cache_config,
+                prefix=f"{name}.attention",
+            )
+            for call, name in zip(self.plan.softmax, names, strict=False)
+        )
+        self.holders = nn.ModuleList(
+            StateHolder(self.plan, vllm_config, f"{name}.states") for name in names[len(self.plan.softmax) :]
+        )
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """For vLLM's interface: `forward` embeds the tokens itself."""
+        raise NotImplementedError("a policy takes tokens, not embeddings")
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [T, d] after the final norm."""
+        assert input_ids is not None
+        layers, holders = cast(Sequence[Attention], self.attention), cast(Sequence[StateHolder], self.holders)
+        attention = PagedAttention(self.plan, layers, holders)
+        return self.policy.attend(input_ids, positions, attention).hidden
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """[n, V] float32, as the learner computes them: products of bfloat16 operands are summed in float32."""
+        weight = self.policy.lm_head_weight
+        if hidden_states.is_cuda and hidden_states.dtype == weight.dtype == torch.bfloat16:
+            return torch.mm(hidden_states, weight.t(), out_dtype=torch.float32)
+        return F.linear(hidden_states.float(), weight.float())
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copies weights in place and returns the names of the tensors that it filled, as this module names them.
+
+        Raises UserError on a name that the policy does not have.
+        """
+        tensors = self.policy.named_weights()
+        loaded = set()
+        for name, weight in weights:
+            place = None if self.policy.keeps(name) else self.policy.place_of(name)
+            if place is None:
+                continue
+            if place.parameter not in tensors:
+                raise UserError(f"the weights hold {name!r}, which the policy of this config does not have")
+            target = place.of(tensors[place.parameter])
+            assert target.shape == weight.shape, f"{name}: {tuple(weight.shape)} for {tuple(target.shape)}"
+            target.copy_(weight)
+            loaded.add(f"policy.{place.parameter}")
+        return loaded
+
+    @classmethod
+    def count_cached_states(cls, model: ModelConfig) -> int:
+        """State layers as vLLM's cache counts them."""
+        return _plan(model).holders
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        return (torch.float32,)
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...]]:
+        return ((_plan(vllm_config.model_config).slot_floats,),)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
+        """One state a slot, copied whole."""
+        return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
+
+
+def _source(model: ModelConfig) -> tuple[HFConfig, Path]:
+    """The policy's config.json and its folder."""
+    config = model.hf_config
+    assert isinstance(config, PolicyConfig)
+    return config.content, Path(model.model)
+
+
+def _plan(model: ModelConfig) -> Plan:
+    content, folder = _source(model)
+    return plan_of(content, folder, model.dtype)
+
+
+def _fuse_experts(policy: Policy) -> None:
+    """Replaces all experts; parameters and their names stay."""
+    for parent in list(policy.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Experts:
+                setattr(parent, name, FusedExperts(child))

@@ -1,0 +1,237 @@
+"""The cache that a policy needs inside vLLM, found by tracing one forward pass without memory.
+
+    config.json -> Policy on the meta device --attend(Recorder)--> Plan
+    Plan        -> softmax layers of one head size; places of the recurrent states in the slots of a few holders
+
+Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cispo.errors import UserError
+from cispo.ops.recurrent import RecurrentOp
+from cispo.ops.sparse_attention import Index
+from cispo.policies.families import family_of
+from cispo.policies.moe import Experts
+from cispo.policies.policy import HFConfig, Policy
+
+# Head sizes that vLLM's attention takes on a CPU; each of them suits its kernels for GPUs.
+_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+# Floats. The kernels read states in vectors of up to 128 bytes.
+_ALIGNMENT = 32
+
+# Floats of a slot that holds states of several layers: 1 MiB. vLLM gives keys and values blocks of as many bytes, and
+# larger ones waste memory on short sequences.
+_LARGEST_SHARED_SLOT = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftmaxCall:
+    """Shapes of one layer's softmax attention."""
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head in vLLM's cache: keys and values are padded with zeros to the next size that it takes.
+
+        Raises UserError where there is none.
+        """
+        width = max(self.key_dim, self.value_dim)
+        size = next((size for size in _HEAD_SIZES if size >= width), None)
+        if size is None:
+            raise UserError(f"attention heads {width} wide cannot be sampled by vLLM: the widest are {_HEAD_SIZES[-1]}")
+        return size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecurrentCall:
+    """Shapes of one call of a recurrence."""
+
+    op: RecurrentOp
+    state: tuple[int, ...]
+    """Of one sequence."""
+    output: tuple[int, ...]
+    """Of one token."""
+    dtype: torch.dtype
+    """Of the output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePlace:
+    """Place of one recurrence's state in the slot that a sequence has in a holder."""
+
+    holder: int
+    offset: int
+    """In floats."""
+    shape: tuple[int, ...]
+
+    @property
+    def floats(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All attention of a forward pass, in the order of its calls."""
+
+    vocab_size: int
+    hidden_size: int
+    softmax: tuple[SoftmaxCall, ...]
+    recurrent: tuple[RecurrentCall, ...]
+    selected: int | None
+    """The fewest keys that a layer of sparse attention selects; None without such layers."""
+
+    @cached_property
+    def holders(self) -> int:
+        """Layers of vLLM's cache that hold the states: as many as there are softmax layers, while slots stay small.
+
+        vLLM sorts the layers of its cache into groups of one kind and size and does the host's work once a group.
+        """
+        most = max(self._kinds.values(), default=0)
+        if not most:
+            return 0
+        fitting = _LARGEST_SHARED_SLOT // sum(_aligned_floats(state) for _, state in self._kinds)
+        each = min(math.ceil(most / len(self.softmax)), max(fitting, 1))
+        return math.ceil(most / each)
+
+    @property
+    def slot_floats(self) -> int:
+        """Floats of a slot, alike in all holders."""
+        return sum(size * each for size, each in self._shares.values())
+
+    @cached_property
+    def places(self) -> tuple[StatePlace, ...]:
+        """One a recurrent call: calls of one kind fill a holder after the other."""
+        first, offset = {}, 0
+        for kind, (size, each) in self._shares.items():
+            first[kind] = offset
+            offset += size * each
+        seen: Counter[tuple[RecurrentOp, tuple[int, ...]]] = Counter()
+        places = []
+        for call in self.recurrent:
+            kind = call.op, call.state
+            size, each = self._shares[kind]
+            holder, row = divmod(seen[kind], each)
+            places.append(StatePlace(holder=holder, offset=first[kind] + row * size, shape=call.state))
+            seen[kind] += 1
+        return tuple(places)
+
+    @cached_property
+    def _kinds(self) -> Counter[tuple[RecurrentOp, tuple[int, ...]]]:
+        return Counter((call.op, call.state) for call in self.recurrent)
+
+    @cached_property
+    def _shares(self) -> dict[tuple[RecurrentOp, tuple[int, ...]], tuple[int, int]]:
+        """(floats of a state, states in each holder) of every kind."""
+        return {
+            kind: (_aligned_floats(kind[1]), math.ceil(calls / self.holders)) for kind, calls in self._kinds.items()
+        }
+
+
+def _aligned_floats(state: tuple[int, ...]) -> int:
+    return math.ceil(math.prod(state) / _ALIGNMENT) * _ALIGNMENT
+
+
+class Recorder:
+    """An `Attention` that records the shapes of every call and computes nothing."""
+
+    def __init__(self) -> None:
+        self.softmax_calls: list[SoftmaxCall] = []
+        self.recurrent_calls: list[RecurrentCall] = []
+        self.selected: int | None = None
+
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        call = SoftmaxCall(
+            heads=q.shape[1],
+            kv_heads=k.shape[1],
+            key_dim=q.shape[2],
+            value_dim=v.shape[2],
+            scale=q.shape[2] ** -0.5 if scale is None else scale,
+        )
+        self.softmax_calls.append(call)
+        return q.new_empty(*q.shape[:2], v.shape[2])
+
+    def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
+        with torch.device("cpu"):
+            zeros = [torch.zeros(x.shape, dtype=x.dtype) for x in inputs]
+            bounds = torch.tensor([0, len(zeros[0])], dtype=torch.int32)
+            output, state = op.packed(*zeros, bounds, output_final_state=True)
+        assert state is not None
+        call = RecurrentCall(op=op, state=tuple(state.shape[1:]), output=tuple(output.shape[1:]), dtype=output.dtype)
+        self.recurrent_calls.append(call)
+        return output.to(inputs[0].device)
+
+    def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
+        self.selected = index.top_k if self.selected is None else min(self.selected, index.top_k)
+        return self.softmax(q, k, v, scale)
+
+
+def check_context(plan: Plan, max_context: int) -> None:
+    """Raises UserError where sparse attention would select: vLLM then needs kernels of its own for it."""
+    if plan.selected is not None and max_context > plan.selected:
+        raise UserError(
+            f"rollout.engine: the policy's sparse attention selects {plan.selected} keys; contexts longer than that "
+            f"(up to {max_context} tokens here) are sampled by the torch engine: set it to torch"
+        )
+
+
+def plan_of(config: HFConfig, folder: Path, dtype: torch.dtype) -> Plan:
+    """The plan of the policy that a config.json's content describes; `folder` holds its weights.
+
+    Raises UserError where vLLM cannot hold its attention.
+    """
+    return _plan(json.dumps(config, sort_keys=True), folder, dtype)
+
+
+@cache
+def _plan(config: str, folder: Path, dtype: torch.dtype) -> Plan:
+    policy = _without_memory(json.loads(config), folder, dtype)
+    token, recorder = torch.zeros(1, dtype=torch.long, device="meta"), Recorder()
+    with torch.no_grad():
+        policy.attend(token, token, recorder)
+    vocab_size, hidden_size = policy.lm_head_weight.shape
+    plan = Plan(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        softmax=tuple(recorder.softmax_calls),
+        recurrent=tuple(recorder.recurrent_calls),
+        selected=recorder.selected,
+    )
+    sizes = {(call.kv_heads, call.head_size) for call in plan.softmax}
+    if len(sizes) > 1:
+        raise UserError(f"vLLM cannot hold softmax layers of different (key heads, head sizes): {sorted(sizes)}")
+    if not sizes:
+        raise UserError(
+            "rollout.engine: a policy without softmax layers is sampled by the torch engine: set it to torch"
+        )
+    return plan
+
+
+def _without_memory(config: HFConfig, folder: Path, dtype: torch.dtype) -> Policy:
+    with torch.device("meta"):
+        policy = family_of(config).build(config, folder, dtype)
+    for module in policy.modules():
+        if isinstance(module, Experts):
+            module.forward = _no_experts
+    return policy
+
+
+def _no_experts(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """In the place of `Experts.forward`: the sizes of its groups are values, which the meta device does not have."""
+    return x

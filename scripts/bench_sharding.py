@@ -1,0 +1,343 @@
+"""Memory and speed of sharded learners beside whole copies: GiB a rank, tokens a second, weight sync.
+
+    python scripts/bench_sharding.py --out FILE                  two GPUs, all policies
+    python scripts/bench_sharding.py --device cpu --policies tiny --tokens 64
+
+Each line is a policy of random weights and a form: `one` rank, `copies` on every rank, or `shards`. A form runs in
+processes of its own, one a card, which end before the next form starts; one that does not fit says so. A step is
+`Learner.update` on four micro-batches a rank of documents of 1,024 tokens, three quarters of them trained on, with
+gradient checkpointing and CISPO's loss, bfloat16 weights and float32 masters. The first step warms up and is left out.
+
+    state GiB     allocated after a step: weights, masters and moments      peak GiB   the most during a step
+    sync GB/s     the weights in the engines' format over the time to gather and copy every bucket out of the buffer
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+QWEN3: dict[str, object] = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6}
+POLICIES: dict[str, dict[str, object]] = {
+    "hybrid-1.4b": {
+        "model_type": "minimax",
+        "vocab_size": 32768,
+        "hidden_size": 2048,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 15,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention" if n == 7 else "linear_attention" for n in range(15)],
+        "tie_word_embeddings": True,
+    },
+    "qwen3-1.7b": {
+        **QWEN3,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-4b": {
+        **QWEN3,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        **QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
+TINY: dict[str, object] = {
+    **POLICIES["hybrid-1.4b"],
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+FORMS = {"one": (1, False), "copies": (2, False), "shards": (2, True)}
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One form of one policy."""
+
+    policy: str
+    form: str
+    device: str
+    tokens: int
+    """Of a micro-batch."""
+    micro_batches: int
+    steps: int
+
+    @property
+    def ranks(self) -> int:
+        return FORMS[self.form][0]
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        return TINY if self.policy == "tiny" else POLICIES[self.policy]
+
+
+def measure(work: Work, rank: int, address: str) -> dict[str, Any]:
+    """One rank's figures."""
+    import torch
+
+    from cispo.algorithms.losses import Cispo
+    from cispo.algorithms.objective import Objective
+    from cispo.learner.learner import Learner
+    from cispo.policies.loading import policy_on_meta
+    from cispo.recipe.schema import Learner as LearnerConfig
+
+    cuda = work.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(0)
+
+    def synchronize() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    config = LearnerConfig(shard=FORMS[work.form][1], ranks=work.ranks, gradient_checkpointing=True)
+    options = {"rank": rank, "world": work.ranks, "address": address, "device": work.device}
+    started = time.perf_counter()
+    with random_weights(work):
+        learner = Learner("", config, dtype="bfloat16", **options)  # type: ignore[arg-type]
+    parameters = sum(p.numel() for p in policy_on_meta(work.config, None, torch.bfloat16).parameters())
+    built = synchronize() - started
+    own = batch(work)[rank]
+    objective = Objective(loss=Cispo(ratio_max=5.0))
+    seconds = []
+    for step in range(work.steps + 1):
+        if cuda and step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        before = synchronize()
+        result = learner.update(own, objective, lr=1e-6)
+        seconds.append(synchronize() - before)
+        assert result.taken, "a gradient is not finite"
+    state, peak = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if cuda else (0, 0)
+    sync = sync_seconds(learner, synchronize)
+    tokens = work.ranks * sum(len(mb.tokens) for mb in own)
+    done = {
+        "parameters": parameters,
+        "build_s": built,
+        "tokens_per_s": tokens / statistics.median(seconds[1:]),
+        "state_gib": state / GIB,
+        "peak_gib": peak / GIB,
+        "sync_s": sync,
+        "sync_gb_per_s": 2 * parameters / sync / 1e9,
+        "grad_norm": result.grad_norm,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": str(torch.__version__),
+    }
+    learner.close()
+    return done
+
+
+def sync_seconds(learner: Any, synchronize: Any) -> float:
+    """The fastest of three transfers of all buckets: gathered or copied, then copied out as an engine does."""
+    import torch
+
+    sender = learner.sender
+    target = torch.empty_like(sender.buffer)
+    found = []
+    for _ in range(4):
+        before = synchronize()
+        for number, bucket in enumerate(sender.buckets):
+            learner.stage_bucket(number, "broadcast", check=False)
+            target[: bucket.bytes].copy_(sender.buffer[: bucket.bytes])
+        found.append(synchronize() - before)
+    return min(found[1:])
+
+
+def random_weights(work: Work) -> Any:
+    """A block in which policies are built from the work's config with random weights, and no file is read."""
+    import contextlib
+
+    import torch
+
+    from cispo.learner import rank, sharding
+    from cispo.policies.loading import policy_on_meta
+    from cispo.policies.policy import Policy
+
+    def draw(name: str, values: torch.Tensor, seed: int) -> None:
+        if values.dim() > 1:
+            values.normal_(std=0.02, generator=torch.Generator(values.device).manual_seed(seed))
+        else:
+            values.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def whole(folder: str, dtype: torch.dtype) -> Policy:
+        policy = policy_on_meta(work.config, None, dtype)
+        sharding.allocate(policy, torch.device(work.device))
+        with torch.no_grad():
+            for number, (name, parameter) in enumerate(policy.named_parameters()):
+                draw(name, parameter, number)
+        return policy
+
+    def rows(policy: Policy, folder: str, mesh: Any, dtype: torch.dtype) -> None:
+        for number, (name, parameter) in enumerate(policy.named_parameters()):
+            draw(name, sharding.rows_of(parameter, mesh).values, number * mesh.world + mesh.rank)
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(rank, "load_policy", whole))
+    stack.enter_context(mock.patch.object(rank, "fill_from", rows))
+    meta = lambda folder, dtype: policy_on_meta(work.config, None, dtype)  # noqa: E731
+    stack.enter_context(mock.patch.object(sharding, "policy_without_weights", meta))
+    stack.enter_context(mock.patch.object(sharding, "local_folder", Path))
+    return stack
+
+
+def batch(work: Work) -> Any:
+    """[ranks][micro-batches] of equal sizes."""
+    import torch
+
+    from cispo.batch import pack
+    from cispo.types import Sample
+
+    generator = torch.Generator().manual_seed(0)
+    length = min(1024, work.tokens)
+    vocabulary = int(str(work.config["vocab_size"]))
+    samples = []
+    for number in range(work.ranks * work.micro_batches * work.tokens // length):
+        mask = torch.arange(length + 1) > length // 4
+        samples.append(
+            Sample(
+                token_ids=torch.randint(vocabulary, (length + 1,), generator=generator),
+                loss_mask=mask,
+                rollout_logprobs=torch.where(mask, -11.9, 0.0),
+                versions=mask.int(),
+                advantages=mask * float(torch.randn((), generator=generator)),
+                group_id=number // 8,
+                index=number % 8,
+            )
+        )
+    options = {"max_tokens": length, "tokens_per_micro_batch": work.tokens, "ranks": work.ranks}
+    return pack(samples, reduction="token", **options)  # type: ignore[arg-type]
+
+
+def _rank(work: Work, rank: int, address: str, results: Any) -> None:
+    if work.device == "cuda":
+        # Before torch is imported: a rank sees its own card alone, as a Ray actor does.
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[rank]
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    try:
+        results.put((rank, measure(work, rank, address)))
+    except BaseException as error:
+        memory = type(error).__name__ == "OutOfMemoryError"
+        if not memory:
+            traceback.print_exc()
+        results.put((rank, {"failed": "out of memory" if memory else f"{type(error).__name__}: {error}"[:300]}))
+        results.close()
+        results.join_thread()
+        os._exit(1)  # other ranks may wait in a collective for ever
+
+
+def run(work: Work, limit: float) -> dict[str, Any]:
+    """The figures of rank 0, memory as the most of all ranks; or the reason of a failure."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_rank, args=(work, r, address, results)) for r in range(work.ranks)]
+    for process in processes:
+        process.start()
+    found: dict[int, dict[str, Any]] = {}
+    end = time.monotonic() + limit
+    try:
+        while len(found) < work.ranks and not any("failed" in figures for figures in found.values()):
+            rank, figures = results.get(timeout=max(end - time.monotonic(), 0.1))
+            found[rank] = figures
+    except Exception:
+        found[-1] = {"failed": f"no result within {limit:.0f} s"}
+    for process in processes:
+        process.join(timeout=0.1 if any("failed" in f for f in found.values()) else 30)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    failed = next((f for f in found.values() if "failed" in f), None)
+    if failed is not None:
+        return failed
+    return found[0] | {k: max(f[k] for f in found.values()) for k in ("state_gib", "peak_gib")}
+
+
+def lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A table of all forms, with ratios to one rank's memory and to copies' speed."""
+    yield "| policy | form | state GiB | of one rank | peak GiB | tokens/s | of copies | sync GB/s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for policy, forms in results.items():
+        copies = forms.get("copies", {}).get("tokens_per_s")
+        for form, r in forms.items():
+            if "failed" in r:
+                yield f"| {policy} | {form} | {r['failed']} | | | | | |"
+                continue
+            # Where one rank does not fit: bfloat16 weights, float32 masters and two moments.
+            one = forms.get("one", {}).get("state_gib") or 14 * r["parameters"] / GIB
+            speed = f"{r['tokens_per_s'] / copies:.2f}" if copies else ""
+            yield (
+                f"| {policy} | {form} | {r['state_gib']:.2f} | {r['state_gib'] / one:.2f} | {r['peak_gib']:.1f} "
+                f"| {r['tokens_per_s']:,.0f} | {speed} | {r['sync_gb_per_s']:.1f} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches of a rank in a step")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds that a form may take")
+    parser.add_argument("--out", type=Path, help="JSON file of all figures")
+    args = parser.parse_args()
+    results: dict[str, dict[str, Any]] = {}
+    for policy in args.policies.split(","):
+        for form in args.forms.split(","):
+            work = Work(
+                policy=policy,
+                form=form,
+                device=args.device,
+                tokens=args.tokens,
+                micro_batches=args.micro_batches,
+                steps=args.steps,
+            )
+            started = time.monotonic()
+            results.setdefault(policy, {})[form] = run(work, args.limit)
+            print(f"{policy} {form} ({time.monotonic() - started:.0f} s): {results[policy][form]}", flush=True)
+            if args.out is not None:
+                args.out.write_text(json.dumps(results, indent=1))
+    print("\n".join(lines(results)))
+
+
+if __name__ == "__main__":
+    main()

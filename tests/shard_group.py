@@ -78,6 +78,9 @@ CASES = [
     Case("tied float32, sequences", "tied", dtype="float32", objective=SEQUENCE, checkpointing=True),
     Case("rows that ranks do not divide", "uneven", aux=0.5),
     Case("ranks without a micro-batch", "untied", aux=0.5, share_prompts=True, count=1),
+    Case("stored buffers", "minimax_m2", aux=0.5, share_prompts=True, worlds=(2,)),
+    Case("gated DeltaNet", "qwen3_next", aux=0.5, checkpointing=True, worlds=(2,)),
+    Case("latent attention", "deepseek_v3", dtype="float32", objective=SEQUENCE, worlds=(2,)),
     Case("dense", "dense", checkpointing=True, share_prompts=True, worlds=(2,)),
     Case("dense, tied, float32", "dense tied", dtype="float32", objective=SEQUENCE, worlds=(2,)),
 ]
@@ -205,6 +208,25 @@ class Group:
         learner.load_reference(str(self.root / "untied other"))
         return before, frozen, after, learner.logprobs(own, reference=True), learner.logprobs(own)
 
+    def far(self) -> list[Tensor]:
+        """Logprobs in bfloat16 at positions from 3,000 on, where rounded rotary tables would be far off."""
+        own = [replace(mb, positions=mb.positions + 3000) for mb in batch(self.world)[self.own]]
+        return self.learner("untied", dtype="bfloat16").logprobs(own)
+
+    def mixed(self) -> Any:
+        """A bfloat16 policy with float32 decays and buffers: a step, its norm, the weights it sends and saves."""
+        learner = self.learner("qwen3_next", dtype="bfloat16")
+        own = batch(self.world)[self.own]
+        before = learner.logprobs(own)
+        norm = learner.update(own, TOKEN, lr=LR).grad_norm
+        sent = [learner.stage_bucket(n, "broadcast", check=True).checksum for n in range(learner.num_buckets())]
+        to = self.root / "mixed"
+        self._save(learner, to)
+        resumed = self.learner(to, dtype="bfloat16")
+        resumed.restore(str(to))
+        again = [resumed.stage_bucket(n, "broadcast", check=True).checksum for n in range(resumed.num_buckets())]
+        return before, norm, sent, again
+
     def transfers(self, folder: str, dtype: Dtype) -> Any:
         """Checksum of every staged bucket, the bytes that staging allocates, and the published file's path."""
         learner = self.learner(folder, dtype=dtype)
@@ -217,7 +239,7 @@ class Group:
         return sums, made.bytes / max(c.bucket.bytes for c in checks), learner.publish(str(target), 7), count
 
     def checkpoints(self, dtype: Dtype) -> Any:
-        """Two steps, a checkpoint, a step: the same as a step from the checkpoint; then one rank's checkpoint, copied."""
+        """A step after a checkpoint and one from it, which are the same; a copy of the checkpoint of one rank."""
         own, to = batch(self.world)[self.own], self.root / f"from {self.world} {dtype}"
         learner = self.learner("untied", dtype=dtype)
         for _ in range(2):
@@ -277,9 +299,12 @@ def _entry(own: int, world: int, root: Path, address: str, draft: Path | None) -
         results["step float32"] = group.steps("float32", 1)
         results["critic"] = group.values()
         results["references"] = group.references()
+        results["far"] = group.far()
         for folder in ("untied", "uneven", *(["dense tied"] if world == 2 else [])):
             results[f"transfer {folder}"] = group.transfers(folder, "float32")
         results["transfer bfloat16"] = group.transfers("untied", "bfloat16")
+        if world == 2:
+            results["mixed"] = group.mixed()
         for dtype in ("float32", "bfloat16"):
             results[f"checkpoint {dtype}"] = group.checkpoints(dtype)
         results["hang"] = group.hang() if world == 2 else ""

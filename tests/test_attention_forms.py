@@ -130,7 +130,7 @@ def test_sparse_documents(top_k: int) -> None:
 
 @pytest.mark.parametrize("top_k", [6, 200])
 def test_sparse_shared_prompts(top_k: int) -> None:
-    """Two prompts of 7 and 70 tokens, read by three and two documents: what documents of their own get."""
+    """Two prompts of 7 and 70 tokens, read by three and two documents: as if each had a copy of its own."""
     prompts, readers, own = [7, 70], [0, 1, 0, 0, 1], [5, 3, 0, 80, 9]
     lengths, distinct, reading, first = [], [], [], {}
     for prompt, new in zip(readers, own, strict=True):

@@ -21,6 +21,8 @@ from cispo.policies.loading import init_policy, save_policy
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer, load_tokenizer
+from cispo.rollout.rewards import RewardFunction, RewardRunner
+from cispo.rollout.rollout import score
 from cispo.types import Completion, FinishReason, Prompt, Sampling, TrajectoryGroup
 from tests.tiny_policies import MINIMAX
 
@@ -40,7 +42,7 @@ def renderer() -> Renderer:
 
 
 Say = Callable[[int, int], str]
-"""(attempt, turn) -> the policy's reply."""
+"""(number among the attempts that go on, turn) -> the policy's reply."""
 
 
 class Scripted:
@@ -216,6 +218,32 @@ def test_the_time_of_tools_changes_nothing(renderer: Renderer):
 def test_sections_without_a_meaning_are_refused(renderer: Renderer, env: dict[str, object], sentence: str):
     with pytest.raises(UserError, match=sentence), playing(renderer, [prompt()], **env):
         pass
+
+
+def by_conversation(completion: str, conversation: list[dict[str, object]], status: str) -> float:
+    assert [m["role"] for m in conversation[:2]] == ["user", "assistant"] and completion == conversation[-1]["content"]
+    return float(len(conversation)) if status == "answered" else 0.0
+
+
+def test_rewards_see_the_whole_attempt(renderer: Renderer):
+    """Facts by name, of each attempt its own; a column of the dataset with such a name takes precedence."""
+    names = ["by_conversation"]
+    functions = [RewardFunction(fn=f"tests.test_episodes:{name}") for name in names]
+    functions += [
+        RewardFunction(fn=f"rewards.agent:{name}") for name in ("failed_calls", "unreadable", "turns", "calls")
+    ]
+    runner = RewardRunner(functions, timeout=20.0)
+    # The first of those that are left answers.
+    engine = Scripted(renderer, lambda number, turn: "[add x]" if number else "7")
+    with playing(renderer, tools=TOOLS) as episodes, contextlib.closing(runner):
+        runner.check_rows([prompt()], "data")
+        groups = play(episodes, engine, prompt(), group_size=3) + play(
+            episodes, Scripted(renderer, engine.say), prompt(calls=9)
+        )
+        [group, other] = asyncio.run(score(groups, runner))
+    values = [[t.rewards[n] for n in runner.names] for t in group.trajectories]
+    assert values == [[2.0, 0.0, 0.0, 1.0, 0.0], [4.0, 1.0, 0.0, 2.0, 1.0], [6.0, 2.0, 0.0, 3.0, 2.0]]
+    assert other.trajectories[0].rewards["calls"] == 9.0
 
 
 def test_sampler_and_learner_agree_over_turns(renderer: Renderer, tmp_path: Path):

@@ -74,7 +74,7 @@ def test_variants_equal_transformers(
 
 
 def test_sparse_attention_equals_stock_transformers(tmp_path: Path) -> None:
-    """Without the tie rule patched in: up to `index_topk` tokens every key is selected, whatever its score."""
+    """Without the tie rule patched in: up to `index_topk` tokens every key is selected."""
     tiny, tokens = TINY["deepseek_v32"], tokens_of(90, VOCAB, seed=4)
     config = AutoConfig.for_model("deepseek_v32", **{**COMMON, **tiny.config, "index_topk": 90})
     torch.manual_seed(0)

@@ -135,7 +135,7 @@ def test_one_gradient_for_any_micro_batches_ranks_and_order(policy_folder: Path)
     processes = [context.Process(target=_rank, args=(r, str(policy_folder), address, queue)) for r in range(2)]
     for process in processes:
         process.start()
-    ranks = sorted((queue.get(timeout=120) for _ in processes), key=lambda r: r[0])
+    ranks = sorted((queue.get(timeout=600) for _ in processes), key=lambda r: r[0])
     for process in processes:
         process.join(timeout=60)
     for _, flat, _, _ in ranks:

@@ -83,7 +83,7 @@ def test_a_cluster_of_this_machine(server: str | None, said: list[str]) -> None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=180,
+            timeout=600,
         )
     assert done.returncode == 0, done.stderr
     lines = ["heard 1", "mode 0o700", "apart True True", "answers 0 ended []", *said, "left []", "folder False soon"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cispo.errors import UserError
+from cispo.algorithms import ALGORITHMS, Algorithm
+from cispo.algorithms.presets import PRESETS
+from cispo.batch import pack
+from cispo.errors import RunError, UserError
 from cispo.files import save_tensors, write_json
 from cispo.learner.learner import Learner
+from cispo.learner.memory import rank_memory
 from cispo.learner.parallel import Mesh, shards
 from cispo.learner.sharding import Rows, extent, row_range, rows_of
 from cispo.learner.state import StoredState, state_path, write_state
 from cispo.output.checkpoint import CheckpointFolder
-from cispo.policies.loading import init_policy, load_policy, save_policy, weight_files
+from cispo.policies.loading import init_policy, load_policy, save_policy, shape_of, weight_files
 from cispo.policies.policy import Place
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.weights.buckets import WeightSender
+from tests import tiny_hybrids
 from tests.shard_group import (
     BUCKET,
     CASES,
@@ -36,7 +42,7 @@ from tests.shard_group import (
     joined,
     run_group,
 )
-from tests.test_learner import DENSE, TINY
+from tests.test_learner import DENSE, TINY, samples
 
 WORLDS = (2, 4)
 CONFIGS = {
@@ -48,6 +54,9 @@ CONFIGS = {
 }
 
 
+CONFIGS |= {name: tiny_hybrids.TINY[name].hf_config for name in ("minimax_m2", "qwen3_next", "deepseek_v3")}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Policies, norm weights off neutral, a checkpoint written by one rank, and the results of both groups."""
@@ -55,7 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in CONFIGS.items():
         policy = init_policy(config, seed=0)
         with torch.no_grad():
-            for parameter in policy.parameters():
+            for parameter in policy.named_weights().values():
                 if parameter.dim() == 1:
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
         save_policy(policy, made / name)
@@ -157,6 +166,17 @@ def test_passes_without_gradient_see_the_newest_weights(root: Path):
             assert torch.allclose(torch.cat(reference), torch.cat(learner.logprobs(mbs)), atol=1e-5)
 
 
+def test_bfloat16_passes_are_those_of_a_whole_copy_bit_for_bit(root: Path):
+    """At far positions too: rotary tables stay float32."""
+    learner = Learner(str(root / "untied"), LearnerConfig(), dtype="bfloat16")
+    for world in WORLDS:
+        for own, values in enumerate(results(root, world, "far")):
+            mbs = [replace(mb, positions=mb.positions + 3000) for mb in batch(world)[own]]
+            assert all(torch.equal(a, b) for a, b in zip(values, learner.logprobs(mbs), strict=True))
+    near = learner.logprobs(batch(1)[0])
+    assert not torch.equal(torch.cat(near), torch.cat(one_rank(root).far()))
+
+
 @pytest.mark.parametrize(
     ("name", "folder", "dtype"),
     [
@@ -182,6 +202,25 @@ def test_engines_get_the_weights_of_one_rank(root: Path, name: str, folder: str,
         published = load_file(results(root, world, name)[0][2])
         if (folder, dtype) in (("dense tied", "float32"), ("untied", "bfloat16")):  # the last of their number format
             assert published.keys() == state.keys() and all(torch.equal(published[n], state[n]) for n in state)
+
+
+def test_float32_parts_of_a_bfloat16_policy_stay_float32(root: Path):
+    """Decays, which FSDP would cast: logprobs bit for bit, the step's norm to the rounding of gradients, 1e-2."""
+    learner = Learner(str(root / "qwen3_next"), LearnerConfig(), dtype="bfloat16")
+    assert any(p.dtype == torch.float32 for p in learner.policy.parameters())
+    norm = learner.update(batch(1)[0], TOKEN, lr=LR).grad_norm
+    whole = Learner(str(root / "qwen3_next"), LearnerConfig(), dtype="bfloat16")
+    found = results(root, 2, "mixed")
+    for own, (before, ours, sent, again) in enumerate(found):
+        assert all(torch.equal(a, b) for a, b in zip(before, whole.logprobs(batch(2)[own]), strict=True))
+        assert ours == pytest.approx(norm, rel=1e-2) and ours == found[0][1]
+        assert sent == again == found[0][2]
+    saved_weights = load_policy(root / "mixed", dtype=torch.bfloat16).to_hf()
+    exact = {name for name, tensor in saved_weights.items() if tensor.dtype == torch.float32}
+    assert exact == {name for name, tensor in learner.policy.to_hf().items() if tensor.dtype == torch.float32} != set()
+    for name in exact:
+        assert torch.allclose(saved_weights[name], learner.policy.to_hf()[name], atol=2 * LR)
+        assert not torch.equal(saved_weights[name], whole.policy.to_hf()[name])
 
 
 def everything(folder: Path) -> dict[str, Tensor]:
@@ -242,6 +281,60 @@ def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(root: Path, tmp
     resumed.restore(checkpoint)
     assert all(torch.equal(a, b) for a, b in zip(resumed.policy.parameters(), learner.policy.parameters(), strict=True))
     assert gradients(resumed.rank).keys() == gradients(learner.rank).keys()
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS.values(), *PRESETS.values()], ids=lambda choice: choice.name)
+def test_a_stand_in_adds_nothing(root: Path, algorithm: Algorithm):
+    """No loss, exact zeros as gradient, no token, no choice of an expert, and the metrics of other batches by name."""
+    learner = Learner(str(root / "untied"), LearnerConfig(router_aux_coef=0.5, router_aux_tokens="all"))
+    given = [replace(s, old_logprobs=s.rollout_logprobs, ref_logprobs=s.rollout_logprobs) for s in samples(1)]
+    (real,), (stand_in,) = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=40, ranks=2)
+    alone = learner.forward_backward([stand_in], algorithm.objective)
+    assert alone.loss == alone.aux_loss == 0 and alone.tokens is not None and not len(alone.tokens.ratio)
+    assert all(bool((g == 0).all()) for g in learner.rank.optimizer.gradients())
+    learner.rank.optimizer.step(0.0, max_grad_norm=1.0)
+    one = learner.forward_backward([real], algorithm.objective)
+    learner.rank.optimizer.step(0.0, max_grad_norm=1.0)
+    both = learner.forward_backward([real, stand_in], algorithm.objective)
+    assert (both.loss, both.aux_loss) == (one.loss, one.aux_loss) and one.tokens and both.tokens
+    assert torch.equal(one.tokens.logprobs, both.tokens.logprobs)
+    assert one.tokens.extra.keys() == both.tokens.extra.keys() == alone.tokens.extra.keys()
+
+
+def test_memory_of_a_rank_by_hand():
+    """A copy in bfloat16: 14 bytes a number, 6 more in a pass. Shards: 12 / ranks, and the gathered weights in a pass."""
+    policy = shape_of({**TINY, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    count = sum(p.numel() for p in policy.parameters())
+    block = sum(p.numel() for p in policy.get_submodule("layers.0").parameters())
+    config = LearnerConfig(ranks=4, tokens_per_micro_batch=100)
+    copy = rank_memory(policy, config, dtype="bfloat16", sharded=False)
+    assert (copy.state, copy.during_pass) == (14 * count, 6 * count)
+    assert rank_memory(policy, config, dtype="float32", sharded=False).state == 12 * count
+    split = rank_memory(policy, config, dtype="bfloat16", sharded=True)
+    assert split.state == -(-12 * count // 4)
+    rest = count - 2 * block
+    assert split.during_pass == -(-4 * count // 4) + 2 * (rest + 2 * block) + 6 * max(rest, block)
+    adapted = rank_memory(policy, config, dtype="bfloat16", sharded=False, adapter=500)
+    assert (adapted.state, adapted.during_pass) == (2 * count + 14 * 500, 6 * 500)
+    # q, k, v and o of 2 heads of 16 and 1 of keys, the router of 4, both matrices of a token's 2 experts.
+    kept = (32 + 32) + 2 * (16 + 32) + (32 + 32) + (4 + 32) + 2 * (48 + 32) + 2 * (32 + 24)
+    assert copy.activations == 100 * 2 * 2 * kept
+    less = config.model_copy(update={"gradient_checkpointing": True})
+    assert rank_memory(policy, less, dtype="bfloat16", sharded=True).activations == 100 * 2 * (2 * 32 + kept)
+
+
+def test_too_little_memory_names_the_keys_that_help(root: Path, monkeypatch: pytest.MonkeyPatch):
+    learner = Learner(str(root / "untied"), LearnerConfig())
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(learner, "_loss", full)
+    with pytest.raises(
+        RunError, match="micro-batch 1 of 1: CUDA out of memory; less is used with learner.gradient_check"
+    ) as raised:
+        learner.update(pack(samples(1), reduction="token", max_tokens=16, tokens_per_micro_batch=40)[0], TOKEN, lr=LR)
+    assert "learner.shard=true" in str(raised.value) and "policy.lora" in str(raised.value)
 
 
 def test_the_choice_of_shards():

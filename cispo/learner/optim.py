@@ -41,7 +41,7 @@ class Optimizer:
 
     Gradients are summed in float32 over micro-batches. Weights of a lower precision are copies of float32 masters: a
     learning rate of 1e-6 is far below the spacing of bfloat16 numbers and would change nothing. Of a parameter that is
-    split over the ranks the master is this rank's rows, which FSDP keeps in float32 and whose gradients it sums.
+    split over the ranks the master is this rank's rows: FSDP keeps them in float32 and sums their gradients.
     """
 
     def __init__(
@@ -52,11 +52,12 @@ class Optimizer:
         eps: float,
         weight_decay: float,
         over_ranks: Callable[[Sequence[Tensor]], None] | None = None,
+        ranks: int = 1,
         keep_masters: bool = False,
     ) -> None:
         """`parameters` are (name, parameter) pairs; the state is saved under the names.
 
-        For split parameters `over_ranks` sums tensors over the ranks in place; `keep_masters` adds the masters to the
+        For split parameters `over_ranks` sums tensors over the `ranks` in place; `keep_masters` adds the masters to the
         state, where the weights in a model folder are rounded.
         """
         named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
@@ -69,9 +70,13 @@ class Optimizer:
         """(split parameter, the rows of it that are its master)."""
         self.copies = [(p, m) for p, m in pairs if p is not m and not isinstance(p, DTensor)]
         """(weight of a lower precision, its master)."""
-        self.keep_masters, self.over_ranks = keep_masters, over_ranks
-        matrices = [m for m in self.masters if m.dim() > 1]
-        others = [m for m in self.masters if m.dim() <= 1]
+        self.whole = [m for p, m in pairs if not isinstance(p, DTensor)]
+        """Masters that every rank has in full."""
+        self.keep_masters, self.over_ranks, self.ranks = keep_masters, over_ranks, ranks
+        # Of a parameter with fewer rows than ranks some ranks hold none.
+        held = [m for m in self.masters if m.numel()]
+        matrices = [m for m in held if m.dim() > 1]
+        others = [m for m in held if m.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         # Fused is one kernel for all tensors on a GPU, and on a CPU one pass over each instead of a dozen.
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
@@ -156,9 +161,13 @@ class Optimizer:
         """Scales the gradients down to the norm over all parameters; returns the norm before."""
         if self.over_ranks is None:
             return float(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm))
-        # Every element is in the rows of one rank: squares are summed, once each.
-        gradients = self.gradients()
-        square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        whole = {id(m) for m in self.whole}
+        held = [m for m in self.masters if m.numel()]
+        gradients = [m.grad for m in held if m.grad is not None]
+        squares = torch.stack(torch._foreach_norm(gradients)).double().square()
+        # Every element counts once: rows are on one rank, and of a whole one each rank adds its share.
+        shares = [1 / self.ranks if id(m) in whole else 1.0 for m in held if m.grad is not None]
+        square = squares.dot(torch.tensor(shares, dtype=squares.dtype, device=squares.device))
         self.over_ranks([square])
         norm = square.sqrt()
         scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -112,6 +112,8 @@ def join(*, rank: int, world: int, device: torch.device, address: str, shard: bo
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
         if shard:
+            if device.type == "cuda":
+                torch.cuda.set_device(device.index or 0)  # a mesh would choose the device by the rank
             axis = init_device_mesh(device.type, (world,), mesh_dim_names=("dp_shard",))
     return Mesh(rank=rank, world=world, device=device, host=host, shards=axis)
 

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cispo.errors import RunError
 from cispo.files import BackgroundSave
@@ -112,6 +113,7 @@ class Rank:
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
             over_ranks=self.mesh.sum if self.sharded else None,
+            ranks=self.mesh.world,
             keep_masters=self.sharded and not self.with_model and self.dtype == "bfloat16",
         )
 
@@ -160,10 +162,10 @@ class Rank:
         for number, mb in enumerate(batches, 1):
             with self.doing(f"forward and backward of micro-batch {number} of {len(batches)}"):
                 reports.append(self._backward(mb, loss_of))
-        gradients = self.optimizer.gradients()
-        if not self.sharded:
-            with self.doing("the sum of gradients"):
-                self.mesh.sum(gradients)
+        self.optimizer.gradients()
+        with self.doing("the sum of gradients"):
+            # FSDP has summed those of split parameters.
+            self.mesh.sum([m.grad for m in self.optimizer.whole if m.grad is not None])
         return reports
 
     def _backward(self, mb: MicroBatch, loss_of: Callable[[MicroBatch], tuple[Tensor, Report]]) -> Report:
@@ -180,7 +182,7 @@ class Rank:
     def start_save(self, folder: str, write_model: Callable[[], None] | None = None) -> None:
         """Copies the state to the host; a thread runs `write_model` and writes the state while training goes on.
 
-        A rank whose state is that of rank 0 writes nothing.
+        A rank with the state of rank 0 writes nothing.
         """
         if not self.writes:
             return
@@ -202,7 +204,7 @@ class Rank:
             state = {f"{_MODEL}{name}": r.on_host() for name, r in rows.items()}
         state |= state_rows(self.optimizer.state(), rows)
         # Step counts and the like are equal on all ranks.
-        return {key: r for key, r in state.items() if r.shape or self.mesh.rank == 0}
+        return {key: r for key, r in state.items() if r.split or self.mesh.rank == 0}
 
     def saved(self, *, wait: bool) -> bool:
         """Whether the files of `start_save` are complete. Raises RunError where the disk refused them."""
@@ -223,7 +225,9 @@ class Rank:
         shape = stored.shapes[key]
         if not shape:
             return stored.read(key, 0, 1)
-        first, last = row_range(shape[0], self.mesh.rank, self.mesh.world) if self.sharded else (0, shape[0])
+        name = key.removeprefix(_MODEL) if key.startswith(_MODEL) else key.rpartition("/")[0]
+        split = isinstance(dict(self._named).get(name), DTensor)
+        first, last = row_range(shape[0], self.mesh.rank, self.mesh.world) if split else (0, shape[0])
         return stored.read(key, first, last - first)
 
 

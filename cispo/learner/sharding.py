@@ -13,7 +13,7 @@ and changes would go unseen).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -51,6 +51,11 @@ class Rows:
         """Elements of a row."""
         return torch.Size(self.shape[1:]).numel()
 
+    @property
+    def split(self) -> bool:
+        """Whether other ranks have further rows."""
+        return self.shape != tuple(self.values.shape)
+
     def on_host(self) -> Rows:
         """A copy in host memory."""
         return Rows(self.shape, self.first, self.values.detach().to("cpu", copy=True))
@@ -83,37 +88,56 @@ def sharded_policy(
     Its rows are float32 where it is `trained`, else of `dtype` and without gradient; with an adapter that alone is
     trained. It runs in `dtype`. Raises UserError as `load_policy` does.
     """
-    policy = _unsplit(folder, dtype, lora) if trained else policy_without_weights(local_folder(folder), dtype)
-    if not trained:
-        policy.requires_grad_(False)
-    shard(policy, mesh, dtype)
+    policy, exact = _unsplit(folder, dtype, lora, trained=trained)
+    shard(policy, mesh, dtype, whole=exact)
     register_fsdp_forward_method(policy, "attend")
     return policy
 
 
-def _unsplit(folder: str, dtype: torch.dtype, lora: Lora | None) -> Policy:
-    """A policy on the meta device of which everything, or only the adapter, is float32 and trained."""
-    if lora is None:
-        return policy_without_weights(local_folder(folder), wide(dtype))
-    return adapt(policy_without_weights(local_folder(folder), dtype), lora, wide(dtype))
+def _unsplit(
+    folder: str, dtype: torch.dtype, lora: Lora | None, *, trained: bool = True
+) -> tuple[Policy, set[nn.Parameter]]:
+    """A policy on the meta device of which everything, only the adapter or nothing is trained, and float32 then.
+
+    Also the parameters that are float32 in a policy of any number format: decays, say.
+    """
+    policy = policy_without_weights(local_folder(folder), dtype)
+    exact = {parameter for parameter in policy.parameters() if parameter.dtype != dtype}
+    if not trained:
+        policy.requires_grad_(False)
+    elif lora is not None:
+        policy = adapt(policy, lora, wide(dtype))
+    else:
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.to(wide(dtype))
+    return policy, exact
 
 
 def sharded_value_model(folder: str, mesh: Mesh, dtype: torch.dtype, lora: Lora | None = None) -> ValueModel:
     """A critic on a folder's policy, split over the ranks; its head is zero, and float32 as on a whole copy."""
+    policy, exact = _unsplit(folder, dtype, lora)
     with torch.device("meta"):
-        model = ValueModel(_unsplit(folder, dtype, lora))
-    shard(model, mesh, dtype, exact=[model.head])
+        model = ValueModel(policy)
+    shard(model, mesh, dtype, exact=[model.head], whole=exact)
     fill_from(model.backbone, folder, mesh, dtype)
     for parameter in model.head.parameters():
         rows_of(parameter, mesh).values.zero_()
     return model
 
 
-def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, exact: Sequence[nn.Module] = ()) -> None:
+def shard(
+    model: nn.Module,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    *,
+    exact: Sequence[nn.Module] = (),
+    whole: Set[nn.Parameter] = frozenset(),
+) -> None:
     """Splits a model on the meta device and gives its rows memory with undefined values.
 
     Each block of the policy, an embedding that is not the head too, the modules in `exact` and the rest are gathered on
-    their own. The model runs in `dtype`, those in `exact` in their own number format.
+    their own. The model runs in `dtype`, those in `exact` in their own number format. The parameters in `whole` keep
+    theirs too, inside modules that FSDP casts: each rank has all of them, and `Rank` sums their gradients.
     """
     assert mesh.shards is not None, "the mesh has no axis for shards"
     compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide(dtype), cast_forward_inputs=False)
@@ -121,10 +145,10 @@ def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, *, exact: Sequence[n
     # The head is read outside of any module: it stays with the root, which is gathered until the backward pass.
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
     for block in (*embeddings, *layers_of(model)):
-        fully_shard(block, mesh=mesh.shards, mp_policy=compute)
+        fully_shard(block, mesh=mesh.shards, mp_policy=compute, ignored_params=set(whole))
     for module in exact:
         fully_shard(module, mesh=mesh.shards, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    fully_shard(model, mesh=mesh.shards, mp_policy=compute)
+    fully_shard(model, mesh=mesh.shards, mp_policy=compute, ignored_params=set(whole))
     # Nothing changes a layer's output in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in fsdp_modules(model):
@@ -176,8 +200,9 @@ def fill(policy: Policy, weights: Iterable[tuple[str, WeightSlice]], mesh: Mesh,
     The files were checked before: names and shapes fit. Tensors that the policy only keeps are rank 0's; others know
     their shapes.
     """
-    targets = {name: rows_of(weight, mesh) for name, weight in policy.named_weights().items()}
-    trained = {name for name, _ in policy.named_parameters()}
+    weights_of = policy.named_weights()
+    targets = {name: rows_of(weight, mesh) for name, weight in weights_of.items()}
+    rounded = {name for name, weight in weights_of.items() if isinstance(weight, DTensor)}
     policy.kept.clear()
     for name, values in weights:
         if policy.keeps(name):
@@ -196,7 +221,7 @@ def fill(policy: Policy, weights: Iterable[tuple[str, WeightSlice]], mesh: Mesh,
             continue
         width = (stop - start) // values.get_shape()[0]
         part = values[(low - start) // width : (high - start) // width].to(rows.values.device)
-        part = part.to(dtype) if place.parameter in trained else part
+        part = part.to(dtype) if place.parameter in rounded else part
         offset = rows.first * rows.width
         rows.values.view(-1)[low - offset : high - offset].copy_(part.reshape(-1))
 
@@ -229,10 +254,11 @@ class ShardedWeights:
     """
 
     def __init__(self, policy: Policy, mesh: Mesh, dtype: torch.dtype) -> None:
-        """`dtype` is that of the parameters in the buckets; stored buffers keep their own."""
+        """`dtype` is that of split parameters in the buckets; those that each rank has whole keep their own."""
         self.mesh, self.device = mesh, mesh.device
-        weights = {name: rows_of(weight, mesh) for name, weight in policy.named_weights().items()}
-        split = {name for name, _ in policy.named_parameters()}
+        tensors = policy.named_weights()
+        weights = {name: rows_of(weight, mesh) for name, weight in tensors.items()}
+        split = {name for name, weight in tensors.items() if isinstance(weight, DTensor)}
         self._rows: dict[str, Rows] = {}
         self._extents: dict[str, tuple[int, int]] = {}
         self._whole: dict[str, Tensor] = {}

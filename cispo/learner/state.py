@@ -42,7 +42,7 @@ def state_path(folder: str | Path, name: str, rank: int = 0, parts: int = 1) -> 
 
 def write_state(state: Mapping[str, Rows], file: Path) -> None:
     """Writes one rank's rows. Raises RunError where the disk refuses."""
-    split = {key: [list(r.shape), r.first] for key, r in state.items() if r.shape != tuple(r.values.shape)}
+    split = {key: [list(r.shape), r.first] for key, r in state.items() if r.split}
     save_tensors({key: r.values for key, r in state.items()}, file, {_ROWS: json.dumps(split)} if split else None)
 
 

@@ -3,9 +3,9 @@
     program     one document, value head and block of value dims; its state stays in registers
     token       S <- Diag(e^g) S ;  u = beta (v - S^T k) ;  S <- S + k u^T ;  o = S^T q        all in float32
 
-Prompts and decoding have the same arithmetic, but for the order of sums over key dims, which follows the tile. Value dims
-are independent of each other: narrow blocks make enough programs to hide the latency of a token. Nothing is read back
-to the host.
+Prompts and decoding have the same arithmetic, but for the order of sums over key dims, which follows the tile. Value
+dims are independent of each other: narrow blocks make enough programs to hide the latency of a token. Nothing is read
+back to the host.
 """
 
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false

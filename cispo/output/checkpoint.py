@@ -3,13 +3,16 @@
     checkpoints/.draft  --every file on the disk, then one rename-->  step_000012
 
     checkpoints/step_000012/   config.json  model.safetensors  tokenizer ...    a model folder, as transformers reads it
+                               model-00001-of-00004.safetensors ... index       its weights in parts, of a sharded learner
                                cispo.json                                       step, versions, size and hash of files
                 .../training/  driver.json  driver.safetensors                  state of the training loop
                                learner.safetensors  critic.safetensors          optimizers, float32 masters, the critic
+                               learner-00001-of-00004.safetensors ...           the same as rows, a file a sharded rank
     checkpoints/best.json      the step with the best accuracy on the held-out prompts
 
-A checkpoint holds no state of a random generator: seeds come from identities (`seeds`). Ranks hold the same tensors, so
-a resumed run may have another number of them. Only JSON and safetensors are read.
+A checkpoint holds no state of a random generator: seeds come from identities (`seeds`). A draft is complete once every
+rank has written its files. Tensors are whole, or rows with their place in the whole, so a resumed run may have another
+number of ranks. Only JSON and safetensors are read.
 """
 
 from __future__ import annotations

@@ -32,6 +32,9 @@ from cispo.user_code import load_object
 Value = tuple[float | None, dict[str, object]]
 """A function's reward of a completion (finite, or None where it does not apply), and extra values to log."""
 
+FACTS = ("conversation", "status", "turns", "calls", "failed_calls", "unreadable", "finish_reason", "token_ids")
+"""Facts of an attempt that a function gets by name, where the dataset has no such column."""
+
 OUR_FILES = ("reward_function.py", "reward_worker.py")
 """Files whose lines say nothing about a reward function's error."""
 
@@ -102,6 +105,8 @@ class Attempt:
     completions: tuple[str, ...]
     row: bytes
     """Pickled (columns, prompt): the prompt is its text, or its messages where the dataset has messages."""
+    facts: bytes = b""
+    """Pickled `FACTS` of each completion, where a function takes one of them."""
     given_up: frozenset[tuple[int, int]] = frozenset()
     """(function, completion) of calls that ended their process, and count as 0."""
 
@@ -205,23 +210,27 @@ def calls_of(function: Function, index: int, group: Attempt) -> Iterator[Call]:
         read = partial(read_group, size=len(group.completions))
         yield Call(function, index, -1, partial(_start_group, function, group), read)
         return
-    for number, text in enumerate(group.completions):
-        start = partial(_start_one, function, group, text)
+    for number in range(len(group.completions)):
+        start = partial(_start_one, function, group, number)
         if (index, number) in group.given_up:
             start = partial(tuple[float, dict[str, object]], (0.0, {"problem": "time"}))
         yield Call(function, index, number, start, lambda result: [read_value(result)])
 
 
-def _start_one(function: Function, group: Attempt, text: str) -> object:
+def _start_one(function: Function, group: Attempt, number: int) -> object:
     columns, _ = _fresh_row(function, group)
-    return function.invoke(columns | copy.deepcopy(dict(function.args)) | {"completion": text})
+    facts = _facts_of(function, group)[number] if group.facts else {}
+    given = {"completion": group.completions[number]}
+    return function.invoke(facts | columns | copy.deepcopy(dict(function.args)) | given)
 
 
 def _start_group(function: Function, group: Attempt) -> object:
     completions: Sequence[object] = list(group.completions)
+    each = _facts_of(function, group) if group.facts else []
+    facts: dict[str, object] = {name: [own[name] for own in each] for name in (each[0] if each else ())}
     if not function.signature.lists:
         columns, _ = _fresh_row(function, group)
-        return function.invoke(columns | copy.deepcopy(dict(function.args)) | {"completions": completions})
+        return function.invoke(facts | columns | copy.deepcopy(dict(function.args)) | {"completions": completions})
     rows = [_fresh_row(function, group) for _ in completions]
     arguments: dict[str, object] = {name: [row[name] for row, _ in rows] for name in rows[0][0]}
     prompts = [prompt for _, prompt in rows]
@@ -230,7 +239,7 @@ def _start_group(function: Function, group: Attempt) -> object:
     # As TRL: the row's own prompt and completion are not among the columns.
     arguments = {name: values for name, values in arguments.items() if name not in ("prompt", "completion")}
     return function.invoke(
-        arguments | copy.deepcopy(dict(function.args)) | {"prompts": prompts, "completions": completions}
+        facts | arguments | copy.deepcopy(dict(function.args)) | {"prompts": prompts, "completions": completions}
     )
 
 
@@ -239,6 +248,12 @@ def _fresh_row(function: Function, group: Attempt) -> tuple[dict[str, object], o
     columns, prompt = pickle.loads(group.row)
     wanted = function.signature.columns
     return {name: value for name, value in columns.items() if wanted is None or name in wanted}, prompt
+
+
+def _facts_of(function: Function, group: Attempt) -> list[dict[str, object]]:
+    """The facts of each completion that the function takes by name; new objects each time."""
+    wanted = function.signature.columns or frozenset()
+    return [{name: own[name] for name in FACTS if name in wanted} for own in pickle.loads(group.facts)]
 
 
 def read_value(result: object) -> Value:

@@ -18,7 +18,7 @@ from typing import Literal
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Recipe
-from cispo.rollout.reward_function import Attempt, Failure, Signature, Value
+from cispo.rollout.reward_function import FACTS, Attempt, Failure, Signature, Value
 from cispo.rollout.reward_process import WorkerDied, WorkerProcess
 from cispo.rollout.reward_worker import START_SECONDS, Job, Reply, Setup
 from cispo.runtime.watchdog import Activity
@@ -52,6 +52,8 @@ class Attempts:
 
     prompt: Prompt
     completions: Sequence[str]
+    facts: Sequence[Mapping[str, object]] = ()
+    """`reward_function.FACTS` of each completion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,14 +224,14 @@ class RewardRunner:
 
     def _check_columns(self, columns: Collection[str], owner: str) -> None:
         for function, signature in zip(self.functions, self._signatures, strict=True):
-            for name in sorted(signature.required - set(columns)):
+            for name in sorted(signature.required - set(columns) - set(FACTS)):
                 has = ", ".join(map(str, columns)) or "none"
                 hint = "; TRL passes it, CISPO does not" if name in _ONLY_TRL else ""
                 raise UserError(f"reward {function.fn} needs a column '{name}', but {owner} has {has}{hint}")
 
     def _check_nulls(self, columns: Mapping[str, object], owner: str) -> None:
         for function, signature in zip(self.functions, self._signatures, strict=True):
-            for name in sorted(signature.required):
+            for name in sorted(signature.required & columns.keys()):
                 if columns[name] is None:
                     raise UserError(
                         f"reward {function.fn} needs a column '{name}', which is null in {owner} (a parameter with a "
@@ -276,7 +278,9 @@ class RewardRunner:
             if any(columns is None or name in columns for columns in taken)
         }
         prompt = _prompt_of(group.prompt) if any(self._signatures[i].lists for i in functions) else None
-        attempt = Attempt(tuple(group.completions), _pickled(columns, prompt, group.prompt.id))
+        asked = any(columns is not None and not columns.isdisjoint(FACTS) for columns in taken)
+        facts = pickle.dumps([dict(own) for own in group.facts]) if asked else b""
+        attempt = Attempt(tuple(group.completions), _pickled(columns, prompt, group.prompt.id), facts)
         return Job(next(self._job_ids), group.prompt.id, tuple(functions), attempt)
 
     async def _run_plain(self, job: Job) -> Reply:

@@ -151,9 +151,31 @@ async def score(groups: Sequence[TrajectoryGroup], rewards: RewardRunner) -> lis
 
     A completion to which no function applies has no reward, not even 0, and leaves its group.
     """
-    attempts = [Attempts(prompt=g.prompt, completions=[t.text for t in g.trajectories]) for g in groups]
+    attempts = [
+        Attempts(
+            prompt=g.prompt,
+            completions=[t.text for t in g.trajectories],
+            facts=[_facts(g.prompt, t) for t in g.trajectories],
+        )
+        for g in groups
+    ]
     scored = zip(groups, await rewards.score(attempts), strict=True)
     return [_with_scores(group, scores) for group, scores in scored if scores is not None]
+
+
+def _facts(prompt: Prompt, t: Trajectory) -> Mapping[str, object]:
+    """`reward_function.FACTS` of one attempt."""
+    said = t.messages or ({"role": "assistant", "content": t.text},)
+    return {
+        "conversation": [dict(message) for message in (*prompt.messages, *said)],
+        "status": t.status or t.finish_reason.value,
+        "turns": len(t.turns),
+        "calls": t.events.get("calls", 0),
+        "failed_calls": t.events.get("failed", 0),
+        "unreadable": t.events.get("unreadable", 0),
+        "finish_reason": t.finish_reason.value,
+        "token_ids": list(t.turns[-1].completion.token_ids),
+    }
 
 
 def _with_scores(group: TrajectoryGroup, scores: Scores) -> TrajectoryGroup:

@@ -80,8 +80,8 @@ class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
         )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """For vLLM's interface: `forward` embeds the tokens itself."""
-        raise NotImplementedError("a policy takes tokens, not embeddings")
+        """[T, d]; `forward` takes tokens and embeds them itself."""
+        return self.policy.get_submodule("embed_tokens")(input_ids)
 
     def forward(
         self,

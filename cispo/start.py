@@ -141,10 +141,10 @@ def check_adapter(recipe: Recipe, folder: str) -> None:
             f"{folder} holds an adapter: train it further with policy.lora, or start from both as one "
             "(cispo export --merge)"
         )
-    if (found.lora.rank, found.lora.alpha) != (lora.rank, lora.alpha):
+    if (found.rank, found.alpha) != (lora.rank, lora.alpha):
         raise UserError(
-            f"policy.lora has rank {lora.rank} and alpha {lora.alpha:g}, the adapter in {folder} rank "
-            f"{found.lora.rank} and alpha {found.lora.alpha:g}"
+            f"policy.lora has rank {lora.rank} and alpha {lora.alpha:g}, the adapter in {folder} rank {found.rank} and "
+            f"alpha {found.alpha:g}"
         )
 
 
@@ -183,9 +183,7 @@ def make_runtime(recipe: Recipe, processes: int, activity: Activity) -> Runtime:
 
 
 async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[LearnerHandle]:
-    build = partial(
-        Learner, folder, recipe.learner, temperature=recipe.rollout.temperature, adapters=_adapters(recipe)
-    )
+    build = partial(Learner, folder, recipe.learner, temperature=recipe.rollout.temperature, adapters=_adapters(recipe))
     return [LearnerHandle(rank) for rank in await _start_ranks(recipe, runtime, placement, build, "learner")]
 
 
@@ -273,6 +271,9 @@ async def running_workers(
         placement = placement_of(recipe, available=runtime.gpus(), critic=critic, learners=learners, engines=engines)
         await runtime.reserve([placement.rank_bundles, placement.engine_bundles])
         home, policy = runtime.is_home(), str(Path(policy).absolute())
+        # Engines of an adapter start from its policy alone: weights arrive before the first prompt.
+        adapter = adapter_in(policy)
+        engine_policy = policy if adapter is None else str(adapter.check_base())
         weights = stack.enter_context(
             weights_folder(recipe.name) if home else shared_weights_folder(recipe.name, Path(recipe.output_dir))
         )
@@ -282,8 +283,7 @@ async def running_workers(
             learners=[],
             critics=[],
             engines=[],
-            # Engines of an adapter start from its policy alone: weights arrive before the first prompt.
-            start_engine=partial(start_engine, recipe, runtime, whole_policy(policy), placement),
+            start_engine=partial(start_engine, recipe, runtime, engine_policy, placement),
             weights_folder=str(weights),
             group_size=recipe.rollout.group_size,
             transport=transport_of(recipe, placement, home=home),

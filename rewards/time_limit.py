@@ -24,6 +24,8 @@ def limited(seconds: float, call: Callable[[], _Result]) -> _Result:
     """The call's result. Raises TimeIsUp after `seconds` of CPU time, or ten times as many of the clock."""
     if threading.current_thread() is not threading.main_thread():
         return call()
+    timers = {timer: signal.getitimer(timer) for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL)}
+    _set_timers(0.0)
     handlers = {number: signal.signal(number, _time_is_up) for number in (signal.SIGPROF, signal.SIGALRM)}
     try:
         # Twice, for a signal that arrives in the inner one.
@@ -36,6 +38,9 @@ def limited(seconds: float, call: Callable[[], _Result]) -> _Result:
         _set_timers(0.0)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        # Those of the caller's own code.
+        for timer, (delay, interval) in timers.items():
+            signal.setitimer(timer, delay, interval)
 
 
 def _set_timers(seconds: float) -> None:

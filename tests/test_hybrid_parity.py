@@ -254,10 +254,10 @@ def plan(*, states: int, softmax: int, floats: tuple[int, int]) -> Plan:
         (6, 2, (40, 1000), 2),
         (7, 2, (40, 1000), 2),
         (3, 5, (40, 1000), 3),
-        # One state alone is as large as a slot may be.
-        (6, 2, (40, 1 << 19), 6),
+        # One state alone is larger than 512 tokens of 128 keys and values.
+        (6, 2, (40, 100_000), 6),
         # Two fit where three would be shared.
-        (6, 2, (40, 100_000), 3),
+        (6, 2, (40, 30_000), 3),
     ],
 )
 def test_states_have_places_of_their_own(states: int, softmax: int, floats: tuple[int, int], holders: int) -> None:

@@ -47,7 +47,7 @@ ONLY_IN = {
         "policies.vllm_plugin",
         "weights.vllm_receiver",
     },
-    "torch.distributed": {"learner.parallel", "runtime.network", "weights.buckets"},
+    "torch.distributed": {"learner.parallel", "learner.sharding", "runtime.network", "weights.buckets"},
     "fla": {"ops.delta_fla"},
     "triton": {
         "ops.convolution_triton",

@@ -134,6 +134,11 @@ def test_gradients_are_those_of_the_merged_matrix(name: str):
     dense = plain(config, policy)
     for each in (policy, dense):
         weighted(logprobs(each)).backward()
+    gradients = {key: weight.grad for key, weight in policy.adapter().items()}
+    policy.zero_grad()
+    policy.gradient_checkpointing = True
+    weighted(logprobs(policy.train())).backward()
+    assert_equal({key: weight.grad for key, weight in policy.adapter().items()}, gradients)  # type: ignore[arg-type]
     places, parameters, adapter = dict(dense.disk_places()), dict(dense.named_parameters()), policy.adapter()
     scale = ADAPTERS.lora.alpha / ADAPTERS.lora.rank
     for name in {key.partition(".lora_")[0] for key in adapter}:

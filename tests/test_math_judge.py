@@ -181,6 +181,15 @@ def test_formulas_of_answers_are_not_too_large(formula: str, same: str) -> None:
     assert math_equal(rf"\boxed{{{formula}}}", same) == 1.0
 
 
+def test_an_alarm_of_the_caller_is_kept(loaded: None) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 1000.0)
+    try:
+        assert math_equal(r"\boxed{x+1}", "1+x") == 1.0
+        assert 900.0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1000.0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
 @pytest.mark.parametrize("answer", ["", "null", None, r"\$", "x" * 3000, r"\frac{", "$", "{}", r"\boxed{", "[1,2"])
 def test_no_answer_of_a_dataset_raises(answer: str) -> None:
     assert math_equal(r"\boxed{4}", answer) == 0.0

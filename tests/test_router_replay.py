@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -421,10 +421,10 @@ def test_a_rule_that_ends_a_completion_cuts_its_experts() -> None:
         draft.completion()
 
 
-def test_route_table_keeps_the_last_of_each_position() -> None:
-    """Chunked prompts, a request that is read again, tokens from a cache, rows used again, steps of closed requests."""
+def route_table(*, width: int, caches: bool) -> tuple[RouteTable, Callable[..., None]]:
+    """A table of three rows, and a step of it: (request, position of its first token, an expert a token) each."""
     steps: list[RoutedStep] = []
-    table = RouteTable(lambda: [steps], rows=2, width=6)
+    table = RouteTable(lambda: [steps], rows=3, width=width, caches=caches)
 
     def step(*parts: tuple[str, int, list[int]]) -> None:
         values = torch.tensor([v for _, _, own in parts for v in own], dtype=torch.uint8)
@@ -432,25 +432,64 @@ def test_route_table_keeps_the_last_of_each_position() -> None:
         steps[:] = [RoutedStep(tuple(r for r, _, _ in parts), starts, counts, values[:, None, None], None)]
         table.update()
 
-    def rows(request: str, read: int) -> tuple[int, list[int]]:
-        reported = table.get(request, read)
-        return reported.first, list(reported.data)
+    return table, step
 
-    table.open("a")
-    table.open("b")
+
+def rows_of(table: RouteTable, request: str, sampled: list[int]) -> tuple[int, list[int]]:
+    """Position of the first known row, and the experts from there on."""
+    reported = table.get(request, sampled)
+    return reported.first, list(reported.data)
+
+
+def test_route_table_keeps_the_last_of_each_position() -> None:
+    """Chunked prompts, requests read again, an unknown beginning, rows used again, steps of closed requests."""
+    table, step = route_table(width=6, caches=False)
+    table.open("a", [1, 1], 0)
+    table.open("b", [2, 2, 2], 0)
     step(("a", 0, [1, 2, 3]), ("b", 2, [4]))
     step(("b", 3, [5, 6]), ("a", 3, [7]))
-    assert rows("a", 4) == (0, [1, 2, 3, 7]) and rows("b", 5) == (2, [4, 5, 6])
+    assert rows_of(table, "a", [0] * 3) == (0, [1, 2, 3, 7]) and rows_of(table, "b", [0] * 3) == (2, [4, 5, 6])
     step(("a", 1, [8, 9, 10, 11, 12, 13]), ("gone", 0, [1]))  # its last token lies beyond the context
-    assert rows("a", 5) == (0, [1, 8, 9, 10, 11])
+    assert rows_of(table, "a", [0] * 4) == (0, [1, 8, 9, 10, 11])
     table.close("a")
-    table.open("c")
+    table.open("c", [3], 0)
     step(("c", 4, [14]), ("a", 5, [15]))
-    assert rows("c", 5) == (4, [14]) and rows("b", 5) == (2, [4, 5, 6])
+    assert rows_of(table, "c", [0] * 5) == (4, [14]) and rows_of(table, "b", [0] * 3) == (2, [4, 5, 6])
     table.close("c")
-    table.open("d")
+    table.open("d", [4], 0)
     with pytest.raises(AssertionError, match="no recorded experts"):
-        table.get("d", 3)
+        table.get("d", [0, 0, 0])
+
+
+def test_cached_tokens_have_the_experts_of_the_request_that_read_them() -> None:
+    """Prompts of 40 tokens in common: read before, in the same step, as an earlier answer, and under other weights."""
+    table, step = route_table(width=80, caches=True)
+    prompt, values = list(range(40)), list(range(100, 140))
+    table.open("first", prompt, 0)
+    table.open("beside", [*prompt, 7], 0)
+    # The second finds two blocks of the first in the step that reads them; its part comes first.
+    step(("beside", 32, [1] * 9), ("first", 0, values))
+    assert rows_of(table, "first", [5]) == (0, values)
+    assert rows_of(table, "beside", [5]) == (0, [*values[:32], *[1] * 9])
+    step(("first", 40, [2]))
+    step(("first", 41, [2]))
+    for position in range(42, 48):
+        step(("first", position, [3]))
+    answer = [9] * 9
+    assert rows_of(table, "first", answer) == (0, [*values, 2, 2, *[3] * 6])
+    table.close("first")
+    table.close("beside")
+    # A conversation goes on behind the answer.
+    table.open("next", [*prompt, *answer, 8], 0)
+    step(("next", 48, [4, 4]))
+    assert rows_of(table, "next", [5]) == (0, [*values, 2, 2, *[3] * 6, 4, 4])
+    table.open("other", [*prompt[:31], 99, *prompt[32:]], 0)
+    step(("other", 32, [6] * 8))
+    assert rows_of(table, "other", [5]) == (32, [6] * 8)
+    table.close("other")
+    table.open("updated", prompt, 1)
+    step(("updated", 32, [6] * 8))
+    assert rows_of(table, "updated", [5]) == (32, [6] * 8)
 
 
 def test_a_buffer_takes_the_choices_of_each_pass() -> None:

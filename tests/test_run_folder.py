@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from cispo import cli
 from cispo.errors import RunError, UserError
+from cispo.files import write_text
 from cispo.output.run_folder import create_run_folder, last_run_folder, only_user_of
 from tests.test_bad_input import recipe  # noqa: F401 (fixture)
 
@@ -146,6 +148,9 @@ def test_a_folder_of_a_command_that_never_wrote_is_taken(tmp_path: Path) -> None
         assert folder.path == tmp_path / "run"
     with create_run_folder(str(tmp_path), "run") as folder:
         assert folder.path == tmp_path / "run"
+        (folder.path / "recipe.yaml.partial").write_text("")
+    with create_run_folder(str(tmp_path), "run") as folder:
+        assert folder.path == tmp_path / "run", "a command that was killed in its first write"
         (folder.path / "recipe.yaml").write_text("")
     with create_run_folder(str(tmp_path), "run") as folder:
         assert folder.path == tmp_path / "run-2"
@@ -153,6 +158,19 @@ def test_a_folder_of_a_command_that_never_wrote_is_taken(tmp_path: Path) -> None
     (tmp_path / "run-2" / "recipe.yaml").write_text("")
     with create_run_folder(str(tmp_path), "run") as folder:
         assert folder.path == tmp_path / "run-4"
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_text(file, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_text(file, "longer")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("file", "old")]
 
 
 def test_the_last_run_of_a_name(tmp_path: Path) -> None:

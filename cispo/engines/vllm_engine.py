@@ -35,7 +35,7 @@ class VLLMEngine:
     sequences at a time, `memory` the share of a GPU's memory that the cache may take; with `sleeps` it can be given
     back. `engine_args` are vLLM's own engine arguments and win over ours. With prefix caching, which is off by default,
     blocks that earlier calls left in the cache change the last bits of a log-probability. With `record_routes`
-    completions carry the experts of their tokens, but for those that came from the prefix cache.
+    completions carry the experts of their tokens.
     """
 
     def __init__(
@@ -103,7 +103,9 @@ class VLLMEngine:
     def _recorded_routes(self) -> RouteTable:
         rpc = self._engine.collective_rpc
         rpc("record_routes")
-        return RouteTable(lambda: rpc("take_routes"), rows=self.max_sequences, width=self.max_context)
+        caches = self._engine.vllm_config.cache_config.enable_prefix_caching
+        sizes = {"rows": self.max_sequences, "width": self.max_context}
+        return RouteTable(lambda: rpc("take_routes"), **sizes, caches=caches)
 
     def submit(self, drafts: Sequence[Draft]) -> None:
         from vllm.inputs import tokens_input
@@ -127,8 +129,8 @@ class VLLMEngine:
         if self._pending is not None:
             self._pending.open(requests)
         if self._routes is not None:
-            for request in requests:
-                self._routes.open(request)
+            for request, draft in requests.items():
+                self._routes.open(request, draft.prompt, self._updates)
 
     def step(self) -> list[Draft]:
         complete = self._take(self._core.get_output().outputs)
@@ -186,7 +188,7 @@ class VLLMEngine:
             self._routes.update()
             for request in complete:
                 draft = self._requests[request]
-                draft.routed_experts = self._routes.get(request, len(draft.prompt) + len(draft.tokens) - 1)
+                draft.routed_experts = self._routes.get(request, draft.tokens)
         return self._forget(complete)
 
     def _forget(self, requests: Sequence[str]) -> list[Draft]:

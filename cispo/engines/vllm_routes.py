@@ -4,8 +4,8 @@
     engine   RouteTable: steps --> a row a request --> RoutedExperts of a complete draft
 
 The worker runs `RouteExtension`, which vLLM imports by name: this module imports vLLM nowhere. A token that is read
-again, its request preempted or recomputed, counts as the last time. Tokens that come out of the prefix cache are read
-by no one here: their experts stay unknown.
+again, its request preempted or recomputed, counts as the last time. A token out of the prefix cache has the experts of
+the request that read it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from cispo.policies.replay import RouteBuffer
 from cispo.types import RoutedExperts
+
+_Routes = npt.NDArray[np.uint8 | np.int16]
+"""[..., layers, k]: numbers of experts."""
 
 
 class RoutedStep(NamedTuple):
@@ -129,43 +132,89 @@ def _step(
     return RoutedStep(tuple(requests), computed[: len(requests)].astype(np.int64), counts, copy, arrived)
 
 
+class PrefixRoutes:
+    """Experts of the tokens that vLLM's prefix cache may hold, by the beginning of a sequence that ends with them.
+
+    A tree of pieces of equally many tokens. vLLM's blocks are multiples of a piece.
+    """
+
+    _PIECE = 16
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, dict[tuple[int, tuple[int, ...]], tuple[int, _Routes]]] = {}
+        """Salt -> {(number of the piece before, -1 at the start; tokens): (its number, its rows)}."""
+
+    def add(self, salt: int, tokens: Sequence[int], rows: _Routes) -> None:
+        """`rows` [n, layers, k] are those of the first n tokens. Salts before the last but one are forgotten."""
+        if salt not in self._pieces:
+            self._pieces = {old: pieces for old, pieces in self._pieces.items() if old >= salt - 1}
+        pieces, before = self._pieces.setdefault(salt, {}), -1
+        for start in range(0, len(rows) - self._PIECE + 1, self._PIECE):
+            part = slice(start, start + self._PIECE)
+            new = len(pieces), rows[part]
+            found = pieces.get(key := (before, tuple(tokens[part])))
+            if found is None:
+                found = pieces[key] = new[0], new[1].copy()
+            before = found[0]
+
+    def find(self, salt: int, tokens: Sequence[int], count: int) -> _Routes | None:
+        """[count, layers, k] of the first tokens; None where one of them is unknown."""
+        pieces, before, rows = self._pieces.get(salt, {}), -1, list[_Routes]()
+        for start in range(0, count, self._PIECE):
+            found = pieces.get((before, tuple(tokens[start : start + self._PIECE])))
+            if found is None:
+                return None
+            before = found[0]
+            rows.append(found[1])
+        return np.concatenate(rows)[:count]
+
+
 class RouteTable:
     """Experts of open requests by position: a row per request, reused once it is closed."""
 
-    def __init__(self, take: Callable[[], Sequence[list[RoutedStep]]], *, rows: int, width: int) -> None:
+    def __init__(self, take: Callable[[], Sequence[list[RoutedStep]]], *, rows: int, width: int, caches: bool) -> None:
         """`take` calls `RouteExtension.take_routes` on every worker, the first of which records.
 
-        `rows` is the most requests that are open at a time, `width` the most tokens of one.
+        `rows` is the most requests that are open at a time, `width` the most tokens of one; `caches` says whether vLLM
+        has a prefix cache.
         """
         self._take, self._shape = take, (rows, width)
         self._rows: dict[str, int] = {}
         self._free = list(range(rows))
         self._first = np.zeros(rows, np.int64)
-        self._values: npt.NDArray[np.uint8 | np.int16] | None = None
+        """Position from which on a row is known; `width` before its first step."""
+        self._values: _Routes | None = None
         """[rows, width, layers, k], from the first step on; a part that is never written takes no memory."""
+        self._prefixes = PrefixRoutes() if caches else None
+        self._prompts: dict[str, tuple[int, Sequence[int]]] = {}
+        """Request -> its salt in the prefix cache and its prompt."""
 
-    def open(self, request: str) -> None:
+    def open(self, request: str, prompt: Sequence[int], salt: int) -> None:
         row = self._rows[request] = self._free.pop()
         self._first[row] = self._shape[1]
+        self._prompts[request] = salt, prompt
 
     def close(self, request: str) -> None:
         self._free.append(self._rows.pop(request))
+        del self._prompts[request]
 
     def update(self) -> None:
         """Stores the steps that have arrived."""
         for step in self._take()[0]:
             self._add(step)
 
-    def get(self, request: str, read: int) -> RoutedExperts:
-        """Experts of the first `read` tokens of a request, from its first one that was not cached."""
-        row = self._rows[request]
-        first = int(self._first[row])
+    def get(self, request: str, sampled: Sequence[int]) -> RoutedExperts:
+        """Experts of a complete request but for its last token, given the tokens that it sampled."""
+        row, (salt, prompt) = self._rows[request], self._prompts[request]
+        first, read = int(self._first[row]), len(prompt) + len(sampled) - 1
         assert self._values is not None and first < read, "a complete request has no recorded experts"
         values = self._values[row, first:read]
+        if self._prefixes is not None and first == 0:
+            self._prefixes.add(salt, [*prompt, *sampled], values)
         return RoutedExperts(data=values.tobytes(), shape=(read - first, *values.shape[1:]), first=first)
 
     def _add(self, step: RoutedStep) -> None:
-        routes = step.routes.numpy()
+        routes: _Routes = step.routes.numpy()
         if self._values is None:
             self._values = np.zeros((*self._shape, *routes.shape[1:]), routes.dtype)
         rows = np.fromiter((self._rows.get(r, -1) for r in step.requests), np.int64, len(step.requests))
@@ -177,3 +226,29 @@ class RouteTable:
         # A request that has ended may read its last token before the scheduler knows.
         kept = (row_of_token >= 0) & (places < self._shape[1])
         self._values[row_of_token[kept], places[kept]] = routes[kept]
+        if self._prefixes is not None:
+            self._share(self._prefixes, dict(zip(step.requests, (step.starts + step.counts).tolist(), strict=True)))
+
+    def _share(self, prefixes: PrefixRoutes, ends: Mapping[str, int]) -> None:
+        """Completes rows that begin behind cached tokens, given the position at which each request's step ends."""
+        assert self._values is not None
+        reads_prompt = (r for r in ends if r in self._rows and ends[r] <= len(self._prompts[r][1]))
+        waiting = {request: ends[request] for request in reads_prompt}
+        # A prompt may find what another one reads in the same step.
+        while waiting:
+            known = [request for request in waiting if self._begins_at_start(prefixes, request)]
+            for request in known:
+                (salt, prompt), row = self._prompts[request], self._rows[request]
+                prefixes.add(salt, prompt, self._values[row, : waiting.pop(request)])
+            if not known:
+                return
+
+    def _begins_at_start(self, prefixes: PrefixRoutes, request: str) -> bool:
+        """Whether a request's row is known from its first token on, after a look among the prefixes."""
+        row, (salt, prompt) = self._rows[request], self._prompts[request]
+        first = int(self._first[row])
+        assert self._values is not None
+        if first and (found := prefixes.find(salt, prompt, first)) is not None:
+            self._values[row, :first] = found
+            self._first[row] = 0
+        return self._first[row] == 0

@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from cispo.errors import UserError
+from cispo.learner.sharding import is_split, local
 
 
 def learning_rate(
@@ -66,11 +66,11 @@ class Optimizer:
         exact = (torch.float32, torch.float64)
         self.masters = [p if p.dtype in exact else Parameter(p.detach().float()) for p in map(_own, self.parameters)]
         pairs = list(zip(self.parameters, self.masters, strict=True))
-        self.shards = [(p, m) for p, m in pairs if isinstance(p, DTensor)]
+        self.shards = [(p, m) for p, m in pairs if is_split(p)]
         """(split parameter, the rows of it that are its master)."""
-        self.copies = [(p, m) for p, m in pairs if p is not m and not isinstance(p, DTensor)]
+        self.copies = [(p, m) for p, m in pairs if p is not m and not is_split(p)]
         """(weight of a lower precision, its master)."""
-        self.whole = [m for p, m in pairs if not isinstance(p, DTensor)]
+        self.whole = [m for p, m in pairs if not is_split(p)]
         """Masters that every rank has in full."""
         self.keep_masters, self.over_ranks, self.ranks = keep_masters, over_ranks, ranks
         # Of a parameter with fewer rows than ranks some ranks hold none.
@@ -133,8 +133,8 @@ class Optimizer:
     def gradients(self) -> list[Tensor]:
         """Every master's gradient; zeros where the loss does not depend on the parameter."""
         for parameter, master in self.shards:
-            if isinstance(parameter.grad, DTensor):
-                master.grad, parameter.grad = parameter.grad.to_local(), None
+            if parameter.grad is not None:
+                master.grad, parameter.grad = local(parameter.grad), None
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -177,4 +177,4 @@ class Optimizer:
 
 def _own(parameter: Parameter) -> Parameter:
     """The rows of a split parameter that this rank holds, in their own memory; any other parameter itself."""
-    return Parameter(parameter.to_local().detach()) if isinstance(parameter, DTensor) else parameter
+    return Parameter(local(parameter)) if is_split(parameter) else parameter

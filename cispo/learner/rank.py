@@ -14,7 +14,6 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cispo.errors import RunError
 from cispo.files import BackgroundSave
@@ -22,7 +21,7 @@ from cispo.learner.adapters import Adapters, base_folder, start_adapter
 from cispo.learner.memory import relief
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Mesh, to_device
-from cispo.learner.sharding import Rows, fill_from, reshard, row_range, rows_of, sharded_policy, state_rows
+from cispo.learner.sharding import Rows, fill_from, is_split, reshard, row_range, rows_of, sharded_policy, state_rows
 from cispo.learner.state import StoredState, state_path, write_state
 from cispo.policies.loading import load_policy
 from cispo.policies.lora import adapt
@@ -226,7 +225,7 @@ class Rank:
         if not shape:
             return stored.read(key, 0, 1)
         name = key.removeprefix(_MODEL) if key.startswith(_MODEL) else key.rpartition("/")[0]
-        split = isinstance(dict(self._named).get(name), DTensor)
+        split = is_split(dict(self._named).get(name))
         first, last = row_range(shape[0], self.mesh.rank, self.mesh.world) if split else (0, shape[0])
         return stored.read(key, first, last - first)
 

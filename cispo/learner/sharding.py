@@ -32,6 +32,9 @@ from cispo.policies.value import ValueModel
 from cispo.recipe.schema import Lora
 from cispo.weights.buckets import Slot
 
+# The name from torch 2.13 on, else the one before.
+_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -66,12 +69,20 @@ class Rows:
         return max(start, first), min(stop, first + self.values.numel())
 
 
+def is_split(tensor: Tensor | None) -> bool:
+    """Whether ranks hold rows of a tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a split tensor that this rank holds, in their own memory and without gradient; else the tensor."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def rows_of(tensor: Tensor, mesh: Mesh) -> Rows:
     """This rank's rows of a parameter or buffer: all of them where it is not split."""
-    if not isinstance(tensor, DTensor):
-        return Rows(tuple(tensor.shape), 0, tensor.detach())
-    first, _ = row_range(len(tensor), mesh.rank, mesh.world)
-    return Rows(tuple(tensor.shape), first, tensor.to_local().detach())
+    first = row_range(len(tensor), mesh.rank, mesh.world)[0] if is_split(tensor) else 0
+    return Rows(tuple(tensor.shape), first, local(tensor))
 
 
 def row_range(rows: int, rank: int, world: int) -> tuple[int, int]:
@@ -202,7 +213,7 @@ def fill(policy: Policy, weights: Iterable[tuple[str, WeightSlice]], mesh: Mesh,
     """
     weights_of = policy.named_weights()
     targets = {name: rows_of(weight, mesh) for name, weight in weights_of.items()}
-    rounded = {name for name, weight in weights_of.items() if isinstance(weight, DTensor)}
+    rounded = {name for name, weight in weights_of.items() if is_split(weight)}
     policy.kept.clear()
     for name, values in weights:
         if policy.keeps(name):
@@ -258,7 +269,7 @@ class ShardedWeights:
         self.mesh, self.device = mesh, mesh.device
         tensors = policy.named_weights()
         weights = {name: rows_of(weight, mesh) for name, weight in tensors.items()}
-        split = {name for name, weight in tensors.items() if isinstance(weight, DTensor)}
+        split = {name for name, weight in tensors.items() if is_split(weight)}
         self._rows: dict[str, Rows] = {}
         self._extents: dict[str, tuple[int, int]] = {}
         self._whole: dict[str, Tensor] = {}
@@ -303,7 +314,7 @@ class ShardedWeights:
 
 def _all_gather(whole: Tensor, own: Tensor) -> list[dist.Work]:
     """In place: `own` is this rank's part of `whole`."""
-    work = dist.all_gather_into_tensor(whole, own, async_op=True)
+    work = _GATHER(whole, own, async_op=True)
     return [work] if work is not None else []
 
 

@@ -54,7 +54,7 @@ def delta_rule(
     is the largest chunk: short documents get shorter ones. Equals `reference.delta_recurrence`; differentiable in all
     inputs and the initial state. `backend` "triton" names the kernels of flash-linear-attention, which take bfloat16.
     """
-    if _uses_fla(q, k, v, backend):
+    if _uses_fla(q, k, v, g, backend):
         from cispo.ops import delta_fla
 
         return delta_fla.attend(q, k, v, g, beta, cu_seqlens, initial_state, output_final_state)
@@ -145,11 +145,17 @@ DELTA = RecurrentOp(token_inputs=5, packed=delta_rule, step=delta_step)
 """Inputs q, k [T, G, K], v [T, H, V], g [T, H] or [T, H, K], beta [T, H]; states [S, H, K, V]."""
 
 
-def _uses_fla(q: Tensor, k: Tensor, v: Tensor, backend: Backend | None) -> bool:
+def _uses_fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, backend: Backend | None) -> bool:
     """flash-linear-attention, where it is installed, for bfloat16 alone: it multiplies float32 as TF32."""
     if choose_backend(backend, q, k, v) != "triton" or v.dtype != torch.bfloat16 or not len(v):
         return False
-    return k.shape[-1] <= _LARGEST_FLA_KEY and find_spec("fla") is not None
+    if k.shape[-1] > _LARGEST_FLA_KEY or find_spec("fla") is None:
+        return False
+    from cispo.ops import delta_fla
+
+    # Only a decay a head: the backward pass of a decay a channel has kernels of its own.
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return not trained or g.ndim == 3 or delta_fla.has_backward(v.device)
 
 
 class _Chunks(NamedTuple):

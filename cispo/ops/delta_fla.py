@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import version
+
 import torch
 from torch import Tensor
+
+# Triton versions that compile fla's gated backward kernel to wrong gradients on Hopper: fla 0.6 refuses to run there.
+_WRONG_ON_HOPPER = (3, 4, 0), (3, 7, 1)
+
+
+@cache
+def has_backward(device: torch.device) -> bool:
+    """Whether the gradient of a decay a head can be had here."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return True
+    first, fixed = _WRONG_ON_HOPPER
+    return not first <= tuple(int(part) for part in version("triton").split("+")[0].split(".")[:3]) < fixed
 
 
 def attend(

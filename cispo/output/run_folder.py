@@ -152,8 +152,8 @@ def _is_open(file: Path, descriptor: int) -> bool:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether a folder is there and holds nothing but the lock of a command that ended before it wrote."""
-    return folder.is_dir() and all(entry.name == _LOCK for entry in folder.iterdir())
+    """Whether a folder is there and holds nothing but the lock of a command that ended in its first write or before."""
+    return folder.is_dir() and all(entry.name in (_LOCK, "recipe.yaml.partial") for entry in folder.iterdir())
 
 
 def _holds_run(folder: Path) -> bool:

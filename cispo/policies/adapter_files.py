@@ -9,6 +9,7 @@ folder --adapter_in--> AdapterFolder --merged_policy--> Policy with W + s B A
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -24,13 +25,15 @@ from cispo.files import digest_of, form_errors, load_tensors, note_digest, read_
 from cispo.policies.loading import ADAPTER_WEIGHTS, load_policy, local_folder, weight_files
 from cispo.policies.lora import PREFIX, merged
 from cispo.policies.policy import HFConfig, Policy
-from cispo.recipe.schema import Lora
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 _CONFIG = "adapter_config.json"
 _BASE = "base.json"
+
+# Keys of adapter_config.json under which a layer is not W + (alpha / r) B A.
+_OTHER_KINDS = ("use_dora", "use_rslora", "use_bdlora", "use_qalora", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +52,8 @@ class AdapterFolder:
 
     folder: Path
     base: Base
-    lora: Lora
-    """Rank and alpha; targets are the layers of `tensors`."""
+    rank: int
+    alpha: float
 
     def tensors(self) -> dict[str, Tensor]:
         """A and B under peft's names."""
@@ -84,7 +87,8 @@ class AdapterFolder:
 def adapter_in(folder: str | Path) -> AdapterFolder | None:
     """The adapter of a folder, None where it holds a whole policy. Raises UserError where base.json is missing."""
     folder = Path(folder)
-    if not (folder / ADAPTER_WEIGHTS).is_file() or not (folder / _CONFIG).is_file():
+    own = any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json"))
+    if own or not (folder / ADAPTER_WEIGHTS).is_file() or not (folder / _CONFIG).is_file():
         return None
     config = read_json(folder / _CONFIG)
     if not (folder / _BASE).is_file():
@@ -94,10 +98,12 @@ def adapter_in(folder: str | Path) -> AdapterFolder | None:
         digests = {str(name): str(digest) for name, digest in values["sha256"].items()}
         base = Base(source=str(values["base"]), digests=digests)
     with form_errors(folder / _CONFIG):
-        if config["peft_type"] != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-            raise UserError(f"{folder / _CONFIG} is of another kind of adapter than LoRA")
-        lora = Lora(rank=config["r"], alpha=config["lora_alpha"], targets=sorted(config["target_modules"]))
-    return AdapterFolder(folder=folder, base=base, lora=lora)
+        if config["peft_type"] != "LORA" or any(config.get(key) for key in _OTHER_KINDS):
+            raise UserError(f"{folder / _CONFIG} is of another kind of adapter than plain LoRA")
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        if rank < 1 or not 0 < alpha < math.inf:
+            raise UserError(f"{folder / _CONFIG} has r {rank} and lora_alpha {alpha:g}")
+    return AdapterFolder(folder=folder, base=base, rank=rank, alpha=alpha)
 
 
 def base_of(folder: str | Path) -> Base:
@@ -159,5 +165,5 @@ def merged_policy(found: AdapterFolder, dtype: torch.dtype = torch.float32) -> P
         weight = place.of(weights[place.parameter])
         if weight.shape != (len(b), a.shape[1]) or b.shape[1] != len(a):
             raise UserError(f"{found.folder}: the adapter of {name!r} does not fit a weight of {list(weight.shape)}")
-        weight.copy_(merged(weight, a.to(dtype), b.to(dtype), found.lora.alpha / found.lora.rank))
+        weight.copy_(merged(weight, a.to(dtype), b.to(dtype), found.alpha / found.rank))
     return policy

@@ -5,7 +5,7 @@
                       as_frozen     the policy at the start: the adapter off, or as it was then     -> KL reference
                       adapter       A and B under peft's names                                      -> checkpoints
 
-Modules whose weight the policy reads as a matrix (the LM head) and stacked experts take no adapter.
+Stacked experts take no adapter, nor does a weight that the policy reads as a matrix (the LM head).
 """
 
 from __future__ import annotations
@@ -246,6 +246,8 @@ def adapted_layers(policy: Policy, lora: Lora) -> dict[str, str]:
     Raises UserError where a target is none of them, with the reason.
     """
     linear = linear_layers(policy)
+    if not linear:
+        raise UserError("policy.lora: the policy has no linear layer that takes an adapter")
     if lora.targets is None:
         return linear
     chosen: set[str] = set()

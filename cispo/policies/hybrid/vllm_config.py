@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -26,13 +25,23 @@ from cispo.policies.policy import HFConfig
 
 
 class PolicyConfig(PreTrainedConfig):
-    """Shapes of a policy's cache, and its config.json in `policy`, as text."""
+    """Shapes of a policy's cache, under the names that vLLM reads."""
 
     model_type = "cispo_policy"
-
-    def __init__(self, policy: str = "{}", **kwargs: Any) -> None:
-        self.policy = policy
-        super().__init__(**kwargs)
+    policy: str = "{}"
+    """The policy's config.json."""
+    vocab_size: int = 0
+    hidden_size: int = 0
+    num_hidden_layers: int = 0
+    """Layers of the cache."""
+    layers_block_type: tuple[str, ...] = ()
+    """Kind of each, by which vLLM counts them."""
+    layer_types: list[str] | None = None
+    """The same once more: vLLM sees here whether there are states."""
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int | None = None
 
     @property
     def content(self) -> HFConfig:
@@ -49,24 +58,21 @@ class PolicyConfigParser(ConfigParserBase):
         revision: str | None = None,
         code_revision: str | None = None,
         **kwargs: object,
-    ) -> tuple[dict[str, Any], PreTrainedConfig]:
+    ) -> tuple[dict[str, object], PreTrainedConfig]:
         content = read_json(Path(model) / "config.json")
         plan = plan_of(content, Path(model), torch.float32)
-        first = plan.softmax[0]
-        layers: dict[str, Any] = {
-            "num_hidden_layers": len(plan.softmax) + plan.holders,
-            # vLLM counts layers by kind in the first of the two, and sees in the second whether there are states.
-            "layers_block_type": ["attention"] * len(plan.softmax) + ["mamba"] * plan.holders,
-            "layer_types": ["full_attention"] * len(plan.softmax) + ["linear_attention"] * plan.holders,
-            "num_attention_heads": first.heads,
-            "num_key_value_heads": first.kv_heads,
-            "head_dim": first.head_size,
-        }
-        sizes: dict[str, Any] = {
-            "vocab_size": plan.vocab_size,
-            "hidden_size": plan.hidden_size,
-            "max_position_embeddings": max_positions_of(content),
-        }
-        architectures = list(POLICY_MODEL.architectures)
-        config = PolicyConfig(architectures=architectures, policy=json.dumps(content), **layers, **sizes)
+        softmax, first = len(plan.softmax), plan.softmax[0]
+        config = PolicyConfig(
+            architectures=list(POLICY_MODEL.architectures),
+            policy=json.dumps(content),
+            vocab_size=plan.vocab_size,
+            hidden_size=plan.hidden_size,
+            num_hidden_layers=softmax + plan.holders,
+            layers_block_type=("attention",) * softmax + ("mamba",) * plan.holders,
+            layer_types=["full_attention"] * softmax + ["linear_attention"] * plan.holders,
+            num_attention_heads=first.heads,
+            num_key_value_heads=first.kv_heads,
+            head_dim=first.head_size,
+            max_position_embeddings=max_positions_of(content),
+        )
         return config.to_dict(), config

@@ -31,9 +31,9 @@ _HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 # Floats. The kernels read states in vectors of up to 128 bytes.
 _ALIGNMENT = 32
 
-# Floats of a slot that holds states of several layers: 1 MiB. vLLM gives keys and values blocks of as many bytes, and
-# larger ones waste memory on short sequences.
-_LARGEST_SHARED_SLOT = 1 << 18
+# Tokens of keys and values, as float32, that are as large as a slot with states of several layers. vLLM gives both
+# blocks of one size, and larger blocks waste memory on short sequences.
+_LONGEST_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +99,15 @@ class Plan:
 
     @cached_property
     def holders(self) -> int:
-        """Layers of vLLM's cache that hold the states: as many as there are softmax layers, while slots stay small.
+        """Layers of vLLM's cache that hold the states: as many as there are softmax layers, or more of smaller slots.
 
         vLLM sorts the layers of its cache into groups of one kind and size and does the host's work once a group.
         """
         most = max(self._kinds.values(), default=0)
         if not most:
             return 0
-        fitting = _LARGEST_SHARED_SLOT // sum(_aligned_floats(state) for _, state in self._kinds)
+        token = 2 * self.softmax[0].kv_heads * self.softmax[0].head_size
+        fitting = _LONGEST_BLOCK * token // sum(_aligned_floats(state) for _, state in self._kinds)
         each = min(math.ceil(most / len(self.softmax)), max(fitting, 1))
         return math.ceil(most / each)
 

@@ -3,8 +3,8 @@
     StateHolder: to vLLM one recurrent layer, one slot a sequence; in a slot the states of several layers, one after
     another, float32
 
-A slot is one flat row. So vLLM copies whatever a sequence has of it as one block when a prefix is cached ("align"):
-windows of convolutions together with the states of their recurrences.
+A slot is one flat row, which vLLM copies as a whole when it caches a prefix ("align"): the windows of convolutions
+together with the states of their recurrences.
 """
 
 from __future__ import annotations

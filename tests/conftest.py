@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def no_other_sandboxes() -> Iterator[None]:
-    """For tests that count the sandboxes of this machine, or start some: one at a time, in whatever process."""
+    """For tests that count the sandboxes of this machine, or start some: one at a time, in any process."""
     with (Path(tempfile.gettempdir()) / f"cispo-test-sandboxes-{os.getuid()}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -65,7 +65,7 @@ except RunError as error:
 started = time.monotonic()
 runtime.close()
 print("left", list(cluster().values()))
-print("folder", os.path.exists(folder.path), "late" if time.monotonic() - started > 30 else "soon")
+print("folder", os.path.exists(folder.path), "late" if time.monotonic() - started > 50 else "soon")
 """
 
 

@@ -38,6 +38,20 @@ KEYS = [
 ]
 
 
+TURNS = (
+    "env.use=rewards.chase:Chase",
+    "env.workers=1",
+    "sft.data={source: 'rewards.chase:demonstrations', args: {size: 200, seed: 1}}",
+    "data={source: 'rewards.chase:problems', args: {size: 100, seed: 2}}",
+    "eval={source: 'rewards.chase:problems', split: test, args: {size: 8, seed: 3}}",
+    "rollout.max_context=80",
+    "rollout.max_tokens=6",
+    "learner.share_prompts=true",
+    "algorithm.advantage=turn_to_go",
+)
+"""Attempts of several turns."""
+
+
 def script() -> ModuleType:
     sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("inject_faults", SCRIPT)
@@ -58,8 +72,9 @@ FAULTS = script()
         ("algorithm={name: ppo, ratio_max: null, updates_per_batch: 2, kl_coef: 0.01, kl_in: reward, kl: k1}",),
         ("policy.dtype=bfloat16", "algorithm={name: dapo, ratio_max: null, dynamic_sampling: 1}"),
         ("curriculum={drop_above: 0.9, weighting: difficulty, length_stages: [[0, 8], [3, 16]]}", "data.limit=12"),
+        TURNS,
     ],
-    ids=["cispo", "critic-and-reference", "bfloat16-dynamic-sampling", "curriculum"],
+    ids=["cispo", "critic-and-reference", "bfloat16-dynamic-sampling", "curriculum", "turns"],
 )
 def test_a_resumed_run_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]):
     """Policy, optimizers, masters, critic, reference, prompts, counters: all as if nothing had happened."""

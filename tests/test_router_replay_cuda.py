@@ -2,7 +2,7 @@
 
     python -m pytest -s tests/test_router_replay_cuda.py        where there is a GPU; skipped elsewhere
 
-float32 runs eagerly, and its experts are the learner's but for routers whose two candidates are equal to rounding. In
+float32 runs eagerly, and its experts are the learner's but where a router's candidates are equal to rounding. In
 bfloat16, with decode steps as CUDA graphs, the two sides round in another order: a few tokens in a hundred go to other
 experts, and those make the largest errors of a log-probability.
 """

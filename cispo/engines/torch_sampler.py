@@ -39,7 +39,7 @@ class Sampled:
     reason: FinishReason | None
     """None while it goes on."""
     routes: Tensor | None = None
-    """[tokens read, layers, k]: their experts, prompt included; of an ended sequence whose experts are recorded."""
+    """[tokens read, layers, k]: experts of prompt and tokens once it has ended; None where they are not recorded."""
 
 
 @dataclass(slots=True)

@@ -70,7 +70,7 @@ class RouteBuffer:
             router.register_forward_hook(self._record)
 
     def leave(self, router: Router | ScoreRouter, chosen: Tensor) -> None:
-        """Records `chosen` [T, k] of a router whose work another kernel does."""
+        """Records `chosen` [T, k], where another kernel does the router's work."""
         self.routes[: len(chosen), self._numbers[id(router)]].copy_(chosen)
 
     def _record(self, router: nn.Module, inputs: object, output: Sequence[Tensor]) -> None:

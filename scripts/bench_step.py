@@ -97,6 +97,9 @@ class Limited:
     async def ask(self, method: str) -> object:
         return await self.remote.ask(method)
 
+    async def look(self, method: str) -> object:
+        return await self.remote.look(method)
+
     def kill(self) -> None:
         self.remote.kill()
 

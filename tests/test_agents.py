@@ -203,7 +203,7 @@ def test_a_process_that_dies_is_replaced_and_its_sessions_go_on(counters: Sessio
             ("raise", "a"),
         ]
         results = await asyncio.gather(*(said(s, *t) for s, t in zip(sessions, texts, strict=True)))
-        rewards = [await sessions[number].reward() for number in (0, 1, 2)]
+        rewards: list[object] = [await sessions[number].reward() for number in (0, 1, 2)]
         await asyncio.gather(*(s.close() for s in sessions))
         return [*results, rewards]
 

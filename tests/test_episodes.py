@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,9 +71,7 @@ class Scripted:
 
 
 @contextlib.contextmanager
-def playing(
-    renderer: Renderer, prompts: Sequence[Prompt] = (), context: int = 400, **env: object
-) -> Iterator[Episodes]:
+def playing(renderer: Renderer, prompts: Sequence[Prompt] = (), context: int = 400, **env: Any) -> Iterator[Episodes]:
     recipe = Recipe.model_validate({"env": {"timeout": 5.0, "workers": 1, **env}, "rollout": {"max_context": context}})
     episodes = episodes_of(recipe, renderer, {"data": prompts})
     assert episodes is not None
@@ -88,7 +87,7 @@ def play(episodes: Episodes, engine: Scripted, *prompts: Prompt, group_size: int
     return asyncio.run(episodes.play(prompts, engine.generate, group_size=group_size, sampling=SAMPLING, seed=7))
 
 
-COUNTER: Mapping[str, object] = {"use": "tests.agent_code:Counter"}
+COUNTER: dict[str, Any] = {"use": "tests.agent_code:Counter"}
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
@@ -215,7 +214,7 @@ def test_the_time_of_tools_changes_nothing(renderer: Renderer):
         ({"use": "tests.agent_code:KEY"}, "env.use: 'tests.agent_code:KEY'"),
     ],
 )
-def test_sections_without_a_meaning_are_refused(renderer: Renderer, env: dict[str, object], sentence: str):
+def test_sections_without_a_meaning_are_refused(renderer: Renderer, env: dict[str, Any], sentence: str):
     with pytest.raises(UserError, match=sentence), playing(renderer, [prompt()], **env):
         pass
 

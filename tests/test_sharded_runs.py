@@ -1,4 +1,4 @@
-"""Whole runs of a sharded learner: the watchdog names a rank that hangs, and one that is killed ends the run at once."""
+"""Whole runs of a sharded learner: the watchdog names a rank that hangs, a killed one ends the run at once."""
 
 from __future__ import annotations
 

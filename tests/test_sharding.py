@@ -302,7 +302,7 @@ def test_a_stand_in_adds_nothing(root: Path, algorithm: Algorithm):
 
 
 def test_memory_of_a_rank_by_hand():
-    """A copy in bfloat16: 14 bytes a number, 6 more in a pass. Shards: 12 / ranks, and the gathered weights in a pass."""
+    """A copy in bfloat16: 14 bytes a number, 6 more in a pass. Shards: 12 / ranks, and gathered weights in a pass."""
     policy = shape_of({**TINY, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
     count = sum(p.numel() for p in policy.parameters())
     block = sum(p.numel() for p in policy.get_submodule("layers.0").parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -346,7 +346,7 @@ def test_fused_expert_names_and_hugging_face_buffers_load(
         assert difference(engine, policies[1], RAGGED[:8]) <= TOLERANCE
 
 
-def _fuse(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fuse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     experts = {name for name in state if ".experts." in name}
     rest = state.keys() - experts
     fused = {name.replace(".block_sparse_moe.", ".mlp."): state[name].contiguous() for name in rest}

@@ -43,6 +43,9 @@ class Engine:
             raise self.failed
         return 0
 
+    async def look(self, method: str) -> Any:
+        return await self.ask(method)
+
     def kill(self) -> None:
         self.killed = True
 
@@ -61,6 +64,9 @@ class Learner:
 
     async def ask(self, method: str) -> Any:
         raise AssertionError("a learner is not asked")
+
+    async def look(self, method: str) -> Any:
+        raise AssertionError("nothing hangs here")
 
     def kill(self) -> None:
         raise AssertionError("a learner is not killed")

@@ -3,7 +3,7 @@
     checkpoints/.draft  --every file on the disk, then one rename-->  step_000012
 
     checkpoints/step_000012/   config.json  model.safetensors  tokenizer ...    a model folder, as transformers reads it
-                               model-00001-of-00004.safetensors ... index       its weights in parts, of a sharded learner
+                               model-00001-of-00004.safetensors ... index       its weights in parts, of sharded ranks
                                cispo.json                                       step, versions, size and hash of files
                 .../training/  driver.json  driver.safetensors                  state of the training loop
                                learner.safetensors  critic.safetensors          optimizers, float32 masters, the critic

@@ -93,8 +93,8 @@ class Data(Section):
     source: Text
     """A .jsonl or .parquet file, a hub id, module:function, or reasoning_gym:TASK."""
     split: Text = "train"
-    """Which split, or a slice such as train[:90%]. A file has the split train alone; of a procedural source, train is one
-    half of all problems and any other name the other half."""
+    """Which split, or a slice such as train[:90%]. A file has the split train alone; of a procedural source, train is
+    one half of all problems and any other name the other half."""
     args: dict[str, object] = {}
     """Arguments of the function or parameters of the reasoning-gym task (with size and seed)."""
     limit: Positive | None = None

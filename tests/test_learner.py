@@ -23,11 +23,15 @@ from cispo.errors import UserError
 from cispo.learner.critic import Critic
 from cispo.learner.handle import CriticHandle, LearnerHandle, RankHandle
 from cispo.learner.learner import BatchLoss, Learner
+from cispo.learner.loss import read
 from cispo.learner.optim import Optimizer, learning_rate
 from cispo.policies.loading import init_policy, load_policy, save_policy
+from cispo.policies.moe import correction_biases
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch, Sample, TokenStats
 from cispo.warmup import demonstration_batches
+from tests import tiny_hybrids
+from tests.tiny_policies import QWEN3
 
 TINY = {
     "model_type": "minimax",
@@ -330,3 +334,28 @@ def test_a_handle_has_the_signatures_of_its_rank(handle: type[RankHandle], rank:
     assert {"update", "start_save", "saved", "restore", "release_memory"} <= set(methods)
     for name in methods:
         assert inspect.signature(getattr(handle, name)) == inspect.signature(getattr(rank, name)), name
+
+
+def test_balancing_by_bias(tmp_path: Path):
+    """After an update each bias has moved by the rate against its expert's load, counted over all micro-batches."""
+    tiny_hybrids.save("minimax_m2", tmp_path)
+    learner = Learner(str(tmp_path), LearnerConfig(router_bias_rate=0.01))
+    given = samples(6)
+    (mbs,) = pack(given, reduction="token", max_tokens=16, tokens_per_micro_batch=40)
+    assert len(mbs) > 1
+    policy = load_policy(str(tmp_path))
+    layers, experts = policy.router_shape
+    counts = torch.zeros(layers, experts)
+    for mb in mbs:
+        for layer, router in enumerate(read(policy, mb).router):
+            counts[layer] += torch.bincount(router.chosen[mb.loss_mask].flatten(), minlength=experts)
+    before = torch.stack(correction_biases(policy))
+    learner.update(mbs, CISPO, lr=1e-3)
+    expected = before + 0.01 * (counts.mean(-1, keepdim=True) - counts).sign()
+    moved = torch.stack(correction_biases(learner.policy))
+    assert torch.equal(moved, expected) and bool((moved != before).any())
+    exported = [tensor for name, tensor in learner.policy.to_hf().items() if name.endswith("e_score_correction_bias")]
+    assert torch.equal(torch.stack(exported), expected), "engines and checkpoints get the moved biases"
+    save_policy(init_policy(QWEN3, seed=0), tmp_path / "dense")
+    with pytest.raises(UserError, match="learner.router_bias_rate 0.01: no router of the policy has a bias"):
+        Learner(str(tmp_path / "dense"), LearnerConfig(router_bias_rate=0.01))

@@ -28,8 +28,8 @@ from cispo.learner.rank import Rank, total, trainable_policy
 from cispo.learner.sharding import copy_rows, fill_from, sharded_policy
 from cispo.policies.loading import load_policy, save_policy
 from cispo.policies.lora import AdaptedPolicy
-from cispo.policies.moe import expert_counts, router_aux_loss
-from cispo.policies.policy import Policy
+from cispo.policies.moe import balance_biases, correction_biases, expert_counts, router_aux_loss
+from cispo.policies.policy import Policy, RouterOutput
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch, TokenStats
 from cispo.weights.buckets import BucketMessage, Transport, WeightSender
@@ -72,6 +72,8 @@ class MicroBatchLoss(NamedTuple):
     loss: Tensor
     aux_loss: Tensor | None
     tokens: TokenStats
+    counts: Tensor | None = None
+    """[layers, E]: (token, slot) pairs of each expert, where correction biases are balanced."""
 
 
 class Learner:
@@ -99,14 +101,19 @@ class Learner:
         self._folder = folder
         if config.router_aux_coef > 0 and self.policy.router_shape == (0, 0):
             raise UserError(f"learner.router_aux_coef {config.router_aux_coef}: the policy has no experts to balance")
+        self._biases = correction_biases(self.policy) if config.router_bias_rate > 0 else []
+        if config.router_bias_rate > 0 and not self._biases:
+            raise UserError(f"learner.router_bias_rate {config.router_bias_rate}: no router of the policy has a bias")
         self.rank = Rank(self.policy, config, mesh, state="learner", dtype=dtype)
 
     # Training
 
     def update(self, micro_batches: Sequence[MicroBatch], objective: Objective, *, lr: float) -> UpdateResult:
         """One optimizer step on this rank's micro-batches; every rank must call it, with as many."""
-        batch = self.forward_backward(micro_batches, objective)
+        batch, counts = self._forward_backward(micro_batches, objective)
         norm, taken = self.rank.step(lr)
+        if taken and counts is not None:
+            balance_biases(self._biases, counts, self.config.router_bias_rate)
         return UpdateResult(batch=batch, grad_norm=norm, taken=taken)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> BatchLoss:
@@ -114,14 +121,28 @@ class Learner:
 
         Nothing is read from the device before the last micro-batch is queued: a GPU never waits for this loop.
         """
+        return self._forward_backward(micro_batches, objective)[0]
+
+    def _forward_backward(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective
+    ) -> tuple[BatchLoss, Tensor | None]:
+        """The share of the loss, and the choices of each expert over the whole batch where biases are balanced."""
         batches = self.rank.to_device(micro_batches)
         load = self._expert_load(batches) if self.config.router_aux_coef > 0 else None
         results = self.rank.backward(batches, lambda mb: self._loss(mb, objective, load))
-        return BatchLoss(
+        batch = BatchLoss(
             loss=total([result.loss for result in results]),
             aux_loss=total([result.aux_loss for result in results if result.aux_loss is not None]),
             tokens=TokenStats.concat([result.tokens for result in results]) if results else None,
         )
+        if not self._biases:
+            return batch, None
+        counts = torch.zeros(*self.policy.router_shape, device=self.rank.mesh.device)
+        for result in results:
+            assert result.counts is not None
+            counts += result.counts
+        self.rank.mesh.sum([counts])
+        return batch, counts
 
     def _loss(self, mb: MicroBatch, objective: Objective, load: ExpertLoad | None) -> tuple[Tensor, MicroBatchLoss]:
         """One micro-batch's loss, the balancing loss included, and its parts."""
@@ -129,10 +150,16 @@ class Learner:
         head = self.policy.lm_head_weight
         loss, tokens = micro_batch_loss(output.hidden, head, mb, objective, temperature=self.temperature)
         tokens = replace(tokens, extra={**tokens.extra, **extra})
+        counts = self._counts(output.router, mb) if self._biases else None
         if load is None:
-            return loss, MicroBatchLoss(loss.detach(), None, tokens)
+            return loss, MicroBatchLoss(loss.detach(), None, tokens, counts)
         aux = router_aux_loss([r.probs for r in output.router], self._balanced(mb), load.counts, load.tokens)
-        return loss + self.config.router_aux_coef * aux, MicroBatchLoss(loss.detach(), aux.detach(), tokens)
+        return loss + self.config.router_aux_coef * aux, MicroBatchLoss(loss.detach(), aux.detach(), tokens, counts)
+
+    def _counts(self, router: Sequence[RouterOutput], mb: MicroBatch) -> Tensor:
+        """[layers, E]: choices of each expert by the tokens that are balanced."""
+        mask, experts = self._balanced(mb), self.policy.router_shape[1]
+        return torch.stack([expert_counts(r.chosen, mask, experts) for r in router])
 
     @torch.no_grad()
     def _expert_load(self, batches: Sequence[MicroBatch]) -> ExpertLoad:
@@ -143,10 +170,8 @@ class Learner:
         layers, experts = self.policy.router_shape
         counts = torch.zeros(layers, experts + 1, device=self.rank.mesh.device)
         for mb in batches:
-            mask = self._balanced(mb)
-            router = read(self.policy, mb).router
-            counts[:, :-1] += torch.stack([expert_counts(r.chosen, mask, experts) for r in router])
-            counts[:, -1] += mask.sum()
+            counts[:, :-1] += self._counts(read(self.policy, mb).router, mb)
+            counts[:, -1] += self._balanced(mb).sum()
         self.rank.mesh.sum([counts])
         return ExpertLoad(counts[:, :-1], max(float(counts[0, -1]), 1.0))
 

@@ -136,6 +136,23 @@ class ScoreRouter(nn.Module):
         return groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
 
 
+def correction_biases(policy: nn.Module) -> list[Tensor]:
+    """[E] float32 of each MoE layer whose router has one, in order."""
+    routers = [module for module in policy.modules() if isinstance(module, ScoreRouter)]
+    return [router.e_score_correction_bias for router in routers if router.e_score_correction_bias is not None]
+
+
+@torch.no_grad()
+def balance_biases(biases: Sequence[Tensor], counts: Sequence[Tensor] | Tensor, rate: float) -> None:
+    """Moves each bias [E] by `rate`: up where an expert was chosen less often than the mean, down where more often.
+
+    counts [layers, E] are those of the whole batch. It balances without a loss, which would bend the gradient
+    (arXiv 2408.15664, algorithm 1).
+    """
+    for bias, chosen in zip(biases, counts, strict=True):
+        bias.add_((chosen.mean() - chosen).sign(), alpha=rate)
+
+
 class Experts(nn.Module):
     """E SwiGLU experts in two fused weights: gate_up_proj [E, 2I, d], gate first, and down_proj [E, d, I].
 

@@ -33,6 +33,8 @@ def _of_the_policy(recipe: Recipe) -> Iterator[str]:
         yield "policy.model and policy.config exclude each other: start from weights or from a shape"
     if policy.model is None and policy.tokenizer is None:
         yield "policy.tokenizer is needed where there is no policy.model"
+    if recipe.policy.lora is not None and recipe.learner.router_bias_rate > 0:
+        yield "learner.router_bias_rate moves weights of the policy, which policy.lora leaves as they are"
     if rollout.engine_args.get("load_format", "safetensors") != "safetensors":
         yield "rollout.engine_args.load_format must stay safetensors: other formats can run code when they are loaded"
     if rollout.engine_args.get("trust_remote_code", False):

@@ -292,7 +292,9 @@ class Learner(Section):
     router_aux_coef: Amount = 0.0
     """Factor of the experts' load-balancing loss."""
     router_aux_tokens: Literal["completion", "all"] = "completion"
-    """Which tokens the balancing loss counts."""
+    """Which tokens the balancing loss counts, and the balancing by bias."""
+    router_bias_rate: Amount = 0.0
+    """Step of the routers' correction biases after an update, towards an even load of the experts; 0 leaves them."""
 
 
 class Sft(Section):

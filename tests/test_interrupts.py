@@ -57,7 +57,12 @@ except KeyboardInterrupt:
 """
 
 
-def outcome(script: dict[int, tuple[int, ...]], before: Callable[[], object] = lambda: None) -> list[str]:
+def heed_terminal() -> None:
+    """Undoes the `nohup` of a program that runs the tests."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def outcome(script: dict[int, tuple[int, ...]], before: Callable[[], object] = heed_terminal) -> list[str]:
     code = PROGRAM.format(script={step: tuple(map(int, numbers)) for step, numbers in script.items()})
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=before
@@ -83,7 +88,9 @@ def test_signals_that_come_together_are_one_order() -> None:
 def test_a_second_order_ends_the_run_at_once() -> None:
     code = PROGRAM.replace("await asyncio.sleep(0.1)", "await asyncio.sleep(0.1 if step < 3 else 60)")
     code = code.format(script={3: (int(signal.SIGTERM),)})
-    run = subprocess.Popen([sys.executable, "-uc", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-uc", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed_terminal
+    )
     assert run.stdout is not None and run.stdout.readline().startswith("said interrupted: finishing the step")
     # Later than signals that come together.
     time.sleep(0.7)

@@ -34,6 +34,7 @@ from cispo.policies.loading import (
     shape_of,
 )
 from cispo.policies.lora import adapted_layers
+from cispo.policies.moe import correction_biases
 from cispo.policies.policy import Policy
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
@@ -87,9 +88,14 @@ def check_new_policy(recipe: Recipe, renderer: Renderer) -> None:
 
 
 def check_experts(recipe: Recipe, policy: Policy) -> None:
-    """Raises UserError where the recipe replays the experts of a policy that has none."""
+    """Raises UserError where the recipe replays or balances experts of a policy that has none to."""
     if recipe.policy.router_replay != "off" and policy.router_shape[0] == 0:
         raise UserError(f"policy.router_replay {recipe.policy.router_replay}: the policy has no experts to replay")
+    learner = recipe.learner
+    if learner.router_bias_rate > 0 and not correction_biases(policy):
+        raise UserError(f"learner.router_bias_rate {learner.router_bias_rate}: no router of the policy has a bias")
+    if learner.router_aux_coef > 0 and policy.router_shape[0] == 0:
+        raise UserError(f"learner.router_aux_coef {learner.router_aux_coef}: the policy has no experts to balance")
 
 
 def check_vocabulary(policy: str, renderer: Renderer) -> None:

@@ -151,7 +151,9 @@ def _short(value: object) -> str:
 def _explain(error: ValidationError) -> str:
     """The first problem of a validation error as one sentence that names the key."""
     first = error.errors()[0]
-    key = _short(".".join(str(part) for part in first["loc"]))[1:-1]
+    # Of a value with several types, pydantic adds the type that it tried first.
+    place = first["loc"][:-1] if first["loc"][-1] in ("bool", "int", "float", "str") else first["loc"]
+    key = _short(".".join(str(part) for part in place))[1:-1]
     if first["type"] == "extra_forbidden":
         plain = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
         if plain in REMOVED:

@@ -18,23 +18,11 @@ import yaml
 
 from cispo import cli
 from cispo.policies.loading import init_policy, save_policy
-from tests.bad_inputs import CASES
+from tests.bad_inputs import CASES, TINY
+from tests.bad_inputs import CHARS as CHARS_FOLDER
 
 ROOT = Path(__file__).parents[1]
-CHARS = str(ROOT / "recipes" / "tokenizers" / "chars")
-
-TINY = {
-    "model_type": "minimax",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
-    "num_local_experts": 2,
-    "initializer_range": 0.1,
-}
+CHARS = str(CHARS_FOLDER)
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ ONLY_IN = {
         "policies.minimax.vllm_shares",
         "policies.minimax.vllm_states",
         "policies.vllm_plugin",
+        "policies.vllm_slots",
         "weights.vllm_receiver",
     },
     "torch.distributed": {"learner.parallel", "learner.sharding", "runtime.network", "weights.buckets"},

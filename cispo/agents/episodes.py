@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cispo.agents.contract import Reply, Status, Step
 from cispo.agents.environment import Identity, Observation, rewards_of
@@ -57,12 +57,9 @@ class Attempt:
         if not rewards:
             return
         last = self.turns[-1]
-        merged = {**last.rewards}
-        for name, value in rewards.items():
-            merged[name] = merged.get(name, 0.0) + value
-        self.turns[-1] = Turn(
-            context_ids=last.context_ids, completion=last.completion, continues=last.continues, rewards=merged
-        )
+        names = {**last.rewards, **rewards}
+        merged = {name: last.rewards.get(name, 0.0) + rewards.get(name, 0.0) for name in names}
+        self.turns[-1] = replace(last, rewards=merged)
 
 
 class Episodes:

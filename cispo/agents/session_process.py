@@ -15,8 +15,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +23,8 @@ from cispo.agents.contract import Reply, Step
 from cispo.agents.environment import Identity, Observation
 from cispo.agents.session_worker import Answer, Message, Ready, Request, Setup, Verb
 from cispo.errors import UserError
-from cispo.rollout.frames import HEADER, frame, receive, send, unframe
+from cispo.rollout.frames import frame, receive, receive_async, send, start_process
 from cispo.rollout.reward_worker import START_SECONDS
-
-_BOOT = "import sys; sys.path[:] = {path!r}; from cispo.agents.session_worker import main; main({socket})"
 
 
 class SessionError(Exception):
@@ -66,14 +62,7 @@ class SessionProcess:
         self.alive = True
         self._socket, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT.format(path=sys.path, socket=theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                # Ctrl-C reaches the driver alone, and the process group can be killed as a whole.
-                start_new_session=True,
-                env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ},
-            )
+            self._process = start_process("cispo.agents.session_worker:main", [theirs.fileno()])
         self._socket.settimeout(START_SECONDS)
         try:
             send(self._socket, setup)
@@ -117,8 +106,7 @@ class SessionProcess:
     async def _read(self) -> None:
         while self._waiting:
             try:
-                size = HEADER.unpack(await self._receive(HEADER.size))[0]
-                message = unframe(await self._receive(size), Message)
+                message = await receive_async(self._socket, Message)
             except (EOFError, OSError):
                 self._end()
                 return
@@ -128,16 +116,6 @@ class SessionProcess:
             waiting.started.set()
             if isinstance(message, Answer) and not waiting.answer.done():
                 waiting.answer.set_result(message)
-
-    async def _receive(self, size: int) -> bytearray:
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            received = await asyncio.get_running_loop().sock_recv_into(self._socket, view)
-            if received == 0:
-                raise EOFError
-            view = view[received:]
-        return data
 
     def _end(self, how: str = "") -> None:
         """Ends the process, and with it all requests that it serves."""
@@ -208,6 +186,11 @@ class SessionPool:
         self._alone.add(process)
         return process
 
+    def end_alone(self, process: SessionProcess) -> None:
+        """Ends the process of a suspect with its session."""
+        process.kill()
+        self._alone.discard(process)
+
     def next_request(self) -> int:
         return next(self._numbers)
 
@@ -251,6 +234,8 @@ class RemoteSession:
         if self._process is not None and self._process.alive:
             with contextlib.suppress(SessionError, _ProcessEnded):
                 await self._send("close", None)
+            if self._suspect:
+                self._pool.end_alone(self._process)
 
     async def _ask(self, verb: Verb, reply: Reply | None = None) -> Answer:
         started = time.perf_counter()

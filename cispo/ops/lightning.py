@@ -23,6 +23,7 @@ from torch import Tensor
 from cispo.ops.backend import Backend, choose_backend
 from cispo.ops.chunks import Layout, choose_chunk, lay_out, pad_chunks
 from cispo.ops.recurrent import RecurrentOp
+from cispo.ops.slots import read_states, write_states
 
 # Larger heads have no tiles in the table of the kernels.
 _LARGEST_KERNEL_DIM = 256
@@ -89,11 +90,11 @@ def lightning_prefill(
         from cispo.ops import lightning_triton
 
         return lightning_triton.prefill(q, k, v, slopes, cu_seqlens, cache, slots, fresh)
-    state = _read(cache, slots, fresh)
+    state = read_states(cache, slots, fresh)
     with torch.no_grad():
         output, state = lightning_attention(q, k, v, slopes, cu_seqlens, state, True, backend="torch")
     assert state is not None
-    cache[slots.long()] = state
+    write_states(cache, slots, state)
     return output
 
 
@@ -117,10 +118,10 @@ def lightning_decode(
 
         return lightning_triton.decode(q, k, v, slopes, cache, slots, fresh)
     used = slots >= 0
-    state = _read(cache, slots[used], None if fresh is None else fresh[used])
+    state = read_states(cache, slots[used], None if fresh is None else fresh[used])
     dtype = state.dtype
     state = state * torch.exp(-slopes.to(dtype))[:, None, None] + k[used, :, :, None].to(dtype) * v[used, :, None, :]
-    cache[slots[used].long()] = state
+    write_states(cache, slots[used], state)
     output = torch.zeros_like(q)
     output[used] = (q[used, :, None, :].to(dtype) @ state).squeeze(2).to(q.dtype)
     return output
@@ -139,11 +140,6 @@ def lightning_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, states: Tens
 
 LIGHTNING = RecurrentOp(token_inputs=3, packed=lightning_attention, step=lightning_step)
 """Inputs q, k, v [T, H, D] and slopes [H] float32; states [S, H, D, D]."""
-
-
-def _read(cache: Tensor, slots: Tensor, fresh: Tensor | None) -> Tensor:
-    state = cache[slots.long()]
-    return state if fresh is None else state.masked_fill(fresh[:, None, None, None], 0)
 
 
 def _uses_kernels(q: Tensor, k: Tensor, v: Tensor, backend: Backend | None) -> bool:

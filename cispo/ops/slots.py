@@ -20,7 +20,7 @@ def read_states(cache: Tensor, slots: Tensor, fresh: Tensor | None = None) -> Te
 
 def write_states(cache: Tensor, slots: Tensor, states: Tensor) -> None:
     """Stores states [S, ...] in distinct `slots`, in the cache's dtype."""
-    _rows(cache).index_copy_(0, slots.long(), _rows(states.to(cache.dtype)))
+    _rows(cache).index_copy_(0, slots.long(), states.to(cache.dtype).flatten(1))
 
 
 def _rows(states: Tensor) -> Tensor:

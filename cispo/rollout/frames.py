@@ -1,10 +1,15 @@
-"""Messages between the driver and a process of user code: 8 bytes of length and a pickle, over a socket."""
+"""A process of user code, and its messages to and from the driver: 8 bytes of length and a pickle, over a socket."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
+from collections.abc import Sequence
 from typing import TypeVar
 
 HEADER = struct.Struct("<Q")
@@ -43,3 +48,36 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytearray:
             raise EOFError
         view = view[received:]
     return data
+
+
+async def receive_async(connection: socket.socket, kind: type[_Message]) -> _Message:
+    """`receive` on a socket that does not block."""
+    size = HEADER.unpack(await _receive_exactly_async(connection, HEADER.size))[0]
+    return unframe(await _receive_exactly_async(connection, size), kind)
+
+
+async def _receive_exactly_async(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        received = await asyncio.get_running_loop().sock_recv_into(connection, view)
+        if received == 0:
+            raise EOFError
+        view = view[received:]
+    return data
+
+
+def start_process(main: str, fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """A process that calls `main`, "module:name", with the file descriptors `fds`, which it inherits."""
+    module, _, name = main.partition(":")
+    arguments = ", ".join(map(str, fds))
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import {name}; {name}({arguments})"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        # Ctrl-C reaches the driver alone, and the process group can be killed as a whole.
+        start_new_session=True,
+        # The same order of sets of strings in every worker; one thread each, for there are many workers.
+        env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ},
+    )

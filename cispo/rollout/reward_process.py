@@ -7,14 +7,12 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from cispo.errors import UserError
 from cispo.files import disk_errors
-from cispo.rollout.frames import HEADER, frame, receive, send, unframe
+from cispo.rollout.frames import frame, receive, receive_async, send, start_process
 from cispo.rollout.reward_function import OUR_FILES, Failure
 from cispo.rollout.reward_worker import LAST_CALL, START_SECONDS, Job, Ready, Reply, Setup
 
@@ -23,8 +21,6 @@ _SLACK_SECONDS = 10.0
 
 # A batch system may signal all processes of a job, when it stops the job or asks for a checkpoint.
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-_BOOT = "import sys; sys.path[:] = {path!r}; from cispo.rollout.reward_worker import main; main({socket}, {black_box})"
 
 
 class WorkerDied(Exception):
@@ -82,15 +78,7 @@ class WorkerProcess:
         self._socket, theirs = socket.socketpair()
         fds = (theirs.fileno(), self._black_box.fileno())
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT.format(path=sys.path, socket=fds[0], black_box=fds[1])],
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                # Ctrl-C reaches the driver alone, and the worker's process group can be killed as a whole.
-                start_new_session=True,
-                # The same order of sets of strings in every worker; one thread each, for there are many workers.
-                env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ},
-            )
+            self.process = start_process("cispo.rollout.reward_worker:main", fds)
         self.signatures = self._first_answer().signatures
         self._socket.setblocking(False)
 
@@ -138,23 +126,13 @@ class WorkerProcess:
     async def _read(self) -> None:
         while self._jobs:
             try:
-                reply = unframe(await self._receive(HEADER.unpack(await self._receive(HEADER.size))[0]), Reply)
+                reply = await receive_async(self._socket, Reply)
             except (EOFError, OSError):
                 self._reader = None
                 return self._bury()
             answer = self._jobs.pop(reply.id, None)
             if answer is not None and not answer.done():
                 answer.set_result(reply)
-
-    async def _receive(self, size: int) -> bytearray:
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            received = await asyncio.get_running_loop().sock_recv_into(self._socket, view)
-            if received == 0:
-                raise EOFError
-            view = view[received:]
-        return data
 
     def _bury(self) -> None:
         death = self._autopsy()

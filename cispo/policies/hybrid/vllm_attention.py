@@ -23,6 +23,7 @@ from cispo.ops.convolution import CONVOLUTION, convolve_decode, convolve_prefill
 from cispo.ops.delta import DELTA, delta_decode, delta_prefill
 from cispo.ops.lightning import LIGHTNING, lightning_decode, lightning_prefill
 from cispo.ops.recurrent import RecurrentOp
+from cispo.ops.slots import read_states, write_states
 from cispo.ops.sparse_attention import Index
 from cispo.policies.hybrid.vllm_plan import Plan
 from cispo.policies.hybrid.vllm_states import StateHolder
@@ -139,9 +140,9 @@ def _decode(op: RecurrentOp, inputs: Sequence[Tensor], cache: Tensor, batch: Bat
         return kernels.decode(*inputs, cache, slots, fresh)
     # Padding may have a negative slot; vLLM's null block, number 0, is no sequence's.
     slots = slots.long().clamp(min=0)
-    states = _read(cache, slots, fresh)
+    states = read_states(cache, slots, fresh)
     out = op.step(*inputs, states)
-    _write(cache, slots, states)
+    write_states(cache, slots, states)
     return out
 
 
@@ -152,19 +153,8 @@ def _prefill(op: RecurrentOp, inputs: Sequence[Tensor], cache: Tensor, batch: Ba
     if cache.is_cuda and kernels is not None:
         return kernels.prefill(*inputs, batch.bounds, cache, slots, fresh)
     slots = slots.long()
-    states = _read(cache, slots, fresh)
+    states = read_states(cache, slots, fresh)
     out, states = op.packed(*inputs, batch.bounds, initial_state=states, output_final_state=True)
     assert states is not None
-    _write(cache, slots, states)
+    write_states(cache, slots, states)
     return out
-
-
-def _read(cache: Tensor, slots: Tensor, fresh: Tensor) -> Tensor:
-    """States [S, ...] of the slots; zero where fresh, also over NaN."""
-    # As rows: torch copies rows several times faster than blocks.
-    rows = cache.flatten(1).index_select(0, slots)
-    return rows.masked_fill_(fresh[:, None], 0).view(-1, *cache.shape[1:])
-
-
-def _write(cache: Tensor, slots: Tensor, states: Tensor) -> None:
-    cache.flatten(1).index_copy_(0, slots, states.to(cache.dtype).flatten(1))

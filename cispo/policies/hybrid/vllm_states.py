@@ -9,53 +9,33 @@ together with the states of their recurrences.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.linear_attn import (
     LinearAttentionBackend,
     LinearAttentionMetadata,
     LinearAttentionMetadataBuilder,
 )
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from cispo.policies.hybrid.vllm_plan import Plan, StatePlace
-from cispo.policies.minimax.vllm_states import StateManager, StateSpec
+from cispo.policies.vllm_slots import StateLayer
 
 
-class StateHolder(nn.Module, MambaBase):
+class StateHolder(StateLayer):
     """Slots [N, floats] float32; registered with vLLM under `prefix`."""
 
     def __init__(self, plan: Plan, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        self.prefix, self.floats = prefix, plan.slot_floats
-        layers = vllm_config.compilation_config.static_forward_context
-        assert prefix not in layers, f"two layers named {prefix}"
-        layers[prefix] = self
-
-    @property
-    def mamba_type(self) -> MambaAttentionBackendEnum:
-        return MambaAttentionBackendEnum.LINEAR
+        super().__init__(vllm_config, prefix)
+        self.floats = plan.slot_floats
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return (torch.float32,)
 
     def get_state_shape(self) -> tuple[tuple[int, ...]]:
         return ((self.floats,),)
-
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
-        spec = super().get_kv_cache_spec(vllm_config)
-        if not isinstance(spec, MambaSpec) or spec.mamba_cache_mode != "none" or spec.num_speculative_blocks:
-            return spec
-        KVCacheSpecRegistry.get_manager_class(spec)  # vLLM registers its own first, and only into an empty registry
-        KVCacheSpecRegistry.register(StateSpec, StateManager, uniform_type_base_spec=MambaSpec)
-        return StateSpec(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)})
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return StateBackend

@@ -1,11 +1,7 @@
-"""The lightning layers' states in vLLM's cache, at little cost to the host.
+"""The lightning layers' states in vLLM's cache, several layers in one slot of a sequence (`policies.vllm_slots`).
 
-    LightningStates (several layers, one slot a sequence) -> StateSpec -> StateManager
-
-vLLM sorts the layers of its cache into groups of one size and one kind, and asks each group's manager about every
-sequence in every step: at 512 sequences of a small model a step waits for that. With as many holders as there
-are softmax layers there are two groups, where a layer of its own for each state would make four or more, and the
-manager of the states has nothing to look up once a sequence has its slot.
+At 512 sequences of a small model a step waits for the managers of the cache's groups. With as many holders as there are
+softmax layers there are two groups, where a layer of its own for each state would make four or more.
 """
 
 from __future__ import annotations

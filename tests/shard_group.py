@@ -18,6 +18,7 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -256,9 +257,11 @@ class Group:
         return weights(learner.rank), weights(resumed.rank)
 
     def _save(self, learner: Learner, folder: Path) -> None:
+        """Ends when every rank has written its part, as the driver waits for all learners."""
         (folder / "training").mkdir(parents=True, exist_ok=True)
         learner.start_save(str(folder))
         assert learner.saved(wait=True)
+        dist.barrier()
 
     def hang(self) -> str:
         """The step that rank 0 names while rank 1 stays away."""

@@ -89,13 +89,14 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert any(row.get("grad_norm", 0) > 0 for row in one["metrics"]), "it did learn something"
 
 
-def test_the_world_may_change(tmp_path: Path):
+def test_the_world_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Another number of ranks and engines: the same numbers but for the order of float32 sums."""
-    arguments = [str(QUICKSTART), *KEYS, "train.steps=4", "algorithm.zero_variance=keep"]
-    cispo("train", *arguments, f"output_dir={tmp_path / 'whole'}")
-    cispo("train", *arguments, f"output_dir={tmp_path / 'parts'}", "train.steps=2")
+    monkeypatch.chdir(ROOT)
+    arguments = [*KEYS, "algorithm.zero_variance=keep"]
+    for folder, steps in (("whole", 4), ("parts", 2)):
+        train(QUICKSTART, [*arguments, f"output_dir={tmp_path / folder}", f"train.steps={steps}"], resume=False)
     wider = ["runtime=ray", "learner.ranks=2", "learner.tokens_per_micro_batch=64", "--resume"]
-    cispo("train", *arguments, f"output_dir={tmp_path / 'parts'}", *wider)
+    cispo("train", str(QUICKSTART), *arguments, "train.steps=4", f"output_dir={tmp_path / 'parts'}", *wider)
     one, other = (metrics(tmp_path / folder / "quickstart") for folder in ("whole", "parts"))
     assert len(one) == len(other) == 5
     for name in ("grad_norm", "entropy", "reward/mean", "adv/std"):
@@ -104,9 +105,15 @@ def test_the_world_may_change(tmp_path: Path):
         assert other[3][name] == pytest.approx(one[3][name], rel=1e-5, abs=1e-6), name
 
 
-def test_faults_in_a_real_run(tmp_path: Path):
+KILLS = ("kill-driver", "kill-learner", "kill-engine")
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [pytest.param(KILLS[os.getpid() % 3 :][:1], id="one"), pytest.param(KILLS, id="all", marks=pytest.mark.slow)],
+)
+def test_faults_in_a_real_run(faults: tuple[str, ...]):
     """Ray; one random moment each. `scripts/inject_faults.py` does more of them, and vLLM: docs/reliability.md."""
-    faults = ["kill-driver", "kill-learner", "kill-engine"]
     command = [sys.executable, str(SCRIPT), *faults, "--times", "1", "rollout.engine=torch"]
     command += ["--seed", str(os.getpid())]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, cwd=ROOT)

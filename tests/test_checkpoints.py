@@ -241,15 +241,13 @@ def test_a_source_that_is_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "mistral", "sliding_window": 16, **DENSE},
-        {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16, **DENSE},
+        {"model_type": "llama4_text", "num_local_experts": 4, **DENSE},
         {"model_type": "gpt_oss", "num_local_experts": 4, **DENSE},
         {"model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2, **DENSE},
         {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, **DENSE},
         {"model_type": "lfm2", **DENSE},
         {"model_type": "mamba", "vocab_size": 40, "hidden_size": 48, "num_hidden_layers": 2},
         {"model_type": "jamba", **DENSE},
-        {"model_type": "cohere", **DENSE},
         {"model_type": "gemma2", **DENSE},
         {"model_type": "bert", "vocab_size": 40},
         {"model_type": "gptj", "vocab_size": 40},

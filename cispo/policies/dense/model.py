@@ -35,12 +35,11 @@ from cispo.policies.policy import HFConfig, Place, Policy, PolicyOutput
 
 ATTENTION = "cispo_packed"
 
-_UNSUPPORTED_ATTENTION = ("softcap", "s_aux", "position_bias", "sliding_window")
+_UNSUPPORTED_ATTENTION = ("softcap", "s_aux", "position_bias")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CONVOLUTION_KEYS = ("conv_L_cache", "sconv_kernel_size")
-_LOGIT_SCALE_KEYS = (
-    "logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier", "output_multiplier"
-)  # fmt: skip
+_LOGIT_KEYS = ("final_logit_softcapping", "lm_head_multiplier", "output_multiplier")
+_LAYERS = ("full_attention", "sliding_attention")
 _PLAIN_ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 _PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _PREFIX = "model."  # of HFPolicy's parameters before transformers' own names
@@ -118,6 +117,7 @@ class HFPolicy(Policy):
         super().__init__()
         _refuse_unsupported(config)
         self.source_config = config.to_dict()
+        self._logit_factor = _logit_factor(self.source_config)
         with no_init_weights():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 _without_dropout(config), dtype=dtype, attn_implementation=ATTENTION
@@ -157,7 +157,7 @@ class HFPolicy(Policy):
         output = self.model.base_model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, attention=attention
         )
-        return PolicyOutput(output.last_hidden_state[0])
+        return PolicyOutput(output.last_hidden_state[0] * self._logit_factor)
 
     def hf_config(self) -> dict[str, Any]:
         dtype = str(self.lm_head_weight.dtype).removeprefix("torch.")
@@ -206,7 +206,10 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _refuse_unsupported(config: PretrainedConfig) -> None:
-    """Raises UserError for models that the packed path would change: other attention kinds, experts, scaled logits."""
+    """Raises UserError for models that the packed path would change: other attention kinds, experts, bent logits.
+
+    A sliding window changes nothing in a document that is no longer: `loading.max_positions_of` is the bound.
+    """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(_refusal(config, "transformers has no causal language model of this kind"))
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -214,17 +217,22 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
     if not model._supports_attention_backend or model._is_stateful:
         raise UserError(_refusal(config, "its attention cannot be replaced or it keeps a recurrent state"))
     values = config.to_dict()
-    kinds = [kind for kind in values.get("layer_types") or [] if kind != "full_attention"]
+    kinds = [kind for kind in values.get("layer_types") or [] if kind not in _LAYERS]
     if kinds:
         raise UserError(_refusal(config, f"it has {kinds[0]!r} layers"))
-    if not values.get("layer_types") and values.get("sliding_window") and values.get("use_sliding_window", True):
-        raise UserError(_refusal(config, f"it attends in a sliding window of {values['sliding_window']}"))
     for key in _CONVOLUTION_KEYS:
         if values.get(key):
             raise UserError(_refusal(config, f"{key} says that it has convolution layers"))
     for key in _EXPERT_KEYS:
         if (values.get(key) or 0) > 1:
             raise UserError(_refusal(config, f"{key} is {values[key]}, and the balance of experts would be ignored"))
-    for key in _LOGIT_SCALE_KEYS:
+    for key in _LOGIT_KEYS:
         if values.get(key) not in (None, 1):
-            raise UserError(_refusal(config, f"{key} rescales its logits"))
+            raise UserError(_refusal(config, f"{key} changes its logits"))
+
+
+def _logit_factor(config: HFConfig) -> float:
+    """Factor of the logits of Cohere's and Granite's models. Hidden states take it, so that the head is a matrix alone;
+    released factors are powers of two, which round nothing.
+    """
+    return float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)

@@ -39,7 +39,7 @@ TINY = {
     "num_layers": 2, "rotary_dim": 8, "n_inner": 64, "n_positions": 512, "max_seq_len": 512,
     "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 40,
     "query_pre_attn_scalar": 16, "global_head_dim": 16, "num_kv_shared_layers": 0,
-    "logits_scaling": 4.0,  # Granite's releases have 8 to 16, its default config 1
+    "logits_scaling": 2.0, "dim_model_base": 24,  # the default sizes' would be 1, and far from 1
 }  # fmt: skip
 
 
@@ -48,6 +48,8 @@ def tiny_config(kind: str) -> dict[str, object]:
     default = CONFIG_MAPPING[kind]()
     own = {*default.to_dict(), *default.attribute_map}
     sizes = {key: value for key, value in TINY.items() if key in own}
+    if "kv_lora_rank" in own:  # latent attention: as many key heads as heads
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     made = AutoConfig.for_model(kind, **sizes).to_dict()
     layers = default.to_dict().get("layer_types")
     if layers:  # one layer of each kind, in the order of their first appearance

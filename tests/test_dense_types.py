@@ -26,7 +26,9 @@ def survey() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("kind", ["cohere", "cohere2", "gemma3_text", "granite", "mistral", "olmo3"])
+@pytest.mark.parametrize(
+    "kind", ["cohere", "cohere2", "gemma3_text", "granite", "hyperclovax", "minicpm3", "mistral", "olmo3"]
+)
 def test_packed_documents_have_the_logprobs_of_transformers(survey: ModuleType, kind: str):
     """Scaled logits, sliding windows above the documents' length, layer norms. float32: 1e-5 as for other policies."""
     assert survey.survey(kind).get("error", 1.0) <= 1e-5

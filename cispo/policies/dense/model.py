@@ -9,6 +9,7 @@ document to another.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from types import MethodType
@@ -38,7 +39,19 @@ ATTENTION = "cispo_packed"
 _UNSUPPORTED_ATTENTION = ("softcap", "s_aux", "position_bias")
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CONVOLUTION_KEYS = ("conv_L_cache", "sconv_kernel_size")
-_LOGIT_KEYS = ("final_logit_softcapping", "lm_head_multiplier", "output_multiplier")
+_SCALED_LOGITS = {
+    "cohere": ("logit_scale", 1),
+    "cohere2": ("logit_scale", 1),
+    "granite": ("logits_scaling", -1),
+    "hyperclovax": ("logits_scaling", 1),
+    "minicpm3": ("logits_scaling", -1),
+}
+"""Types whose logits are the head's times a power of an attribute of the config; the same key divides or multiplies."""
+_HEAD_STEPS = re.compile(
+    r"hidden_states = \w+(\.last_hidden_state|\[0\])|(lm_)?logits = self\.\w+\(hidden_states\[:, slice_indices, :\]\)"
+    r"(\.float\(\)|\.contiguous\(\))?|logits = .*final_logit_softcapping|logits = torch\.tanh\(logits\)"
+)
+"""Steps from hidden states to logits that leave the head a plain product, where no soft cap is configured."""
 _LAYERS = ("full_attention", "sliding_attention")
 _PLAIN_ATTENTION = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 _PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
@@ -117,7 +130,7 @@ class HFPolicy(Policy):
         super().__init__()
         _refuse_unsupported(config)
         self.source_config = config.to_dict()
-        self._logit_factor = _logit_factor(self.source_config)
+        self._logit_factor = _logit_factor(config)
         with no_init_weights():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 _without_dropout(config), dtype=dtype, attn_implementation=ATTENTION
@@ -226,13 +239,27 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
     for key in _EXPERT_KEYS:
         if (values.get(key) or 0) > 1:
             raise UserError(_refusal(config, f"{key} is {values[key]}, and the balance of experts would be ignored"))
-    for key in _LOGIT_KEYS:
-        if values.get(key) not in (None, 1):
-            raise UserError(_refusal(config, f"{key} changes its logits"))
+    if values.get("final_logit_softcapping") is not None:
+        raise UserError(_refusal(config, "final_logit_softcapping bends its logits"))
+    if config.model_type not in _SCALED_LOGITS and (steps := _other_steps(model)):
+        raise UserError(_refusal(config, f"its head is not a product alone: {steps[0]}"))
 
 
-def _logit_factor(config: HFConfig) -> float:
-    """Factor of the logits of Cohere's and Granite's models. Hidden states take it, so that the head is a matrix alone;
-    released factors are powers of two, which round nothing.
+def _other_steps(model: type[PreTrainedModel]) -> list[str]:
+    """Lines of transformers' forward pass between hidden states and loss that `_HEAD_STEPS` does not know.
+
+    A type that scales its hidden states or logits there would get other log-probabilities without an error.
     """
-    return float(config.get("logit_scale") or 1.0) / float(config.get("logits_scaling") or 1.0)
+    source = inspect.getsource(model.forward).partition("loss = None")[0]
+    steps = re.findall(
+        r"^ *((?:hidden_states|(?:lm_|predict_)?logits)\b[^=\n]*=[^=\n].*?)(?: +#.*)?$", source, re.MULTILINE
+    )
+    return [step for step in steps if " = " in step and not _HEAD_STEPS.fullmatch(step)]
+
+
+def _logit_factor(config: PretrainedConfig) -> float:
+    """Factor of the logits. Hidden states take it, so that the head is a matrix alone; released factors are powers of
+    two, which round nothing.
+    """
+    attribute, power = _SCALED_LOGITS.get(config.model_type, ("", 0))
+    return float(getattr(config, attribute)) ** power if attribute else 1.0

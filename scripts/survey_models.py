@@ -17,6 +17,7 @@ import resource
 from collections.abc import Mapping
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny_config(kind: str) -> dict[str, object]:
+def tiny_config(kind: str) -> dict[str, Any]:
     """The type's default config with the sizes of `TINY` where it has such a key."""
     default = CONFIG_MAPPING[kind]()
     own = {*default.to_dict(), *default.attribute_map}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -241,16 +241,16 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
             raise UserError(_refusal(config, f"{key} is {values[key]}, and the balance of experts would be ignored"))
     if values.get("final_logit_softcapping") is not None:
         raise UserError(_refusal(config, "final_logit_softcapping bends its logits"))
-    if config.model_type not in _SCALED_LOGITS and (steps := _other_steps(model)):
+    if config.model_type not in _SCALED_LOGITS and (steps := _other_steps(model.forward)):
         raise UserError(_refusal(config, f"its head is not a product alone: {steps[0]}"))
 
 
-def _other_steps(model: type[PreTrainedModel]) -> list[str]:
+def _other_steps(forward: Callable[..., object]) -> list[str]:
     """Lines of transformers' forward pass between hidden states and loss that `_HEAD_STEPS` does not know.
 
     A type that scales its hidden states or logits there would get other log-probabilities without an error.
     """
-    source = inspect.getsource(model.forward).partition("loss = None")[0]
+    source = inspect.getsource(forward).partition("loss = None")[0]
     steps = re.findall(
         r"^ *((?:hidden_states|(?:lm_|predict_)?logits)\b[^=\n]*=[^=\n].*?)(?: +#.*)?$", source, re.MULTILINE
     )

@@ -49,8 +49,8 @@ def tiny_config(kind: str) -> dict[str, Any]:
     default = CONFIG_MAPPING[kind]()
     own = {*default.to_dict(), *default.attribute_map}
     sizes = {key: value for key, value in TINY.items() if key in own}
-    if "kv_lora_rank" in own:  # latent attention: as many key heads as heads
-        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    if "kv_lora_rank" in own:  # latent attention: as many key heads as heads; head_dim is the rotated part's
+        sizes |= {"num_key_value_heads": sizes["num_attention_heads"], "head_dim": sizes["qk_rope_head_dim"]}
     made = AutoConfig.for_model(kind, **sizes).to_dict()
     layers = default.to_dict().get("layer_types")
     if layers:  # one layer of each kind, in the order of their first appearance

@@ -9,6 +9,7 @@ setup(
     packages=[*find_packages(include=["cispo", "cispo.*"]), "cispo.recipes", "cispo.rewards"],
     package_dir={"cispo.recipes": "recipes", "cispo.rewards": "rewards"},
     package_data={
+        "cispo.commands.view": ["templates/*.j2"],
         "cispo.compare": ["templates/*.j2"],
         "cispo.recipes": ["*.yaml", "schema.json", "tokenizers/*/*"],
     },

@@ -20,9 +20,11 @@ from torch import Tensor
 from cispo.algorithms import Algorithm, Reduction
 from cispo.algorithms.advantages import Gae, TokenRewards, generalised_advantages, is_constant
 from cispo.algorithms.losses import kl_estimate
+from cispo.policies.costs import quadratic_length_of
+from cispo.policies.pieces import Cost, micro_batch_plan, split_plan
 from cispo.policies.replay import packed_routes, routes_of_turns
 from cispo.recipe.schema import Recipe
-from cispo.types import MicroBatch, RankBatches, Sample, Trajectory, TrajectoryGroup, Turn
+from cispo.types import MicroBatch, Piece, Pieces, RankBatches, Sample, Trajectory, TrajectoryGroup, Turn
 
 
 def informative(group: TrajectoryGroup) -> bool:
@@ -178,6 +180,7 @@ def minibatches(
 
 # Tensors of a sample that are there for some algorithms only.
 _VALUES = ("advantages", "old_logprobs", "ref_logprobs", "values", "returns")
+_PER_TOKEN = ("token_ids", "loss_mask", "rollout_logprobs", "versions")
 
 
 def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) -> list[list[MicroBatch]]:
@@ -185,12 +188,17 @@ def pack_for(recipe: Recipe, samples: Sequence[Sample], reduction: Reduction) ->
 
     The constant reduction divides by rollout.max_tokens in every length stage: a token weighs the same in all of them.
     """
+    cost = Cost()
+    if recipe.learner.context_parallel > 1:
+        cost = Cost(quadratic=quadratic_length_of(recipe.policy.model, recipe.policy.config))
     return pack(
         samples,
         reduction=reduction,
         max_tokens=recipe.rollout.max_tokens,
         tokens_per_micro_batch=recipe.learner.tokens_per_micro_batch,
-        ranks=recipe.learner.ranks,
+        ranks=recipe.learner.data_parallel,
+        context=recipe.learner.context_parallel,
+        cost=cost,
         share_prompts=recipe.learner.share_prompts,
     )
 
@@ -202,6 +210,8 @@ def pack(
     max_tokens: int,
     tokens_per_micro_batch: int,
     ranks: int = 1,
+    context: int = 1,
+    cost: Cost | None = None,
     share_prompts: bool = False,
 ) -> list[list[MicroBatch]]:
     """Packs a batch for the learner: [ranks][micro-batches], each at most `tokens_per_micro_batch` tokens.
@@ -210,8 +220,18 @@ def pack(
     order by length allows. A sample longer than the budget has a micro-batch of its own. All ranks get the same number
     of micro-batches: the collectives of a sharded model are as many on each. A rank with fewer has `stand_in`s. With
     `share_prompts` equal prompts of a micro-batch are marked to be read once; they count in full for the budget.
+
+    With `context` above 1 each of `ranks` is a group of that many, neighbours in the result: a micro-batch of theirs
+    has `context` times the tokens, each of them has its share, and long samples are split by `cost`
+    (`pieces.split_plan`). The prompt of a split sample is not shared.
     """
     weights = reduction_weights(samples, reduction, max_tokens=max_tokens)
+    if context > 1:
+        lengths = [len(sample.token_ids) - 1 for sample in samples]
+        cost = cost or Cost()
+        plan = micro_batch_plan(lengths, ranks, tokens_per_micro_batch * context, cost)
+        shares = [[_divided(samples, weights, index, context, cost, share_prompts) for index in own] for own in plan]
+        return [[parts[rank] for parts in own] for own in shares for rank in range(context)]
     batches = [
         [
             _flatten([samples[i] for i in bin], [weights[i] for i in bin], bin, share_prompts)
@@ -221,6 +241,39 @@ def pack(
     ]
     most = max(map(len, batches))
     return [own + [stand_in(samples[0]) for _ in range(most - len(own))] for own in batches]
+
+
+def _divided(
+    samples: Sequence[Sample],
+    weights: Sequence[float],
+    index: Sequence[int],
+    context: int,
+    cost: Cost,
+    share_prompts: bool,
+) -> list[MicroBatch]:
+    """[ranks of a group]: the parts of one micro-batch, of the samples in `index`."""
+    plan = split_plan([len(samples[i].token_ids) - 1 for i in index], context, cost)
+    lengths = tuple(len(samples[index[number]].token_ids) - 1 for number in plan.split)
+    parts = []
+    for rank in range(context):
+        pieces = Pieces(lengths, plan.pieces, rank) if lengths else None
+        whole = [index[number] for number in plan.whole[rank]]
+        cut = [index[plan.split[piece.document]] for piece in plan.pieces[rank]]
+        if not whole and not cut:
+            parts.append(replace(stand_in(samples[0]), pieces=pieces))
+            continue
+        own = [*(samples[i] for i in whole), *map(_part, (samples[i] for i in cut), plan.pieces[rank])]
+        numbers = *whole, *cut
+        parts.append(_flatten(own, [weights[i] for i in numbers], numbers, share_prompts, pieces))
+    return parts
+
+
+def _part(sample: Sample, piece: Piece) -> Sample:
+    """The piece's tokens as a sample, which has one token more: a micro-batch has input tokens and their targets."""
+    rows = slice(piece.start, piece.end + 1)
+    values = {name: None if (x := getattr(sample, name)) is None else x[rows] for name in (*_PER_TOKEN, *_VALUES)}
+    routes = None if sample.routes is None else sample.routes[piece.start : piece.end]
+    return replace(sample, routes=routes, **values)
 
 
 def stand_in(like: Sample) -> MicroBatch:
@@ -293,18 +346,27 @@ def _bins(index: Sequence[int], samples: Sequence[Sample], budget: int) -> list[
 
 
 def _flatten(
-    samples: Sequence[Sample], weights: Sequence[float], sample_index: Sequence[int], share_prompts: bool
+    samples: Sequence[Sample],
+    weights: Sequence[float],
+    sample_index: Sequence[int],
+    share_prompts: bool,
+    pieces: Pieces | None = None,
 ) -> MicroBatch:
-    """Shifts once: position t holds the input token, and all other values of the token it predicts."""
+    """Shifts once: position t holds the input token, and all other values of the token it predicts.
+
+    The last samples are this rank's `pieces`, if there are any.
+    """
     lengths = torch.tensor([len(s.token_ids) - 1 for s in samples])
+    cut = () if pieces is None else pieces.own
+    firsts = [*(0,) * (len(samples) - len(cut)), *(piece.start for piece in cut)]
     mask = torch.cat([s.loss_mask[1:] for s in samples])
     per_sample = torch.tensor(weights, dtype=torch.float64).repeat_interleave(lengths)
     advantages = _shifted([s.advantages for s in samples])
-    unique_index, inverse = _unique_tokens(samples) if share_prompts else (None, None)
+    unique_index, inverse = _unique_tokens(samples, len(cut)) if share_prompts else (None, None)
     return MicroBatch(
         tokens=torch.cat([s.token_ids[:-1] for s in samples]),
         targets=torch.cat([s.token_ids[1:] for s in samples]),
-        positions=torch.cat([torch.arange(int(n)) for n in lengths]),
+        positions=torch.cat([torch.arange(int(n)) + first for n, first in zip(lengths, firsts, strict=True)]),
         cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int(),
         max_seqlen=int(lengths.max()),
         loss_mask=mask,
@@ -322,6 +384,7 @@ def _flatten(
         values=_shifted([s.values for s in samples]),
         returns=_shifted([s.returns for s in samples]),
         routes=packed_routes(samples),
+        pieces=pieces,
     )
 
 
@@ -331,8 +394,10 @@ def _shifted(values: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if len(present) == len(values) else None
 
 
-def _unique_tokens(samples: Sequence[Sample]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+def _unique_tokens(samples: Sequence[Sample], pieces: int = 0) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """`unique_index` and `inverse` of a micro-batch; None where nothing is read twice.
+
+    The last `pieces` are parts of samples, which share nothing.
 
     Equal prefixes have equal hidden states, because attention is causal. Shared are equal prompts, and inside a group
     the longest beginning in common, so that a history which forks is read once up to the fork: a prefix tree.
@@ -341,9 +406,14 @@ def _unique_tokens(samples: Sequence[Sample]) -> tuple[Tensor, Tensor] | tuple[N
     known = dict[tuple[int, ...], Tensor]()
     groups: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     start = count = 0
-    for sample in samples:
+    for number, sample in enumerate(samples):
         tokens = sample.token_ids[:-1]
         length = len(tokens)
+        if number >= len(samples) - pieces:
+            unique_index.append(torch.arange(start, start + length))
+            inverse.append(torch.arange(count, count + length))
+            start, count = start + length, count + length
+            continue
         # The prompt's last token is shared too: it predicts the first token of each completion from one hidden state.
         prompt = tokens[: _context(sample)]
         shared = known.get(tuple(prompt.tolist()))
@@ -378,7 +448,8 @@ def _context(sample: Sample) -> int:
 def unpack(batches: RankBatches, values: Sequence[Sequence[Tensor]], count: int) -> list[Tensor]:
     """Values [T] of the `batches` of `count` samples as one tensor [L] a sample, in the order that was packed.
 
-    Undoes the shift: the value beside the token to predict moves to that token; position 0 is 0.
+    Undoes the shift: the value beside the token to predict moves to that token; position 0 is 0. Puts the pieces of a
+    sample together.
     """
     rows: list[Tensor] = [torch.empty(0)] * count
     for of_rank, values_of_rank in zip(batches, values, strict=True):
@@ -386,6 +457,12 @@ def unpack(batches: RankBatches, values: Sequence[Sequence[Tensor]], count: int)
             if mb.stand_in:
                 continue
             parts = result.split(mb.cu_seqlens.diff().tolist())
-            for index, part in zip(mb.sample_index, parts, strict=True):
+            cut = () if mb.pieces is None else mb.pieces.own
+            for index, part in zip(mb.sample_index[: len(parts) - len(cut)], parts, strict=False):
                 rows[index] = torch.cat([part.new_zeros(1), part])
+            for index, part, piece in zip(reversed(mb.sample_index), reversed(parts), reversed(cut), strict=False):
+                assert mb.pieces is not None
+                if not len(rows[index]):
+                    rows[index] = part.new_zeros(1 + mb.pieces.lengths[piece.document])
+                rows[index][1 + piece.start : 1 + piece.end] = part
     return rows

@@ -23,7 +23,6 @@ app = typer.Typer(
     name="cispo",
     help="RL post-training for lightning-attention and mixture-of-experts language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -166,8 +165,17 @@ def sft(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 @_sentences(answers=True)
-def evaluate(recipe: RecipeArgument, overrides: Overrides = None, checkpoint: Checkpoint = None) -> None:
-    """Measure sampling accuracy on the held-out prompts."""
+def evaluate(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE|RUN", help="A recipe, or a run folder: all of its checkpoints.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Measure a policy, or every checkpoint of a run, on the held-out prompts."""
     from cispo.commands.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(recipe, overrides or [], checkpoint)
@@ -202,6 +210,21 @@ def show(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 @_sentences(answers=True)
+def view(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; the run may go on.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; view_RUN.html when left out.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Attempts on the page at most.")] = 10_000,
+) -> None:
+    """Write a run's samples as one web page: tokens by weight, ratio, entropy; turns; a prompt over training."""
+    from cispo.commands.view.command import view
+
+    view(run, out, limit=samples)
+
+
+@app.command()
+@_sentences(answers=True)
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
     to: Annotated[Path, typer.Option("--to", metavar="OUT", help="A new folder.", show_default=False)],
@@ -222,11 +245,14 @@ def doctor(
     recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help=_RECIPE, show_default=False)] = None,
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Rank the causes of the difference, even where it is within its limit.")
+    ] = False,
 ) -> None:
-    """Check versions, devices, the lightning op against its reference, and sampler/learner parity of a recipe."""
+    """Check versions, devices, the lightning op, and sampler/learner parity of a recipe; rank causes of a mismatch."""
     from cispo.commands.doctor import doctor
 
-    doctor(recipe, overrides or [], checkpoint)
+    doctor(recipe, overrides or [], checkpoint, explain=explain)
 
 
 def main() -> None:

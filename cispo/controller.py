@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cispo.algorithms.dropped_tokens import DroppedTokens
 from cispo.batch import informative, minibatches, pack_for, to_samples, unpack, with_advantages
 from cispo.buffer import Buffer
 from cispo.errors import Diverged
-from cispo.evaluate import evaluate, gaps, num_judged, num_right
+from cispo.evaluate import HeldOut, evaluate_set, gaps, num_judged, num_right
 from cispo.files import disk_errors, form_errors, load_tensors, read_json
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
@@ -33,6 +34,8 @@ from cispo.output.checkpoint import CheckpointWriter
 from cispo.output.folder import RunLog
 from cispo.output.integrity import check_sealed, seal
 from cispo.output.screen import Screen
+from cispo.output.token_values import TokenRecorder
+from cispo.recipe.held_out import best_metric
 from cispo.recipe.schema import Recipe
 from cispo.rollout.curriculum import max_tokens_of
 from cispo.rollout.prompt_source import PromptSource, fingerprint
@@ -74,7 +77,7 @@ class Controller:
     sampling: Sampling
     rewards: RewardRunner
     train_prompts: PromptSource
-    eval_prompts: Sequence[Prompt]
+    held_out: Sequence[HeldOut]
     log: RunLog
     screen: Screen
     checkpoints: CheckpointWriter
@@ -82,6 +85,7 @@ class Controller:
     episodes: Episodes | None = None
     """Tools or an environment, of a recipe that has one."""
     buffer: Buffer = field(init=False)
+    recorder: TokenRecorder = field(init=False)
     totals: Totals = field(default_factory=Totals)
     dropped_tokens: DroppedTokens = field(default_factory=DroppedTokens)
     skipped_in_a_row: int = 0
@@ -93,6 +97,7 @@ class Controller:
 
     def __post_init__(self) -> None:
         control, batch = self.recipe.control, self.recipe.rollout.prompts_per_step
+        self.recorder = TokenRecorder(self.recipe.train.token_samples)
         self.buffer = Buffer(
             produce=self.roll_out,
             next_prompts=self.train_prompts.take,
@@ -160,7 +165,7 @@ class Controller:
         self._show(step, metrics)
         await self.checkpoints.settle(wait=False)
         if last or (keys.save_every and step % keys.save_every == 0):
-            await self.save(step, metrics.get("eval/accuracy"))
+            await self.save(step, metrics.get(best_metric(self.recipe)))
 
     def _evaluation_due(self, before: int) -> bool:
         """Whether another `eval_every` steps' worth of prompts is complete; dynamic sampling reaches it sooner."""
@@ -178,6 +183,7 @@ class Controller:
             groups = self.kept(rollouts)
             samples = await self.attach([s for group in groups for s in to_samples(group)])
             samples = with_advantages(groups, samples, self.algorithm)
+            self.recorder.begin(groups, samples)
             updates = await self.learn(groups, samples, step, position)
             learned = time.perf_counter()
             metrics = self.metrics(rollouts, samples, updates)
@@ -189,7 +195,7 @@ class Controller:
             metrics["time/env"] = self.episodes.take_seconds()
         if self.recipe.curriculum.length_stages:
             metrics["curriculum/max_tokens"] = max_tokens_of(self.recipe, step)
-        self.log.samples(step, rollouts.groups)
+        self.log.samples(step, rollouts.groups, tokens=self.recorder.rows(rollouts.groups))
         self.totals.seconds += synced - started
         return (
             metrics
@@ -225,7 +231,7 @@ class Controller:
         left = int(min(max(of_steps, prompts), self.prompts_left))
         rollouts = await self.buffer.take(prompts, version=self.workers.version, left=left)
         for group in rollouts.groups:
-            judge = self.rewards.names[0]
+            judge = self.rewards.judge_of(group.prompt.source)
             if attempts := num_judged(group, judge):
                 self.train_prompts.observe(group.prompt.id, right=num_right(group, judge), attempts=attempts)
         self.totals.prompts += prompts
@@ -248,8 +254,17 @@ class Controller:
 
     @property
     def _setup(self) -> RolloutSetup:
-        play = None if self.episodes is None else self.episodes.play
-        return RolloutSetup(generate=self.workers.generate, renderer=self.renderer, rewards=self.rewards, play=play)
+        play = None
+        if self.episodes is not None:
+            play = partial(self.episodes.play, generate_at=self.workers.generate_at)
+        return RolloutSetup(
+            generate=self.workers.generate,
+            renderer=self.renderer,
+            rewards=self.rewards,
+            play=play,
+            step=self.finished + 1,
+            steps=self.recipe.train.steps,
+        )
 
     @property
     def prompts_left(self) -> float:
@@ -314,6 +329,7 @@ class Controller:
         batches = pack_for(self.recipe, share, self.algorithm.reduction)
         results = await self.workers.update(batches, self.algorithm.objective, lr)
         self.totals.updates += 1
+        self.recorder.add(share, batches, [r.batch.tokens if r.taken else None for r in results])
         self._watch(results)
         return results
 
@@ -340,19 +356,19 @@ class Controller:
         await self.workers.sync_weights(self.workers.version + 1)
 
     async def evaluate(self, step: int) -> dict[str, float]:
-        if not self.eval_prompts:
-            return {}
-        metrics, groups = await evaluate(
-            self.eval_prompts,
-            self._setup,
-            samples=self.recipe.train.eval_samples,
-            sampling=self.sampling,
-            seed=seed_of(self.recipe.seed, "eval"),
-        )
-        self.log.samples(step, groups, kind="eval")
-        if sentence := gaps(metrics, self.rewards):
-            self._warn("held-out", f"step {step}: {sentence}")
-        self.accuracy = metrics.get("eval/accuracy")
+        """Metrics of all held-out sets."""
+        metrics: dict[str, float] = {}
+        for one in self.held_out:
+            setup = replace(self._setup, step=step)
+            own, groups = await evaluate_set(one, setup, training=self.sampling, seed=one.seed(self.recipe))
+            sampled = TokenRecorder(self.recipe.train.token_samples).rows(groups)
+            kind = f"eval-{one.name}" if one.name else "eval"
+            self.log.samples(step, groups, kind=kind, tokens=sampled)
+            if sentence := gaps(own, self.rewards, one.prefix):
+                self._warn(f"held-out {one.name}" if one.name else "held-out", f"step {step}: {sentence}")
+            metrics |= own
+        if self.held_out:
+            self.accuracy = metrics.get(best_metric(self.recipe))
         return metrics
 
     def metrics(self, rollouts: Rollouts, samples: Sequence[Sample], updates: Updates) -> dict[str, float]:
@@ -386,7 +402,7 @@ class Controller:
             "accuracy": self.accuracy,
             "warned": sorted(self.warned),
             "rewards": {"errors": self.rewards.errors, "timeouts": self.rewards.timeouts, "code": self.rewards.code},
-            "held_out": fingerprint(self.eval_prompts),
+            "held_out": fingerprint([prompt for one in self.held_out for prompt in one.prompts]),
             "renderer": self.renderer.fingerprint,
             "prompts": self.train_prompts.state_dict(),
             "buffer": self.buffer.state(),

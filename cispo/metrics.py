@@ -4,8 +4,8 @@
     Updates (of learner and critic ranks) --update_metrics--> is/ mismatch/ critic/ learner/ ...
 
 Names are grouped by a prefix: reward/ adv/ is/ (importance weights) kl/ correction/ critic/ mismatch/ (engine against
-learner) router/ (replayed experts) length/ agent/ staleness/ learner/ curriculum/ time/ total/ (since the start) eval/;
-principal ones have none.
+learner) router/ (replayed experts) length/ source/ (of one data source) data/ agent/ staleness/ learner/ curriculum/
+time/ total/ (since the start) eval/; principal ones have none.
 Fractions are shares of the trained tokens (is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac)
 or of the groups (zero_variance_*).
 """
@@ -39,6 +39,7 @@ def sampling_metrics(rollouts: Rollouts, rewards: RewardRunner, *, version: int)
     return (
         rollout_metrics(rollouts.groups, version=version)
         | group_metrics(rollouts.groups)
+        | source_metrics(rollouts.groups, rewards)
         | {
             "reward/dropped_groups": rollouts.dropped,
             "reward/unscored": rollouts.unscored,
@@ -95,6 +96,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
 def agent_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Turns, calls, ends and rewards of attempts with tools or an environment.
 
+    agent/cached_frac is the share of the prompts' tokens, over all turns, that engines found in their prefix caches.
     agent/call_errors_frac is over the calls, agent/unreadable_frac over the replies, agent/context_frac the share of
     tokens that were read between a prompt and the last reply, agent/status_* are shares of the attempts.
     """
@@ -112,10 +114,46 @@ def agent_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "agent/context_frac": read / max(read + sum(t.length for t in trajectories), 1),
         "agent/segments_mean": _mean([len(t.segments) for t in trajectories]),
     }
+    if cached := sum(turn.completion.cached for t in trajectories for turn in t.turns):
+        metrics["agent/cached_frac"] = cached / sum(_prompt_tokens(t) for t in trajectories)
     if any(turn.rewards for t in trajectories for turn in t.turns):
         metrics["reward/turns"] = _mean([sum(sum(turn.rewards.values()) for turn in t.turns) for t in trajectories])
     for status, count in sorted(Counter(t.status for t in trajectories).items()):
         metrics[f"agent/status_{status}"] = count / len(trajectories)
+    return metrics
+
+
+def _prompt_tokens(trajectory: Trajectory) -> int:
+    """Tokens of the prompts of all turns."""
+    total = 0
+    for segment in trajectory.segments:
+        length = 0
+        for turn in segment:
+            length += len(turn.context_ids)
+            total += length
+            length += len(turn.completion.token_ids)
+    return total
+
+
+def source_metrics(groups: Sequence[TrajectoryGroup], rewards: RewardRunner) -> dict[str, float]:
+    """Each data source: source/NAME/prompts, reward, right_frac, length, truncation_frac, zero_variance_frac.
+
+    right_frac is over the completions that the source's judge applies to.
+    """
+    metrics: dict[str, float] = {}
+    for name in sorted({group.prompt.source for group in groups} - {""}):
+        own = [group for group in groups if group.prompt.source == name]
+        trajectories = [t for group in own for t in group.trajectories]
+        judge = rewards.judge_of(name)
+        judged = [reaches(t.rewards[judge], 1.0) for t in trajectories if judge in t.rewards]
+        metrics |= {
+            f"source/{name}/prompts": len(own),
+            f"source/{name}/reward": _mean([t.reward for t in trajectories]),
+            **({f"source/{name}/right_frac": _mean(judged)} if judged else {}),
+            f"source/{name}/length": _mean([t.length for t in trajectories]),
+            f"source/{name}/truncation_frac": _mean([t.finish_reason is FinishReason.LENGTH for t in trajectories]),
+            f"source/{name}/zero_variance_frac": _mean([not informative(group) for group in own]),
+        }
     return metrics
 
 

@@ -23,14 +23,17 @@ from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import warnings
 from cispo.controller import Controller
 from cispo.errors import Diverged, RunError, UserError
+from cispo.evaluate import HeldOut, held_out_sets
 from cispo.files import disk_errors, read_json, write_text
 from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter, step_of
 from cispo.output.folder import RunLog
 from cispo.output.run_folder import RunFolder
 from cispo.output.screen import Screen
 from cispo.output.summary import learning_curve, summary
+from cispo.output.trackers import TENSORBOARD, Trackers, check_trackers, flat
 from cispo.policies.loading import check_weights, shape_of
-from cispo.recipe.load import dump_yaml
+from cispo.recipe.held_out import best_metric
+from cispo.recipe.load import dump_yaml, stored_values
 from cispo.recipe.schema import Recipe
 from cispo.rollout.prompt_source import check_same_prompts, prompt_source_of
 from cispo.rollout.prompts import prompts_of
@@ -63,12 +66,18 @@ class Task:
     renderer: Renderer
     demonstrations: Sequence[Sample]
     prompts: Sequence[Prompt]
-    held_out: Sequence[Prompt]
+    held_out: Sequence[HeldOut]
+
+    @property
+    def sections(self) -> dict[str, Sequence[Prompt]]:
+        """The prompts by their recipe key."""
+        return {"data": self.prompts, **{one.key: one.prompts for one in self.held_out}}
 
 
 def load_task(recipe: Recipe) -> Task:
     """Loads and checks every input of the recipe. Raises UserError; nothing is written or started yet."""
     check_output_dir(recipe.output_dir)
+    check_trackers(recipe.logging)
     if recipe.runtime == "ray":
         check_settings()
     elif recipe.device == "cuda" and not torch.cuda.is_available():
@@ -84,15 +93,15 @@ def load_task(recipe: Recipe) -> Task:
         renderer=renderer,
         demonstrations=demonstrations_of(recipe.sft.data, renderer, recipe) if recipe.sft else [],
         prompts=prompts_of(recipe.data, "data", renderer, recipe) if recipe.data else [],
-        held_out=prompts_of(recipe.eval, "eval", renderer, recipe) if recipe.eval else [],
+        held_out=held_out_sets(recipe, renderer),
     )
     if policy is None:
         check_new_policy(recipe, renderer)
     else:
         check_vocabulary(policy, renderer)
     if recipe.reward and task.prompts:
-        rewards_of(recipe, {"data": task.prompts, "eval": task.held_out}).close()
-    if episodes := episodes_of(recipe, renderer, {"data": task.prompts, "eval": task.held_out}):
+        rewards_of(recipe, task.sections).close()
+    if episodes := episodes_of(recipe, renderer, task.sections):
         episodes.close()
     return task
 
@@ -110,23 +119,27 @@ class Run:
         *,
         checkpoint: Path | None = None,
         alone: bool = True,
+        group: str = "",
     ) -> None:
         """Writes the resolved recipe and, without a `checkpoint` to resume from, the first policy.
 
-        A run that is not `alone` is an arm of a comparison: it ends without a summary.
+        A run that is not `alone` is an arm of a comparison: it ends without a summary. Trackers show the runs of a
+        `group` together.
         """
+        self.group = group
         self.recipe, self.task, self.screen = recipe, task, screen
         self._claim, self.folder = folder, folder.path
         self.interrupts, self.checkpoint, self.alone = interrupts, checkpoint, alone
         self.algorithm = algorithm_of(recipe)
         self.activity = Activity()
         self.activity.checks.append(folder.check)
-        self.checkpoints = CheckpointFolder(self.folder, recipe.train.keep)
+        self.checkpoints = CheckpointFolder(self.folder, recipe.train.keep, best_metric(recipe))
         self.started = time.perf_counter()
         self.step = -1 if checkpoint is None else step_of(checkpoint)
         """The last completed step; -1 before the start."""
         if checkpoint is not None:
-            check_same_prompts(checkpoint, recipe, task.renderer, task.prompts, task.held_out)
+            held_out = [prompt for one in task.held_out for prompt in one.prompts]
+            check_same_prompts(checkpoint, recipe, task.renderer, task.prompts, held_out)
         with disk_errors(self.folder):
             self.checkpoints.forget_after(self.step)
             # From another current directory as well, the file says where the run is.
@@ -161,10 +174,10 @@ class Run:
 
     async def _train(self) -> None:
         recipe, task = self.recipe, self.task
-        log = RunLog(self.folder, after=self.step)
-        rewards = rewards_of(recipe, {"data": task.prompts, "eval": task.held_out}, self.activity)
+        rewards = rewards_of(recipe, task.sections, self.activity)
+        log = self._log()
         with self.screen, contextlib.closing(log), contextlib.closing(rewards), contextlib.ExitStack() as stack:
-            episodes = episodes_of(recipe, task.renderer, {"data": task.prompts, "eval": task.held_out})
+            episodes = episodes_of(recipe, task.renderer, task.sections)
             if episodes is not None:
                 stack.callback(episodes.close)
             async with self._workers(critic=self.algorithm.critic) as (workers, engines):
@@ -178,7 +191,7 @@ class Run:
                     sampling=sampling_of(recipe, task.renderer),
                     rewards=rewards,
                     train_prompts=prompt_source_of(recipe, task.prompts),
-                    eval_prompts=task.held_out,
+                    held_out=task.held_out,
                     log=log,
                     screen=self.screen,
                     checkpoints=CheckpointWriter(
@@ -197,6 +210,20 @@ class Run:
                         self._finish(log, controller)
                     raise
                 self._finish(log, controller)
+
+    def _log(self) -> RunLog:
+        names = [name for name in self.recipe.logging if name != TENSORBOARD]
+        trackers = None
+        if names:
+            trackers = Trackers(
+                names,
+                self.folder,
+                name=f"{self.folder.parent.name} {self.folder.name}" if self.group else self.folder.name,
+                group=self.group,
+                config=flat(stored_values(self.recipe)),
+                say=self.screen.warn,
+            )
+        return RunLog(self.folder, after=self.step, board=TENSORBOARD in self.recipe.logging, trackers=trackers)
 
     async def sft(self) -> Path:
         """The warm-up alone; returns the checkpoint."""
@@ -221,7 +248,8 @@ class Run:
     async def _warm_up(self, workers: Workers) -> None:
         if self.recipe.sft is None or self.checkpoint is not None:
             return
-        with contextlib.closing(RunLog(self.folder, name="sft")) as log:
+        board = TENSORBOARD in self.recipe.logging
+        with contextlib.closing(RunLog(self.folder, name="sft", board=board)) as log:
             await warm_up(self.recipe, workers, self.task.demonstrations, log, self.screen)
 
     def _finish(self, log: RunLog, controller: Controller) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from cispo.errors import UserError
 from cispo.files import read_json
 from cispo.learner.adapters import Adapters
 from cispo.learner.critic import Critic
+from cispo.learner.experts import check_expert_axes
 from cispo.learner.handle import CriticHandle, LearnerHandle
 from cispo.learner.learner import Learner
 from cispo.learner.parallel import shards
@@ -48,6 +49,9 @@ from cispo.workers import Workers
 
 # More concurrent sequences gain nothing on one engine and cost cache memory.
 _MAX_SEQUENCES = 512
+
+# Shorter contexts have two blocks of a hybrid's cache at most, and find next to nothing in it.
+_CACHED_CONTEXT = 256
 
 
 def new_config(recipe: Recipe, renderer: Renderer) -> dict[str, object]:
@@ -88,7 +92,7 @@ def check_new_policy(recipe: Recipe, renderer: Renderer) -> None:
 
 
 def check_experts(recipe: Recipe, policy: Policy) -> None:
-    """Raises UserError where the recipe replays or balances experts of a policy that has none to."""
+    """Raises UserError where the recipe replays, balances or distributes experts that the policy does not have so."""
     if recipe.policy.router_replay != "off" and policy.router_shape[0] == 0:
         raise UserError(f"policy.router_replay {recipe.policy.router_replay}: the policy has no experts to replay")
     learner = recipe.learner
@@ -96,6 +100,7 @@ def check_experts(recipe: Recipe, policy: Policy) -> None:
         raise UserError(f"learner.router_bias_rate {learner.router_bias_rate}: no router of the policy has a bias")
     if learner.router_aux_coef > 0 and policy.router_shape[0] == 0:
         raise UserError(f"learner.router_aux_coef {learner.router_aux_coef}: the policy has no experts to balance")
+    check_expert_axes(policy, learner.expert_parallel, learner.expert_tensor_parallel)
 
 
 def check_vocabulary(policy: str, renderer: Renderer) -> None:
@@ -216,6 +221,18 @@ async def _start_ranks(
     )
 
 
+def engine_args_of(recipe: Recipe) -> Mapping[str, object]:
+    """The recipe's arguments for vLLM, with a prefix cache where attempts have several turns.
+
+    In rounds the cache repeats bit for bit: it is emptied at every update, and no batch finds blocks of another
+    (`Home.cache`).
+    """
+    rollout = recipe.rollout
+    if recipe.env is None or rollout.engine != "vllm" or rollout.max_context < _CACHED_CONTEXT:
+        return rollout.engine_args
+    return {"enable_prefix_caching": True, **rollout.engine_args}
+
+
 async def start_engine(
     recipe: Recipe, runtime: Runtime, folder: str, placement: Placement, number: int
 ) -> EngineHandle:
@@ -235,7 +252,7 @@ async def start_engine(
         tensor_parallel=rollout.tensor_parallel,
         memory=placement.cache_share,
         sleeps=placement.sleeps,
-        engine_args=rollout.engine_args,
+        engine_args=engine_args_of(recipe),
         record_routes=recipe.policy.router_replay == "rollout",
     )
     return EngineHandle(engine)
@@ -294,7 +311,12 @@ async def running_workers(
             group_size=recipe.rollout.group_size,
             transport=transport_of(recipe, placement, home=home),
             verify=recipe.rollout.verify_weights,
-            sharded=shards(recipe.learner.shard, ranks=recipe.learner.ranks, device=placement.device),
+            sharded=shards(
+                recipe.learner.shard,
+                ranks=recipe.learner.ranks,
+                device=placement.device,
+                expert_ranks=recipe.learner.expert_ranks,
+            ),
             sleeps=placement.sleeps,
             tensor_parallel=recipe.rollout.tensor_parallel,
             on_update=recipe.control.on_update,

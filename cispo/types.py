@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,10 @@ class Prompt:
     """Rendered for the policy with its chat template."""
     columns: Mapping[str, object] = field(default_factory=dict)
     """The dataset row: rewards receive its columns by name."""
+    source: str = ""
+    """Name of the data source or held-out set, "" where it has none."""
+    template_args: Mapping[str, object] = field(default_factory=dict)
+    """Further arguments of the chat template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,19 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition: RepetitionStop = RepetitionStop()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Home:
+    """The engine at which a group's attempts are sampled, turn after turn: its cache holds their prompts.
+
+    Example: Home(cache="7"), of which `Workers.generate` sets `engine` with the first turn.
+    """
+
+    cache: str = ""
+    """Prompts of another name share no block of an engine's cache. A name for each batch makes sampling independent of
+    the calls before it, bit for bit."""
+    engine: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +150,8 @@ class Completion:
     finish_reason: FinishReason
     versions: tuple[int, ...]
     """The policy version that sampled each token, never falling."""
+    cached: int = 0
+    """Tokens of the prompt that the engine found in its prefix cache."""
     routed_experts: RoutedExperts | None = None
     """Of prompt and completion but for its last token, which no engine reads; None unless they are replayed."""
 
@@ -241,6 +260,30 @@ class Sample:
         return int(self.loss_mask.sum())
 
 
+class Piece(NamedTuple):
+    """Consecutive tokens of a document that several ranks read."""
+
+    document: int
+    """Its number among the split documents of the micro-batch."""
+    start: int
+    end: int
+
+
+class Pieces(NamedTuple):
+    """The split documents of a micro-batch that the ranks of a context group read together."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
+    by_rank: tuple[tuple[Piece, ...], ...]
+    """[ranks]: the pieces of each rank in the order of its rows."""
+    rank: int
+    """The rank whose micro-batch this is, its place in the group."""
+
+    @property
+    def own(self) -> tuple[Piece, ...]:
+        return self.by_rank[self.rank]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
     """S sequences packed flat for one forward pass; every [T] array shares one index.
@@ -288,6 +331,9 @@ class MicroBatch:
     """[T, layers, k] int16: experts to replay for each token of `tokens`; -1 leaves the choice to the router."""
     stand_in: bool = False
     """Whether this is one token without a sample, for a rank that has fewer micro-batches than others."""
+    pieces: Pieces | None = None
+    """Documents that other ranks read parts of; None where each is whole on its rank. This rank's pieces are its last
+    sequences, after the whole ones; a sequence is then its part here, `positions` those in the document."""
 
 
 RankBatches = Sequence[Sequence[MicroBatch]]

@@ -18,7 +18,17 @@ from cispo.learner.optim import learning_rate
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
 from cispo.recipe.schema import Data, Recipe
-from cispo.rollout.prompts import Say, build_prompts, fitting, prompt_ids, warn, warn_of_lacking, whole_text
+from cispo.rollout.messages import whole_text, with_columns
+from cispo.rollout.prompts import (
+    Say,
+    build_prompts,
+    fitting,
+    rendered,
+    system_of,
+    template_args_of,
+    warn,
+    warn_of_lacking,
+)
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rows import Row, load_rows
 from cispo.seeds import seed_of
@@ -32,25 +42,45 @@ _SFT = Objective(loss=NegativeLogLikelihood())
 
 
 def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say = warn) -> list[Sample]:
-    """The demonstrations of `sft.data`. Raises UserError naming rows that have no completion or are too long."""
-    key = "sft.data"
-    rows = load_rows(data.source, data.split, data.args, data.limit, key)
+    """The demonstrations of `sft.data`. Raises UserError naming rows that have no completion or are too long.
+
+    With sft.data.overlong drop, the latter are left out and counted in a warning.
+    """
+    key, context, drop = "sft.data", recipe.rollout.max_context, data.overlong == "drop"
+    rows = load_rows(data.source, data.split, data.args, data.limit, key, config=data.config)
+    rows = [with_columns(row, data.columns, f"{key}: row {index}") for index, row in enumerate(rows)]
     completions = [_completion(row, f"{key}: row {index}") for index, row in enumerate(rows)]
-    prompts = prompt_ids(build_prompts(rows, data.prompt, key), key, renderer, recipe, say)
+    built = build_prompts(rows, data.prompt, key, system=system_of(data, data, recipe))
+    renderer = renderer.with_args(template_args_of(data, data, recipe))
+    prompts = rendered(built, key, renderer, context, say, numbers=range(len(built)), drop=drop)
     warn_of_lacking(["".join(map(_content, turns)) for turns in completions], f"{key}: {{}} completions", renderer, say)
     # The last token of a demonstration is predicted, not read.
-    before = [len(prompt) - 1 for prompt in prompts]
+    before = {row: len(prompt) - 1 for row, prompt in enumerate(prompts) if prompt is not None}
 
     def encode(turns: Turns) -> list[int]:
         return [token for ids, _ in _encoded(turns, renderer) for token in ids]
 
     targets = fitting(
-        completions, encode, recipe, key, before=before, size_of=lambda t: sum(map(len, map(_content, t)))
+        [completions[row] for row in before],
+        encode,
+        context,
+        key,
+        before=list(before.values()),
+        size_of=lambda turns: sum(map(len, map(_content, turns))),
+        numbers=list(before),
+        drop=drop,
     )
-    return [
-        demonstration(prompt, target, index, _taught(turns, renderer))
-        for index, (prompt, target, turns) in enumerate(zip(prompts, targets, completions, strict=True))
+    samples = [
+        demonstration(prompt, target, row, _taught(completions[row], renderer))
+        for row, target in zip(before, targets, strict=True)
+        if (prompt := prompts[row]) is not None and target is not None
     ]
+    if not samples:
+        raise UserError(f"{key}: all {len(rows):,} rows are too long for rollout.max_context {context}")
+    if len(samples) < len(rows):
+        left = f"{len(rows) - len(samples):,} of {len(rows):,} rows"
+        say(f"{key}: {left} leave no room in rollout.max_context {context} and are left out (overlong: drop)")
+    return samples
 
 
 def _completion(row: Row, where: str) -> Turns:

@@ -23,7 +23,7 @@ from cispo.learner.handle import CriticHandle, LearnerHandle, RankHandle
 from cispo.learner.learner import UpdateResult
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
-from cispo.types import Completion, MicroBatch, OnUpdate, RankBatches, Sampling
+from cispo.types import Completion, Home, MicroBatch, OnUpdate, RankBatches, Sampling
 from cispo.weights.buckets import Transport, merged
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Workers:
         """
         groups = math.ceil(len(prompts) / self.group_size)
         if groups == 1:
-            engine = min(range(len(self.engines)), key=lambda number: (self._load[number], number))
+            engine = self._least_loaded()
             return await self._sample(engine, prompts, sampling, seed_of(seed, 0))
         share = math.ceil(groups / len(self.engines)) * self.group_size
         parts = [prompts[i : i + share] for i in range(0, len(prompts), share)]
@@ -94,13 +94,47 @@ class Workers:
         )
         return [completion for answer in answers for completion in answer]
 
-    async def _sample(self, number: int, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
+    def _least_loaded(self) -> int:
+        return min(range(len(self.engines)), key=lambda number: (self._load[number], number))
+
+    async def generate_at(
+        self, prompts: list[list[int]], sampling: Sampling, seed: int, homes: Sequence[Home]
+    ) -> list[Completion]:
+        """Samples each prompt at the engine of its home, where the home's earlier prompts were sampled.
+
+        New homes are dealt out as `generate` deals out groups. Of a call's prompts, those of one engine and one cache
+        are sampled together.
+        """
+        new = [home for home in dict.fromkeys(homes) if home.engine is None]
+        share = math.ceil(len(new) / len(self.engines))
+        for number, home in enumerate(new):
+            home.engine = self._least_loaded() if len(new) == 1 else number // share
+        parts: dict[tuple[int, str], list[int]] = {}
+        for index, home in enumerate(homes):
+            assert home.engine is not None
+            parts.setdefault((home.engine, home.cache), []).append(index)
+        answers = await asyncio.gather(
+            *(
+                self._sample(engine, [prompts[i] for i in index], sampling, seed_of(seed, engine), cache)
+                for (engine, cache), index in parts.items()
+            )
+        )
+        found = {
+            i: c
+            for index, answer in zip(parts.values(), answers, strict=True)
+            for i, c in zip(index, answer, strict=True)
+        }
+        return [found[i] for i in range(len(prompts))]
+
+    async def _sample(
+        self, number: int, prompts: list[list[int]], sampling: Sampling, seed: int, cache: str = ""
+    ) -> list[Completion]:
         self._load[number] += len(prompts)
         try:
             while True:
                 engine = self.engines[number]
                 try:
-                    return await engine.generate(prompts, sampling, seed)
+                    return await engine.generate(prompts, sampling, seed, cache=cache)
                 except _REPEATS_ANEW:
                     raise
                 # Any other failure: restart the engine.

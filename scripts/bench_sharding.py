@@ -22,8 +22,8 @@ import socket
 import statistics
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,14 +98,24 @@ class Work:
     """Of a micro-batch."""
     micro_batches: int
     steps: int
+    group: int = 0
+    """Ranks, where the form is none of FORMS: those share the model."""
+    learner: Mapping[str, object] = field(default_factory=dict)
+    """Further keys of the learner."""
+    shape: Mapping[str, object] | None = None
+    """The policy's config.json, where it is none of POLICIES."""
 
     @property
     def ranks(self) -> int:
-        return FORMS[self.form][0]
+        return self.group or FORMS[self.form][0]
+
+    @property
+    def shard(self) -> bool:
+        return self.form not in FORMS or FORMS[self.form][1]
 
     @property
     def config(self) -> Mapping[str, object]:
-        return TINY if self.policy == "tiny" else POLICIES[self.policy]
+        return self.shape or (TINY if self.policy == "tiny" else POLICIES[self.policy])
 
 
 def measure(work: Work, rank: int, address: str) -> dict[str, Any]:
@@ -127,11 +137,12 @@ def measure(work: Work, rank: int, address: str) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    config = LearnerConfig(shard=FORMS[work.form][1], ranks=work.ranks, gradient_checkpointing=True)
-    options = {"rank": rank, "world": work.ranks, "address": address, "device": work.device}
+    options = {"shard": work.shard, "ranks": work.ranks, "gradient_checkpointing": True, **work.learner}
+    config = LearnerConfig.model_validate(options)
+    place = {"rank": rank, "world": work.ranks, "address": address, "device": work.device}
     started = time.perf_counter()
     with random_weights(work):
-        learner = Learner("", config, dtype="bfloat16", **options)  # type: ignore[arg-type]
+        learner = Learner("", config, dtype="bfloat16", **place)  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in policy_on_meta(work.config, None, torch.bfloat16).parameters())
     built = synchronize() - started
     own = batch(work)[rank]
@@ -244,10 +255,14 @@ def batch(work: Work) -> Any:
     return pack(samples, reduction="token", **options)  # type: ignore[arg-type]
 
 
-def _rank(work: Work, rank: int, address: str, results: Any) -> None:
+Measure = Callable[[Work, int, str], dict[str, Any]]
+
+
+def _rank(work: Work, rank: int, address: str, results: Any, measure: Measure) -> None:
     if work.device == "cuda":
         # Before torch is imported: a rank sees its own card alone, as a Ray actor does.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[rank]
+        every = ",".join(map(str, range(work.ranks)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")[rank]
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         results.put((rank, measure(work, rank, address)))
@@ -261,14 +276,14 @@ def _rank(work: Work, rank: int, address: str, results: Any) -> None:
         os._exit(1)  # other ranks may wait in a collective for ever
 
 
-def run(work: Work, limit: float) -> dict[str, Any]:
+def run(work: Work, limit: float, measure: Measure = measure) -> dict[str, Any]:
     """The figures of rank 0, memory as the most of all ranks; or the reason of a failure."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_rank, args=(work, r, address, results)) for r in range(work.ranks)]
+    processes = [context.Process(target=_rank, args=(work, r, address, results, measure)) for r in range(work.ranks)]
     for process in processes:
         process.start()
     found: dict[int, dict[str, Any]] = {}
@@ -287,7 +302,7 @@ def run(work: Work, limit: float) -> dict[str, Any]:
     failed = next((f for f in found.values() if "failed" in f), None)
     if failed is not None:
         return failed
-    return found[0] | {k: max(f[k] for f in found.values()) for k in ("state_gib", "peak_gib")}
+    return found[0] | {k: max(f[k] for f in found.values()) for k in ("state_gib", "peak_gib") if k in found[0]}
 
 
 def lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

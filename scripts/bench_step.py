@@ -174,7 +174,7 @@ async def _steps(job: Job, pipe: Connection) -> None:
                 sampling=replace(sampling_of(recipe, task.renderer), eos_ids=()),
                 rewards=rewards,
                 train_prompts=PromptSource(task.prompts, 0),
-                eval_prompts=[],
+                held_out=[],
                 log=log,
                 screen=Screen(Console(quiet=True)),
                 checkpoints=CheckpointWriter(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from cispo.agents.contract import Reply, Step
 from cispo.types import Message
+from rewards.chase import Chase
 
 
 def add(a: int, b: int = 1) -> str:
@@ -126,3 +129,26 @@ class Trl:
 
     def get_reward(self) -> float:
         return float(self.total)
+
+
+class SleepyChase(Chase):
+    """The shipped environment, with a tool that takes its time."""
+
+    def step(self, reply: Reply) -> Step | None:
+        time.sleep(random.random() * 0.03)
+        return super().step(reply)
+
+
+class ChaseThatKills(Chase):
+    """Kills the driver once: at its attempt's reply number `turn`, after the first training step."""
+
+    def __init__(self, table: str, turn: int, mark: str) -> None:
+        super().__init__(table)
+        self.turn, self.mark, self.said = turn, Path(mark), 0
+
+    def step(self, reply: Reply) -> Step | None:
+        self.said += 1
+        if self.said == self.turn and self.mark.with_suffix(".armed").exists():
+            self.mark.with_suffix(".armed").unlink()
+            os.kill(os.getppid(), signal.SIGKILL)
+        return super().step(reply)

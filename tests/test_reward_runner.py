@@ -17,10 +17,12 @@ import pytest
 
 from cispo.errors import RunError, UserError
 from cispo.rollout.rewards import Attempts, RewardFunction, RewardRunner, Score
-from cispo.types import Prompt
+from cispo.rollout.rollout import score as score_groups
+from cispo.types import Completion, FinishReason, Prompt, Trajectory, TrajectoryGroup, Turn
 
 USER_CODE = r"""
 import asyncio, os, random, re, signal, subprocess, sys, time
+from cispo.rollout.reward_clock import waiting
 
 def length(completion): return len(completion)
 def tenth(completion, answer, scale=1.0): return scale * (completion == answer) / 10
@@ -70,18 +72,43 @@ def with_child(completion, pids, **_):
     time.sleep(1000)
 def no_completion(answer): return 1.0
 
+async def naps(completion, **_):
+    global busy
+    assert not busy
+    busy = True
+    await asyncio.sleep(0.1)
+    busy = False
+    return 1.0
+busy = False
+def plain_nap(completion, **_):
+    file = os.open(os.path.join(os.path.dirname(__file__), "napping"), os.O_CREAT | os.O_EXCL)
+    time.sleep(0.05)
+    os.close(file)
+    os.unlink(os.path.join(os.path.dirname(__file__), "napping"))
+    return 1.0
+async def waits_outside(completion, **_):
+    with waiting():
+        await asyncio.sleep(0.6)
+    return 1.0
+
 # As people write them for TRL: every argument is a list with an entry for each completion.
 def trl_answer(completions, answer, **kwargs): return [float(c == a) for c, a in zip(completions, answer, strict=True)]
 def trl_messages(completions, answer, **kwargs):
     return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
 def trl_rest(completions, **kwargs):
-    assert set(kwargs) == {"prompts", "answer", "tests"}, sorted(kwargs)
+    assert set(kwargs) == {"prompts", "answer", "tests", "log_extra", "log_metric"}, sorted(kwargs)
     return [len(p) + len(t) for p, t in zip(kwargs["prompts"], kwargs["tests"], strict=True)]
 async def trl_prompts(prompts, completions, scale=1.0):
     assert all(p[-1] == {"role": "user", "content": "2?"} for p in prompts), prompts
     return [scale if c[0]["role"] == "assistant" else None for c in completions]
 def ours_with_kwargs(completions, answer: str, **kwargs): return [float(c == answer) for c in completions]
-def trl_without_kwargs(completions, completion_ids): return [1.0] * len(completions)
+def trl_without_kwargs(completions, completion_ids, trainer_state, log_extra, log_metric):
+    log_extra("ids", completion_ids), log_metric("longest", max(map(len, completion_ids)))
+    return [len(ids) + trainer_state.global_step / trainer_state.max_steps for ids in completion_ids]
+def facts(completion, prompt, messages, token_ids, finish_reason, truncated, step, steps, **_):
+    assert messages[-1]["content"] == prompt == "1 + 1 =", (messages, prompt)
+    return len(token_ids) + 10 * truncated + 100 * (finish_reason == "length") + step / steps
+def environment(completions, environments): return [1.0] * len(completions)
 def one_of_messages(completion, **_): return completion[0]["content"] == "a"
 
 def eats(completion, tests, limits, **_):
@@ -194,9 +221,49 @@ def test_functions_in_the_form_of_trl_get_lists(user_code: str) -> None:
         assert run("trl_prompts", "trl_messages", columns=row) == [2.0, 1.0, 2.0]
 
 
+def test_facts_of_the_rollout_by_name(user_code: str) -> None:
+    """Through the rollout's own `score`, with a column that is named as a fact: the column wins."""
+    prompt = Prompt(id=0, messages=({"role": "user", "content": "1 + 1 ="},), columns={"steps": 8})
+    lengths = {FinishReason.STOP: 2, FinishReason.LENGTH: 3}
+    trajectories = []
+    for index, (reason, length) in enumerate(lengths.items()):
+        completion = Completion(
+            token_ids=(7,) * length, logprobs=(-1.0,) * length, versions=(0,) * length, finish_reason=reason
+        )
+        turn = Turn(context_ids=(1,), completion=completion)
+        trajectories.append(Trajectory(group_id=0, index=index, turns=(turn,), text="a", reward=0.0))
+    groups = [TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories))]
+    for name, expected in {"facts": [2.25, 113.25], "trl_without_kwargs": [2.5, 3.5]}.items():
+        runner = RewardRunner([RewardFunction(fn=f"{user_code}:{name}")], workers=1)
+        try:
+            (scored,) = asyncio.run(score_groups(groups, runner, step=2, steps=4))
+        finally:
+            runner.close()
+        assert [t.reward for t in scored.trajectories] == expected
+    assert [dict(t.extra) for t in scored.trajectories] == [
+        {"ids": [7, 7], "longest": 3},
+        {"ids": [7, 7, 7], "longest": 3},
+    ]
+
+
+def test_limits_and_turns_of_single_functions(user_code: str) -> None:
+    """Each function has its own limit; calls that wait for their turn do not run against it."""
+    one_at_a_time = RewardFunction(fn=f"{user_code}:naps", timeout=0.5, concurrency=1)
+    started = time.monotonic()
+    scores = score([one_at_a_time], [group(["a"] * 4, id=i) for i in range(2)], timeout=60.0)
+    assert of_first(scores) == [1.0] * 4 and time.monotonic() - started > 8 * 0.1, "8 naps of 0.1 s, one by one"
+    plain = RewardFunction(fn=f"{user_code}:plain_nap", timeout=0.5, concurrency=1)
+    assert of_first(score([plain], [group(["a"], id=i) for i in range(6)], timeout=60.0, workers=6)) == [1.0]
+    waits = RewardFunction(fn=f"{user_code}:waits_outside")
+    assert of_first(score([waits], [group(["a"])], timeout=0.3)) == [1.0]
+    for name in ("async_hangs", "hangs"):
+        with pytest.raises(UserError, match=f"{name} did not finish within 0.3 s"):
+            score([RewardFunction(fn=f"{user_code}:{name}", timeout=0.3), one_at_a_time], [group([""])], timeout=60.0)
+
+
 def test_a_form_that_does_not_fit_is_explained(user_code: str) -> None:
-    with pytest.raises(UserError, match="needs a column 'completion_ids', but .*; TRL passes it, CISPO does not"):
-        score([RewardFunction(fn=f"{user_code}:trl_without_kwargs")], [group(["a"])])
+    with pytest.raises(UserError, match="needs a column 'environments', but .*; TRL passes it, CISPO does not"):
+        score([RewardFunction(fn=f"{user_code}:environment")], [group(["a"])])
     for name in ("one_of_messages", "trl_messages"):
         with pytest.raises(UserError, match=r"raised TypeError: string indices .* \(a completion is a text; in TRL's"):
             score([RewardFunction(fn=f"{user_code}:{name}")], [group(["a"], answer="a")])

@@ -70,3 +70,16 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_which_goes_on_from_its_checkpoin
     output, _ = run.communicate(timeout=400)
     assert run.returncode == 0, output
     assert [row["step"] for row in metrics(folder)] == list(range(last + 2))
+
+
+@pytest.mark.slow
+def test_a_run_with_distributed_experts_goes_on_with_another_mesh(tmp_path: Path):
+    """Two ranks with half of the experts each, then two with half of each expert, then one: in Ray actors."""
+    folder = tmp_path / "quickstart"
+    meshes = ["learner.expert_parallel=2"], ["learner.expert_tensor_parallel=2"], ["learner.ranks=1"]
+    for steps, axes in enumerate(meshes, 1):
+        own = [*axes, "learner.shard=auto", *(["--resume"] if steps > 1 else [])]
+        output, _ = (run := start(tmp_path, f"train.steps={steps}", *own)).communicate(timeout=600)
+        assert run.returncode == 0, output
+    assert [row["step"] for row in metrics(folder)] == list(range(4))
+    assert len(list(folder.glob("checkpoints/step_*/training/learner-*-of-00002.safetensors"))) >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,14 +139,16 @@ def conversations() -> list[TrajectoryGroup]:
     return groups
 
 
-def one_a_turn(group: TrajectoryGroup) -> TrajectoryGroup:
-    """The same attempts with a segment a turn, each with its whole prompt."""
+def one_a_turn(group: TrajectoryGroup, cut: Callable[[int], bool] = lambda number: True) -> TrajectoryGroup:
+    """The same attempts with a segment a turn, each with its whole prompt; or cut before the turns that `cut` names."""
     attempts = []
     for t in group.trajectories:
         turns, read = [], list[int]()
-        for own in t.turns:
+        for number, own in enumerate(t.turns):
             read = [*read, *own.context_ids] if own.continues else list(own.context_ids)
-            turns.append(Turn(context_ids=tuple(read), completion=own.completion, rewards=own.rewards))
+            continues = own.continues and not cut(number)
+            context = own.context_ids if continues else tuple(read)
+            turns.append(Turn(context_ids=context, completion=own.completion, continues=continues, rewards=own.rewards))
             read += own.completion.token_ids
         attempts.append((t.reward, turns))
     return group_of(*attempts, id=group.prompt.id)
@@ -163,6 +166,21 @@ def gradient(
     learner.forward_backward(batches, CISPO)
     read = sum(len(mb.tokens) if mb.unique_index is None else len(mb.unique_index) for mb in batches)
     return torch.cat([g.flatten() for g in learner.rank.optimizer.gradients()]), read
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence_sum", "constant"])
+def test_the_gradient_does_not_depend_on_the_cuts(tmp_path: Path, reduction: Reduction):
+    """Forked attempts, each split in its own way: the advantage is the attempt's, and so is the denominator."""
+    save_policy(init_policy(MINIMAX, seed=1), tmp_path)
+    groups = conversations()
+    split = [one_a_turn(groups[0], lambda number: number == 1), groups[1]]
+    assert sum(len(t.segments) for g in split for t in g.trajectories) > sum(
+        len(t.segments) for g in groups for t in g.trajectories
+    )
+    one, most = gradient(tmp_path, groups, reduction, share=False)
+    other, read = gradient(tmp_path, split, reduction, share=False)
+    assert read > most and float(one.abs().max()) > 1e-3
+    assert float((one - other).abs().max()) <= 1e-6 * max(1.0, float(one.abs().max()))
 
 
 @pytest.mark.parametrize("reduction", ["prompt", "sequence"])

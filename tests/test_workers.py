@@ -10,7 +10,7 @@ import pytest
 from cispo.engines.handle import EngineHandle
 from cispo.errors import Diverged, ProcessDied, RunError, UserError
 from cispo.learner.handle import LearnerHandle
-from cispo.types import Sampling
+from cispo.types import Home, Sampling
 from cispo.workers import Workers
 
 SAMPLING = Sampling(max_tokens=4, eos_ids=(1,))
@@ -184,3 +184,27 @@ def test_restarts_are_bounded() -> None:
         asyncio.run(run(DIED))
     with pytest.raises(RuntimeError, match="CUDA error"):
         asyncio.run(run(RuntimeError("CUDA error")))
+
+
+def test_the_turns_of_a_home_stay_at_its_engine() -> None:
+    """New homes are dealt out like groups; later calls, of any attempts in any order, follow them. A single new home
+    goes to the least loaded engine."""
+
+    async def run() -> None:
+        group, made = workers([[], []])
+        await started(group)
+        homes = [Home(cache="a") for _ in range(3)]
+        of = [homes[0], homes[0], homes[1], homes[1], homes[2], homes[2]]
+        plain: Any = await group.generate([[n] for n in range(6)], SAMPLING, 0)
+        first: Any = await group.generate_at([[n] for n in range(6)], SAMPLING, 0, of)
+        assert first == plain and [home.engine for home in homes] == [0, 0, 1]
+        later: Any = await group.generate_at([[5], [0], [3]], SAMPLING, 1, [homes[2], homes[0], homes[1]])
+        assert [answer[0] for answer in later] == ["1", "0", "0"]
+        busy = asyncio.ensure_future(group.generate_at([[1]], SAMPLING, 2, [homes[0]]))
+        await asyncio.sleep(0)
+        single = Home()
+        await group.generate_at([[1]], SAMPLING, 3, [single])
+        await busy
+        assert single.engine == 1 and made[0][0].calls.count("generate") == 4
+
+    asyncio.run(run())

@@ -8,7 +8,7 @@ A reply is parsed once, by the driver; an observation is text or chat messages, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cispo.types import FinishReason, Message
@@ -61,6 +61,27 @@ class Reply:
     problem: str = ""
     """The reason why a call could not be read, as a sentence for the policy."""
     finish_reason: FinishReason = FinishReason.STOP
+    spoken: str | None = None
+    """The text without its thought, calls as they were written; None where that is the text, or the content of a reply
+    with a thought."""
+    message: Message = field(default_factory=dict)
+    """The reply as a chat message, for the next request of an agent."""
+    prompt_tokens: int = 0
+    """Tokens that the policy read before it, of an agent's reply."""
+    tokens: int = 0
+    """Sampled tokens, of an agent's reply."""
+
+    @property
+    def remembered(self) -> str:
+        """The text that stays in a history without thoughts."""
+        if self.spoken is not None:
+            return self.spoken
+        return self.content if self.thought else self.text
+
+    @property
+    def thinks(self) -> bool:
+        """Whether a history without thoughts differs from the sampled text."""
+        return self.remembered.strip() != self.text.strip()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,27 +1,36 @@
-"""Attempts of several turns, in rounds: one call of the engines for turn k of all live attempts.
+"""Attempts of several turns, with tools, an environment, or an agent of the user.
 
-    prompts --open--> attempts --generate, parse, step, extend--> ... --Status--> groups of trajectories
+    prompts --open--> attempts: sample, parse, step, extend ... --Status--> groups of trajectories
+                      or an agent, which asks the policy as it likes
 
-In rounds, the time that tools take changes no sampled token. A turn's prompt is the turn before, prompt and reply, with
-the tokens of the observation behind it: nothing that was sampled is tokenised again.
+A turn's prompt is the turn before, prompt and reply, with the tokens of the observation behind it: nothing that was
+sampled is tokenised again, unless `env.thinking` or an agent rewrites the history.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import contextlib
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from cispo.agents.attempt import Attempt
 from cispo.agents.contract import Reply, Status, Step
+from cispo.agents.conversations import Conversations, Limits, Listener
 from cispo.agents.environment import Identity, Observation, rewards_of
-from cispo.agents.parsing import Parser, parser_of
-from cispo.agents.session_process import RemoteSession, SessionError, SessionPool, pool_of
+from cispo.agents.ledger import Ledger, begin
+from cispo.agents.rounds import Apart, Rounds, Sampler
+from cispo.agents.session_process import SessionError, SessionPool, pool_of
 from cispo.errors import UserError
 from cispo.recipe.schema import Env, Recipe
+from cispo.rollout.prompts import distinct
 from cispo.rollout.renderer import Renderer, Tools
-from cispo.rollout.rollout import Generate
+from cispo.rollout.rollout import Generate, GenerateAt
 from cispo.seeds import seed_of
-from cispo.types import Completion, FinishReason, Message, Prompt, Sampling, Trajectory, TrajectoryGroup, Turn
+from cispo.types import Completion, FinishReason, Home, Message, Prompt, Sampling, Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from cispo.agents.endpoint import Access, Endpoint
 
 _ENDS = {
     FinishReason.LENGTH: Status.LENGTH,
@@ -30,46 +39,21 @@ _ENDS = {
 }
 
 
-@dataclass(slots=True, kw_only=True)
-class Attempt:
-    """One attempt in progress."""
-
-    prompt: Prompt
-    index: int
-    session: RemoteSession
-    ids: list[int]
-    """Prompt of the next turn."""
-    context: list[int]
-    """The part of `ids` that no turn holds yet."""
-    messages: list[Message] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-    events: dict[str, int] = field(default_factory=lambda: {"calls": 0, "failed": 0, "unreadable": 0})
-    status: Status | None = None
-
-    def hear(self, completion: Completion) -> None:
-        """Takes the policy's reply as a turn."""
-        self.turns.append(Turn(context_ids=tuple(self.context), completion=completion, continues=bool(self.turns)))
-        self.ids += completion.token_ids
-        self.context = []
-
-    def reward(self, rewards: Mapping[str, float]) -> None:
-        """Adds rewards to the last turn."""
-        if not rewards:
-            return
-        last = self.turns[-1]
-        names = {**last.rewards, **rewards}
-        merged = {name: last.rewards.get(name, 0.0) + rewards.get(name, 0.0) for name in names}
-        self.turns[-1] = replace(last, rewards=merged)
-
-
 class Episodes:
-    """Plays attempts with the tools or the environment of a recipe."""
+    """Plays attempts with the tools, the environment or the agent of a recipe."""
 
-    def __init__(self, env: Env, pool: SessionPool, renderer: Renderer, *, max_context: int) -> None:
-        """Raises UserError where a chat template cannot continue a conversation."""
+    def __init__(
+        self, env: Env, pool: SessionPool, renderer: Renderer, *, max_context: int, apart: bool = False
+    ) -> None:
+        """`apart`: no attempt waits for another. Raises UserError where a template cannot continue a conversation."""
         self.env, self.pool, self.renderer, self.max_context = env, pool, renderer, max_context
-        self.tools: Tools = pool.check().tools
-        self.parse: Parser = parser_of(env.tool_parser, self.tools, renderer.tokenizer, "env.tool_parser")
+        self.apart = apart
+        ready = pool.check()
+        self.tools: Tools = ready.tools
+        self.agent = ready.agent
+        self.listener = Listener(renderer, env.tool_parser)
+        self.listener.check(self.tools)
+        self.endpoint = _endpoint(renderer) if ready.takes_client else None
         said: Message = {"role": "tool" if self.tools else "user", "content": "?"}
         renderer.extend([said], renderer.eos_ids[:1], self.tools)
 
@@ -81,28 +65,41 @@ class Episodes:
     def close(self) -> None:
         """Ends the processes of tools and environment."""
         self.pool.close()
+        if self.endpoint is not None:
+            self.endpoint.close()
 
     async def play(
-        self, prompts: Sequence[Prompt], generate: Generate, *, group_size: int, sampling: Sampling, seed: int
+        self,
+        prompts: Sequence[Prompt],
+        generate: Generate,
+        *,
+        group_size: int,
+        sampling: Sampling,
+        seed: int,
+        generate_at: GenerateAt | None = None,
     ) -> list[TrajectoryGroup]:
-        """One group of unscored trajectories a prompt, in order."""
+        """One group of unscored trajectories a prompt, in order; with `generate_at`, each attempt at one engine."""
+        # In rounds, no earlier batch leaves its mark in the engines' caches: a resumed run repeats bit for bit.
+        homes = [Home(cache="" if self.apart else str(seed)) for _ in prompts]
+
+        async def ask(attempts: Sequence[int], ids: list[list[int]], how: Sampling, seed: int) -> list[Completion]:
+            if generate_at is None:
+                return await generate(ids, how, seed)
+            return await generate_at(ids, how, seed, [homes[attempt // group_size] for attempt in attempts])
+
+        sampler: Sampler = (Apart if self.apart else Rounds)(ask, sampling, seed)
+        base_url = "" if self.endpoint is None else await self.endpoint.start()
         attempts = [
-            self._opened(prompt, index, seed_of(seed, "env", number))
+            self._opened(prompt, number * group_size + index, index, seed_of(seed, "env", number), sampler, base_url)
             for number, prompt in enumerate(prompts)
             for index in range(group_size)
         ]
+        for attempt in attempts:
+            sampler.enter(attempt.number)
         try:
-            await _each(self._start(attempt) for attempt in attempts)
-            for turn in range(self.env.max_turns):
-                live = [attempt for attempt in attempts if self._may_go_on(attempt)]
-                if not live:
-                    break
-                completions = await generate([a.ids for a in live], sampling, seed_of(seed, "turn", turn))
-                await _each(self._hear(a, c) for a, c in zip(live, completions, strict=True))
-            for attempt in attempts:
-                attempt.status = attempt.status or Status.TURNS
-            await _each(self._settle(attempt) for attempt in attempts)
+            await _each(self._run(attempt, sampler) for attempt in attempts)
         finally:
+            sampler.close()
             await asyncio.gather(*(attempt.session.close() for attempt in attempts), return_exceptions=True)
         trajectories = [self._trajectory(attempt) for attempt in attempts]
         return [
@@ -114,10 +111,84 @@ class Episodes:
             for i, prompt in enumerate(prompts)
         ]
 
-    def _opened(self, prompt: Prompt, index: int, seed: int) -> Attempt:
-        ids = self.renderer.render(prompt.messages, self.tools)
-        session = self.pool.open(prompt.columns, Identity(seed, index))
-        return Attempt(prompt=prompt, index=index, session=session, ids=ids, context=list(ids))
+    def _opened(self, prompt: Prompt, number: int, index: int, seed: int, sampler: Sampler, base_url: str) -> Attempt:
+        ledger = Ledger(self.renderer, self.env.thinking)
+        key = "" if self.endpoint is None else self.endpoint.new_key()
+        client = {"base_url": base_url, "api_key": key} if key else {}
+        attempt = Attempt(
+            prompt=prompt,
+            number=number,
+            index=index,
+            session=self.pool.open({**self._columns(prompt), **client}, Identity(seed, index)),
+            ledger=ledger,
+            place=begin(() if self.agent else self.renderer.render(prompt.messages, self.tools)),
+            history=list(prompt.messages),
+            replies=[None] * len(prompt.messages),
+            key=key,
+        )
+        if self.agent:
+
+            def sample(ids: Sequence[int], max_tokens: int | None) -> Awaitable[Completion]:
+                return sampler.sample(number, ids, max_tokens)
+
+            limits = Limits(self.env.max_turns, self.max_context)
+            attempt.conversations = Conversations(ledger, sample, self.listener, limits)
+        return attempt
+
+    def _columns(self, prompt: Prompt) -> Mapping[str, object]:
+        """Values that the user's code may take by name: of an agent the prompt's messages as well."""
+        return {"messages": [dict(m) for m in prompt.messages], **prompt.columns} if self.agent else prompt.columns
+
+    async def _run(self, attempt: Attempt, sampler: Sampler) -> None:
+        try:
+            if attempt.conversations is not None:
+                await self._solve(attempt, attempt.conversations)
+            else:
+                await self._converse(attempt, sampler)
+        finally:
+            sampler.leave(attempt.number)
+        if attempt.conversations is None:
+            await self._settle(attempt)
+
+    async def _solve(self, attempt: Attempt, conversations: Conversations) -> None:
+        """An agent owns its loop."""
+        with contextlib.closing(conversations), self._served(attempt, conversations) as access:
+            try:
+                solved = await attempt.session.solve(conversations.begin, conversations.tell)
+            except SessionError as error:
+                if access is not None and access.refused is not None and not error.timed_out:
+                    attempt.status = access.refused
+                else:
+                    self._failed(attempt, error)
+            else:
+                attempt.status = Status(solved.status or Status.DONE)
+                attempt.rewards[0] = dict(solved.rewards)
+        attempt.events = conversations.events
+        attempt.messages = list(conversations.said(attempt.prompt.messages))
+
+    @contextlib.contextmanager
+    def _served(self, attempt: Attempt, conversations: Conversations) -> Iterator[Access | None]:
+        """The endpoint answers requests with the attempt's key."""
+        if self.endpoint is None:
+            yield None
+            return
+        session = attempt.session
+        access = self.endpoint.open(attempt.key, conversations, session.clock_stands, session.fail)
+        try:
+            yield access
+        finally:
+            self.endpoint.end(attempt.key)
+
+    async def _converse(self, attempt: Attempt, sampler: Sampler) -> None:
+        """Reply and observation in turn."""
+        await self._start(attempt)
+        for _ in range(self.env.max_turns):
+            if attempt.status is None and len(attempt.place.ids) >= self.max_context:
+                attempt.status = Status.CONTEXT
+            if attempt.status is not None:
+                return
+            await self._hear(attempt, await sampler.sample(attempt.number, attempt.place.ids))
+        attempt.status = attempt.status or Status.TURNS
 
     async def _start(self, attempt: Attempt) -> None:
         try:
@@ -126,20 +197,12 @@ class Episodes:
             return self._failed(attempt, error)
         if opening:
             # They come before the policy's first reply: a part of the prompt.
-            attempt.messages += opening
-            ids = self.renderer.render([*attempt.prompt.messages, *opening], self.tools)
-            attempt.ids, attempt.context = ids, list(ids)
-
-    def _may_go_on(self, attempt: Attempt) -> bool:
-        if attempt.status is None and len(attempt.ids) >= self.max_context:
-            attempt.status = Status.CONTEXT
-        return attempt.status is None
+            attempt.observe(opening)
+            attempt.place = begin(self.renderer.render(attempt.history, self.tools))
 
     async def _hear(self, attempt: Attempt, completion: Completion) -> None:
-        attempt.hear(completion)
-        text = self.renderer.decode(completion.token_ids)
-        reply = self.parse(self.renderer.decode_reply(completion.token_ids) if self.env.tool_parser else text)
-        attempt.messages.append(_said(reply))
+        reply = self.listener.hear(completion, self.tools, len(attempt.place.ids))
+        attempt.hear(completion, reply)
         if completion.finish_reason in _ENDS:
             attempt.status = _ENDS[completion.finish_reason]
             return
@@ -155,17 +218,17 @@ class Episodes:
         elif step is None:
             attempt.status = attempt.status or Status.ANSWERED
         else:
-            self._observe(attempt, step, completion)
+            self._observe(attempt, step)
 
-    def _observe(self, attempt: Attempt, step: Step, completion: Completion) -> None:
+    def _observe(self, attempt: Attempt, step: Step) -> None:
         attempt.reward(rewards_of(step))
         observed = _messages(step.observation)
-        attempt.messages += observed
+        attempt.observe(observed)
         if step.done or not observed:
             attempt.status = Status.DONE if step.done else Status.ANSWERED
             return
-        attempt.context = self.renderer.extend(observed, completion.token_ids, self.tools)
-        attempt.ids += attempt.context
+        last, prompt = attempt.ledger.sampled[-1], len(attempt.prompt.messages)
+        attempt.place = attempt.ledger.follow(last, observed, attempt.history, attempt.replies, self.tools, prompt)
 
     def _told(self, attempt: Attempt, reply: Reply, error: SessionError) -> Step | None:
         """The error of a tool as its answer; None, and a status, where the attempt cannot go on."""
@@ -182,12 +245,12 @@ class Episodes:
     def _failed(self, attempt: Attempt, error: SessionError) -> None:
         if self.env.on_error == "raise":
             named = self.env.use or ", ".join(self.env.tools)
-            raise UserError(f"env: {named} {error} (prompt {attempt.prompt.id}, turn {len(attempt.turns)})")
+            raise UserError(f"env: {named} {error} (prompt {attempt.prompt.id}, turn {len(attempt.ledger.sampled)})")
         attempt.status = Status.TIMEOUT if error.timed_out else Status.FAILED
 
     async def _settle(self, attempt: Attempt) -> None:
         """The environment's reward of the whole attempt."""
-        if not attempt.turns or attempt.status in (Status.TIMEOUT, Status.FAILED):
+        if not attempt.ledger.sampled or attempt.status in (Status.TIMEOUT, Status.FAILED):
             return
         try:
             attempt.reward(await attempt.session.reward())
@@ -195,12 +258,12 @@ class Episodes:
             self._failed(attempt, error)
 
     def _trajectory(self, attempt: Attempt) -> Trajectory:
-        last = attempt.turns[-1].completion.token_ids if attempt.turns else ()
+        turns = attempt.turns
         return Trajectory(
             group_id=attempt.prompt.id,
             index=attempt.index,
-            turns=tuple(attempt.turns),
-            text=self.renderer.decode(last),
+            turns=turns,
+            text=self.renderer.decode(turns[-1].completion.token_ids if turns else ()),
             reward=0.0,
             messages=tuple(attempt.messages),
             status=str(attempt.status),
@@ -222,32 +285,33 @@ def episodes_of(recipe: Recipe, renderer: Renderer, prompts: Mapping[str, Sequen
     pool = pool_of(env.tools or [env.use or ""], env.args, key, timeout=env.timeout, workers=env.workers)
     try:
         for section, rows in prompts.items():
-            for prompt in rows:
+            for prompt in distinct(rows):
                 lacking = sorted(pool.check().required - prompt.columns.keys())
                 if lacking:
+                    who = "the agent" if pool.check().agent else "a tool"
                     raise UserError(
-                        f"{key}: a tool needs the column '{lacking[0]}', which row {prompt.id} of {section} has not"
+                        f"{key}: {who} needs the column '{lacking[0]}', which row {prompt.id} of {section} has not"
                     )
-        return Episodes(env, pool, renderer, max_context=recipe.rollout.max_context)
+        # checks.py: one set of arguments for all prompts of a recipe with turns.
+        args = (recipe.data.template_args if recipe.data else None) or {}
+        apart = recipe.control.max_staleness > 0
+        return Episodes(env, pool, renderer.with_args(args), max_context=recipe.rollout.max_context, apart=apart)
     except BaseException:
         pool.close()
         raise
+
+
+def _endpoint(renderer: Renderer) -> Endpoint:
+    # With a library of its own, which few recipes need.
+    from cispo.agents.endpoint import Endpoint
+
+    return Endpoint(renderer)
 
 
 def _messages(observation: Observation) -> list[Message]:
     if isinstance(observation, str):
         return [{"role": "user", "content": observation}] if observation else []
     return list(observation)
-
-
-def _said(reply: Reply) -> Message:
-    """The policy's reply as a message, for logs and rewards; it is never rendered."""
-    thought = {"reasoning_content": reply.thought} if reply.thought else {}
-    calls = [
-        {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": dict(c.arguments)}}
-        for c in reply.calls
-    ]
-    return {"role": "assistant", "content": reply.text, **thought, **({"tool_calls": calls} if calls else {})}
 
 
 async def _each(steps: Iterable[Coroutine[object, object, None]]) -> None:

@@ -55,7 +55,7 @@ def compact(text: str, tools: Definitions) -> Reply:
         arguments = dict(zip(names or map(str, range(len(values))), values, strict=False))
         calls.append(ToolCall(id=f"call_{len(calls)}", name=name, arguments=arguments))
     left = _COMPACT.sub("", content).strip() if calls else content
-    return Reply(text=text, content=left, thought=thought, calls=tuple(calls), problem=problem)
+    return Reply(text=text, content=left, thought=thought, calls=tuple(calls), problem=problem, spoken=content)
 
 
 def split_thought(text: str) -> tuple[str, str]:
@@ -102,7 +102,7 @@ def _of_vllm(name: str, tools: Definitions, tokenizer: Any, key: str) -> Parser:
         raise UserError(f"{key}: vLLM has no tool parser '{name}' (it has {known})") from None
     definitions = [json.loads(json.dumps(tool)) for tool in tools]
     request: Any = ChatCompletionRequest.model_validate(
-        {"model": "", "messages": [{"role": "user", "content": ""}], "tools": definitions}
+        {"model": "", "messages": [{"role": "user", "content": ""}], **({"tools": definitions} if definitions else {})}
     )
     parser = kind(tokenizer, request.tools)
     reasoning = None
@@ -124,7 +124,9 @@ def _of_vllm(name: str, tools: Definitions, tokenizer: Any, key: str) -> Parser:
         # The policy may write anything, and a parser may stumble over it.
         except Exception as error:
             reason = " ".join(str(error).split())
-            return Reply(text=text, content=rest, thought=thought, problem=f"the call cannot be read: {reason:.200}")
-        return Reply(text=text, content=result.content or "", thought=thought, calls=tuple(calls))
+            return Reply(
+                text=text, content=rest, thought=thought, problem=f"the call cannot be read: {reason:.200}", spoken=rest
+            )
+        return Reply(text=text, content=result.content or "", thought=thought, calls=tuple(calls), spoken=rest)
 
     return parse

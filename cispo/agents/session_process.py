@@ -16,15 +16,29 @@ import pickle
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cispo.agents.agent_worker import Solved
+from cispo.agents.chat import Ask, Told
 from cispo.agents.contract import Reply, Step
 from cispo.agents.environment import Identity, Observation
-from cispo.agents.session_worker import Answer, Message, Ready, Request, Setup, Verb
+from cispo.agents.session_worker import Answer, Asked, Message, Ready, Replies, Request, Setup, Verb
 from cispo.errors import UserError
 from cispo.rollout.frames import frame, receive, receive_async, send, start_process
 from cispo.rollout.reward_worker import START_SECONDS
+from cispo.runtime.orphans import kill_marked
+
+# Deaths of its process after which an agent that was waiting for the policy each time runs alone.
+_DEATHS = 2
+
+
+_MARK = "CISPO_SESSION"
+"""Environment variable of a process of user code and of those that it starts, in any process group."""
+
+# Seconds in which a process answers although its user code sleeps.
+_PING_SECONDS = 2.0
 
 
 class SessionError(Exception):
@@ -36,11 +50,19 @@ class SessionError(Exception):
 
 
 class _ProcessEnded(Exception):
-    """The process ended during a request; `waiting` is the number of requests that it was serving."""
+    """The process ended during a request; `waiting` is the number of requests that it was serving, and `ran` says
+    whether this one's user code was running, and not waiting for the policy."""
 
-    def __init__(self, waiting: int, how: str) -> None:
+    def __init__(self, waiting: int, how: str, *, ran: bool = False) -> None:
         super().__init__(how)
-        self.waiting = waiting
+        self.waiting, self.ran = waiting, ran
+
+
+TellPolicy = Callable[[Sequence[Ask]], Awaitable[tuple[Told, ...]]]
+"""Requests of an agent that came together -> the policy's answers."""
+
+
+_Agent = tuple[Callable[[], None], TellPolicy]
 
 
 @dataclass(slots=True)
@@ -48,7 +70,37 @@ class _Waiting:
     """A request on its way."""
 
     answer: asyncio.Future[Answer]
-    started: asyncio.Event = field(default_factory=asyncio.Event)
+    policy: TellPolicy | None = None
+    """Of an agent."""
+    since: float | None = None
+    """Start of the stretch of user code that runs; None before the request is served, and while the policy is asked."""
+    asking: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def start(self) -> None:
+        self.since = time.monotonic() if not self.asking else None
+        self.changed.set()
+
+    @contextlib.contextmanager
+    def clock_stands(self) -> Iterator[None]:
+        """The time of the policy is not the user code's."""
+        before = self.since
+        self.asking += 1
+        self.start()
+        try:
+            yield
+        except Exception:
+            self.resume(before)
+            raise
+        else:
+            self.resume(None)
+
+    def resume(self, since: float | None) -> None:
+        """User code runs again; a refused request leaves it in its stretch since `since`."""
+        self.asking -= 1
+        self.start()
+        if self.since is not None and since is not None:
+            self.since = since
 
 
 class SessionProcess:
@@ -58,11 +110,15 @@ class SessionProcess:
         """Starts the process and blocks until the objects are imported. Raises UserError naming the recipe key."""
         self._waiting: dict[int, _Waiting] = {}
         self._reader: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         self._sending = asyncio.Lock()
+        self._writes: set[asyncio.Task[None]] = set()
+        self._pings = itertools.count(-1, -1)
         self.alive = True
         self._socket, theirs = socket.socketpair()
+        self._mark = uuid.uuid4().hex
         with theirs:
-            self._process = start_process("cispo.agents.session_worker:main", [theirs.fileno()])
+            self._process = start_process("cispo.agents.session_worker:main", [theirs.fileno()], {_MARK: self._mark})
         self._socket.settimeout(START_SECONDS)
         try:
             send(self._socket, setup)
@@ -76,25 +132,20 @@ class SessionProcess:
             raise UserError(self.ready.error)
         self._socket.setblocking(False)
 
-    async def ask(self, request: Request, limit: float) -> Answer:
-        """The answer to a request. Raises SessionError where it takes over `limit` seconds, which ends the process,
-        and _ProcessEnded where the process ends otherwise."""
+    async def ask(self, request: Request, limit: float, policy: TellPolicy | None = None) -> Answer:
+        """The answer to a request. Raises SessionError where its user code takes over `limit` seconds at a stretch,
+        which ends the process, and _ProcessEnded where the process ends otherwise. `policy` answers an agent."""
         loop = asyncio.get_running_loop()
-        self._waiting[request.id] = waiting = _Waiting(loop.create_future())
+        self._waiting[request.id] = waiting = _Waiting(loop.create_future(), policy)
         try:
             if not self.alive:
                 raise _ProcessEnded(0, self._how())
-            with contextlib.suppress(OSError):  # it ended: the reader reports how
-                async with self._sending:
-                    await loop.sock_sendall(self._socket, frame(request))
+            await self._write(request)
             if self._reader is None or self._reader.done():
                 self._reader = loop.create_task(self._read())
-            started = asyncio.create_task(waiting.started.wait())
-            try:
-                await asyncio.wait({started, waiting.answer}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                started.cancel()
-            await asyncio.wait({waiting.answer}, timeout=limit)
+            if not await _answered(waiting, limit) and len(self._waiting) > 1 and not await self._responds():
+                # Any of its requests may hold Python's lock: those that ran are tried again, each alone.
+                self._end()
             if not waiting.answer.done():
                 self._waiting.pop(request.id)
                 self._end("was ended for another session's request")
@@ -102,6 +153,35 @@ class SessionProcess:
             return waiting.answer.result()
         finally:
             self._waiting.pop(request.id, None)
+
+    async def _responds(self) -> bool:
+        """Whether the process answers a request that runs no user code."""
+        loop = asyncio.get_running_loop()
+        request = Request(next(self._pings), -1, "ping", b"", Identity(0, 0))
+        self._waiting[request.id] = waiting = _Waiting(loop.create_future(), since=time.monotonic())
+        try:
+            async with asyncio.timeout(_PING_SECONDS):
+                await self._write(request)
+                await asyncio.wait({waiting.answer})
+            return waiting.answer.exception() is None
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting.pop(request.id, None)
+
+    async def _write(self, message: Request | Replies) -> None:
+        """Sends a message; returns as well where the process ends before it has taken all of it."""
+        task = asyncio.create_task(self._send(message))
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
+
+    async def _send(self, message: Request | Replies) -> None:
+        with contextlib.suppress(OSError):  # it ended: the reader reports how
+            async with self._sending:
+                await asyncio.get_running_loop().sock_sendall(self._socket, frame(message))
 
     async def _read(self) -> None:
         while self._waiting:
@@ -113,16 +193,43 @@ class SessionProcess:
             waiting = self._waiting.get(message.id)
             if waiting is None:
                 continue
-            waiting.started.set()
             if isinstance(message, Answer) and not waiting.answer.done():
                 waiting.answer.set_result(message)
+            elif isinstance(message, Asked):
+                task = asyncio.create_task(self._tell(waiting, message))
+                # An event loop keeps weak references to its tasks only.
+                self._telling.add(task)
+                task.add_done_callback(self._telling.discard)
+            else:
+                waiting.start()
+
+    async def _tell(self, waiting: _Waiting, asked: Asked) -> None:
+        """Asks the policy for an agent. An error that is none of the agent's ends its request."""
+        assert waiting.policy is not None
+        before = waiting.since
+        try:
+            with waiting.clock_stands():
+                answers = await waiting.policy(asked.asks)
+        except Exception as error:
+            if not waiting.answer.done():
+                waiting.answer.set_exception(error)
+            return
+        if before is not None and waiting.since is not None and all(told.reply is None for told in answers):
+            waiting.since = before
+        if self.alive:
+            await self._write(Replies(asked.id, answers))
+
+    def waiting_for(self, request: int) -> _Waiting | None:
+        """A request under way."""
+        return self._waiting.get(request)
 
     def _end(self, how: str = "") -> None:
         """Ends the process, and with it all requests that it serves."""
         self.kill()
         waiting = [w for w in self._waiting.values() if not w.answer.done()]
         for one in waiting:
-            one.answer.set_exception(_ProcessEnded(len(waiting) if not how else 0, how or self._how()))
+            ended = _ProcessEnded(len(waiting) if not how else 0, how or self._how(), ran=one.since is not None)
+            one.answer.set_exception(ended)
 
     def kill(self) -> None:
         """Ends the process at once, with the processes that the user's code started."""
@@ -132,6 +239,11 @@ class SessionProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        kill_marked(_MARK, self._mark)
+        for task in self._writes:
+            # A process that holds Python's lock reads nothing: a write that waits for it would wait for ever.
+            task.get_loop().remove_writer(self._socket)
+            task.cancel()
         if self._reader is not None and not self._reader.done() and self._reader is not asyncio.current_task():
             # Before the socket is closed: the loop knows it by its number, which the next one may get.
             self._reader.get_loop().remove_reader(self._socket)
@@ -143,6 +255,21 @@ class SessionProcess:
         if code is not None and code < 0:
             return f"crashed its process ({signal.Signals(-code).name})"
         return f"ended its process with exit code {code}"
+
+
+async def _answered(waiting: _Waiting, limit: float) -> bool:
+    """Waits for an answer; False once a stretch of user code takes over `limit` seconds."""
+    while not waiting.answer.done():
+        left = None if waiting.since is None else waiting.since + limit - time.monotonic()
+        if left is not None and left <= 0:
+            return False
+        waiting.changed.clear()
+        changed = asyncio.ensure_future(waiting.changed.wait())
+        try:
+            await asyncio.wait({changed, waiting.answer}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+    return True
 
 
 class SessionPool:
@@ -183,7 +310,7 @@ class SessionPool:
     async def process_alone(self) -> SessionProcess:
         """A process for one suspect."""
         process = await asyncio.to_thread(SessionProcess, self.setup)
-        self._alone.add(process)
+        self._alone = {one for one in self._alone if one.alive} | {process}
         return process
 
     def end_alone(self, process: SessionProcess) -> None:
@@ -211,7 +338,10 @@ class RemoteSession:
         self._process: SessionProcess | None = None
         self._past: list[tuple[Verb, Reply | None]] = []
         """Requests that made the state of the environment, for another process to repeat."""
+        self._request = -1
         self._suspect = False
+        self._deaths = 0
+        self._policy_seconds = 0.0
         self.seconds = 0.0
 
     async def start(self) -> Observation:
@@ -229,6 +359,29 @@ class RemoteSession:
         assert isinstance(value, dict)
         return value
 
+    async def solve(self, begin: Callable[[], None], policy: TellPolicy) -> Solved:
+        """The end of an agent. `begin` is called before each of its lives: one, unless its process dies."""
+        value = (await self._ask("solve", agent=(begin, policy))).value
+        assert isinstance(value, Solved)
+        return value
+
+    @contextlib.contextmanager
+    def clock_stands(self) -> Iterator[None]:
+        """While the policy is asked past the frames of this session: that time is none of the user code's."""
+        started = time.perf_counter()
+        waiting = None if self._process is None else self._process.waiting_for(self._request)
+        try:
+            with contextlib.nullcontext() if waiting is None else waiting.clock_stands():
+                yield
+        finally:
+            self._policy_seconds += time.perf_counter() - started
+
+    def fail(self, error: Exception) -> None:
+        """Ends the request under way with an error that is none of the user code's."""
+        waiting = None if self._process is None else self._process.waiting_for(self._request)
+        if waiting is not None and not waiting.answer.done():
+            waiting.answer.set_exception(error)
+
     async def close(self) -> None:
         """Tells the environment that its attempt has ended; its errors no longer matter."""
         if self._process is not None and self._process.alive:
@@ -237,30 +390,48 @@ class RemoteSession:
             if self._suspect:
                 self._pool.end_alone(self._process)
 
-    async def _ask(self, verb: Verb, reply: Reply | None = None) -> Answer:
+    async def _ask(self, verb: Verb, reply: Reply | None = None, agent: _Agent | None = None) -> Answer:
         started = time.perf_counter()
         try:
-            answer = await self._lasting(verb, reply)
+            answer = await self._lasting(verb, reply, agent)
         finally:
-            elapsed = time.perf_counter() - started
+            elapsed = max(time.perf_counter() - started - self._policy_seconds, 0.0)
+            self._policy_seconds = 0.0
             self.seconds += elapsed
             self._pool.seconds += elapsed
         if verb in ("start", "step"):
             self._past.append((verb, reply))
         return answer
 
-    async def _lasting(self, verb: Verb, reply: Reply | None) -> Answer:
+    async def _lasting(self, verb: Verb, reply: Reply | None, agent: _Agent | None) -> Answer:
         """The answer of a process that lives: of another one where the first died by a request of another session."""
         while True:
             try:
                 if self._process is None or not self._process.alive:
                     await self._repeat_past()
-                return await self._send(verb, reply)
+                if agent is None:
+                    return await self._send(verb, reply)
+                begin, policy = agent
+                begin()
+                return await self._send(verb, reply, self._timed(policy))
             except _ProcessEnded as death:
                 if self._suspect and death.waiting:
                     raise SessionError(str(death)) from None
+                self._deaths += death.waiting > 0
                 # Alone in its process, a second death is its own.
-                self._suspect = self._suspect or death.waiting > 0
+                self._suspect = self._suspect or (death.waiting > 0 and (death.ran or self._deaths > _DEATHS))
+
+    def _timed(self, policy: TellPolicy) -> TellPolicy:
+        """`policy` with its seconds counted, which are none of the user code's."""
+
+        async def timed(asks: Sequence[Ask]) -> tuple[Told, ...]:
+            started = time.perf_counter()
+            try:
+                return await policy(asks)
+            finally:
+                self._policy_seconds += time.perf_counter() - started
+
+        return timed
 
     async def _repeat_past(self) -> None:
         pool = self._pool
@@ -268,10 +439,13 @@ class RemoteSession:
         for verb, reply in self._past:
             await self._send(verb, reply)
 
-    async def _send(self, verb: Verb, reply: Reply | None) -> Answer:
+    async def _send(self, verb: Verb, reply: Reply | None, policy: TellPolicy | None = None) -> Answer:
         assert self._process is not None
-        request = Request(self._pool.next_request(), self._number, verb, self._columns, self._identity, reply)
-        answer = await self._process.ask(request, self._pool.timeout)
+        self._request = self._pool.next_request()
+        request = Request(self._request, self._number, verb, self._columns, self._identity, reply)
+        answer = await self._process.ask(request, self._pool.timeout, policy)
+        if answer.ends_run:
+            raise UserError(answer.problem)
         if answer.problem:
             raise SessionError(answer.problem)
         return answer

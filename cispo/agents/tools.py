@@ -4,7 +4,8 @@
     arguments of a call --call--> the function's result as text, or a ToolError with a sentence for the policy
 
 Type hints give the schema and convert the arguments (pydantic); the docstring, in Google's, NumPy's or reST's style,
-gives the descriptions. Keyword-only parameters are columns of the dataset row, hidden from the policy.
+gives the descriptions. Keyword-only parameters are columns of the dataset row, hidden from the policy; `session` is the
+attempt's own dictionary, empty at first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -23,12 +24,36 @@ from pydantic.errors import PydanticUserError
 
 from cispo.errors import UserError
 
+SESSION = "session"
+"""Keyword-only parameter for the attempt's own dictionary: a tool keeps its state there."""
+
 # Characters of an error's message that a policy reads.
 _ERROR_LENGTH = 300
 
 
 class ToolError(Exception):
     """A call that the policy can mend; the message is a sentence for it."""
+
+
+class AnyTool(Protocol):
+    """A tool of the policy: a function, or one of an MCP server."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def definition(self) -> dict[str, object]:
+        """The tool in JSON schema, as chat templates and OpenAI's API take it."""
+        ...
+
+    @property
+    def required_columns(self) -> frozenset[str]:
+        """Columns of the dataset row that its calls need."""
+        ...
+
+    async def call(self, arguments: Mapping[str, object], columns: Mapping[str, object]) -> object:
+        """The result of a call. Raises ToolError with a sentence for the policy; other errors pass."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +91,23 @@ class Tool:
         if inspect.iscoroutinefunction(self.function):
             return await self.function(**values, **own)
         # In a thread, so that the calls of one reply run side by side.
-        return await asyncio.to_thread(self.function, **values, **own)
+        return await in_thread(self.function, **values, **own)
+
+
+async def in_thread(function: Callable[..., object], *args: object, **kwargs: object) -> object:
+    """A plain function of the user, called in a thread.
+
+    StopIteration cannot pass through a future, and KeyboardInterrupt would end the event loop: both come as
+    RuntimeError.
+    """
+
+    def call() -> object:
+        try:
+            return function(*args, **kwargs)
+        except (StopIteration, KeyboardInterrupt) as error:
+            raise RuntimeError(f"{type(error).__name__} {error}".rstrip()) from error
+
+    return await asyncio.to_thread(call)
 
 
 def tool_of(function: Callable[..., object], key: str, name: str = "") -> Tool:
@@ -88,7 +129,7 @@ def tool_of(function: Callable[..., object], key: str, name: str = "") -> Tool:
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
             columns.add(parameter.name)
-            if parameter.default is parameter.empty:
+            if parameter.default is parameter.empty and parameter.name != SESSION:
                 required.add(parameter.name)
             continue
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
@@ -108,7 +149,7 @@ def tool_of(function: Callable[..., object], key: str, name: str = "") -> Tool:
     return Tool(name, text, function, model, frozenset(columns), frozenset(required))
 
 
-def tool_named(tools: Sequence[Tool], name: str) -> Tool:
+def tool_named(tools: Sequence[AnyTool], name: str) -> AnyTool:
     """The tool of that name. Raises ToolError naming those that exist."""
     found = next((tool for tool in tools if tool.name == name), None)
     if found is None:

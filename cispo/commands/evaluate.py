@@ -1,24 +1,31 @@
-"""`cispo evaluate` and `cispo generate`: a checkpoint measured and sampled from."""
+"""`cispo evaluate` and `cispo generate`: a checkpoint, or all of a run, measured; one sampled from."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+import math
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
 
-from cispo.agents.episodes import episodes_of
+from cispo.agents.episodes import Episodes, episodes_of
 from cispo.errors import UserError
-from cispo.evaluate import evaluate, gaps
+from cispo.estimates import Share
+from cispo.evaluate import HeldOut, evaluate_set, gaps, held_out_sets, measures
+from cispo.output.checkpoint import CheckpointFolder, step_of
+from cispo.output.evaluation import Measured, evaluation_table, write_evaluation
 from cispo.output.screen import new_console, visible
 from cispo.recipe.load import load_recipe, need
 from cispo.recipe.schema import Recipe
-from cispo.rollout.prompts import prompt_ids, prompts_of, warn
-from cispo.rollout.renderer import renderer_of
-from cispo.rollout.rewards import rewards_of
+from cispo.rollout.prompts import prompt_ids, warn
+from cispo.rollout.renderer import Renderer, renderer_of
+from cispo.rollout.rewards import RewardRunner, rewards_of
 from cispo.rollout.rollout import RolloutSetup, sample, sampling_of, score
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
@@ -27,35 +34,108 @@ from cispo.types import Prompt
 from cispo.workers import Workers
 
 
-def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | None) -> None:
-    """`cispo evaluate`: sampling accuracy of one policy on the held-out prompts, as one JSON line."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """The held-out sets of a recipe and what scores them."""
+
+    recipe: Recipe
+    renderer: Renderer
+    sets: Sequence[HeldOut]
+    rewards: RewardRunner
+    episodes: Episodes | None
+
+    async def measure(self, policy: str) -> list[tuple[HeldOut, dict[str, float], dict[str, Share]]]:
+        """Metrics and estimates of a policy folder on each set."""
+        found = []
+        async with _engines_only(self.recipe, policy) as workers:
+            play = None
+            if self.episodes is not None:
+                play = partial(self.episodes.play, generate_at=workers.generate_at)
+            setup = RolloutSetup(generate=workers.generate, renderer=self.renderer, rewards=self.rewards, play=play)
+            training = sampling_of(self.recipe, self.renderer)
+            for one in self.sets:
+                metrics, groups = await evaluate_set(one, setup, training=training, seed=one.seed(self.recipe))
+                if sentence := gaps(metrics, self.rewards, one.prefix):
+                    warn(sentence)
+                estimates = measures(groups, self.rewards, samples=one.samples, read=one.read)
+                named = {f"avg@{one.samples}" if name == "avg@" else name: share for name, share in estimates.items()}
+                found.append((one, metrics, named))
+        return found
+
+
+@contextlib.contextmanager
+def _task_of(recipe: Recipe) -> Iterator[_Task]:
+    """The task of a recipe, loaded and checked; its processes end with the block."""
+    need(recipe, "eval", "reward")
+    renderer = renderer_of(recipe)
+    sets = held_out_sets(recipe, renderer)
+    sections = {one.key: one.prompts for one in sets}
+    with contextlib.closing(rewards_of(recipe, sections)) as rewards:
+        episodes = episodes_of(recipe, renderer, sections)
+        with contextlib.closing(episodes) if episodes else contextlib.nullcontext():
+            yield _Task(recipe=recipe, renderer=renderer, sets=sets, rewards=rewards, episodes=episodes)
+
+
+def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | None) -> dict[str, float]:
+    """`cispo evaluate`: a policy, or with a run folder each of its checkpoints, on the held-out sets.
+
+    A policy's metrics are one JSON line, with the 95 % intervals; those of a run are a table and a picture in it.
+    Returns the metrics of the policy, of a run's last checkpoint.
+    """
+    if path.is_dir():
+        if not (path / "recipe.yaml").is_file():
+            raise UserError(f"{path} is no run folder: it holds no recipe.yaml")
+        if checkpoint is None:
+            return _evaluate_run(path, load_recipe(path / "recipe.yaml", overrides))
+        path = path / "recipe.yaml"
     recipe = load_recipe(path, overrides)
     need(recipe, "eval", "reward")
     policy = chosen_policy(recipe, checkpoint)
-    renderer = renderer_of(recipe)
-    assert recipe.eval is not None
-    prompts = prompts_of(recipe.eval, "eval", renderer, recipe)
-    check_vocabulary(policy, renderer)
-    rewards = rewards_of(recipe, {"eval": prompts})
-    episodes = episodes_of(recipe, renderer, {"eval": prompts})
-    play = None if episodes is None else episodes.play
+    with _task_of(recipe) as task:
+        check_vocabulary(policy, task.renderer)
+        found = asyncio.run(task.measure(policy))
+    intervals = {
+        one.prefix + name: [share.low, share.high]
+        for one, _, estimates in found
+        for name, share in estimates.items()
+        if math.isfinite(share.low)
+    }
+    metrics = {name: value for _, own, _ in found for name, value in own.items()}
+    size = sum(len(one.prompts) for one, _, _ in found)
+    print(json.dumps({"policy": policy, "prompts": size, **metrics, "intervals": intervals}))
+    return metrics
 
-    async def run() -> dict[str, float]:
-        async with _engines_only(recipe, policy) as workers:
-            metrics, _ = await evaluate(
-                prompts,
-                RolloutSetup(generate=workers.generate, renderer=renderer, rewards=rewards, play=play),
-                samples=recipe.train.eval_samples,
-                sampling=sampling_of(recipe, renderer),
-                seed=seed_of(recipe.seed, "eval"),
-            )
-            return metrics
 
-    with contextlib.closing(rewards), contextlib.closing(episodes) if episodes else contextlib.nullcontext():
-        metrics = asyncio.run(run())
-    if sentence := gaps(metrics, rewards):
-        warn(sentence)
-    print(json.dumps({"policy": policy, "prompts": len(prompts), **metrics}))
+def _evaluate_run(folder: Path, recipe: Recipe) -> dict[str, float]:
+    checkpoints = CheckpointFolder(folder, recipe.train.keep).whole()
+    if not checkpoints:
+        raise UserError(f"{folder} has no whole checkpoint to evaluate")
+    rows: list[Measured] = []
+    last: dict[str, float] = {}
+    console = new_console()
+
+    async def run(task: _Task) -> None:
+        for number, checkpoint in enumerate(checkpoints, start=1):
+            if not checkpoint.is_dir():
+                warn(f"{checkpoint.name} was removed meanwhile: the run goes on")
+                continue
+            print(f"{checkpoint.name} ({number} of {len(checkpoints)})", file=sys.stderr)
+            policy = chosen_policy(recipe, str(checkpoint))
+            check_vocabulary(policy, task.renderer)
+            last.clear()
+            for one, metrics, estimates in await task.measure(policy):
+                last.update(metrics)
+                size = int(metrics[f"{one.prefix}prompts"])
+                rows.append(Measured(step=step_of(checkpoint), name=one.name, prompts=size, estimates=estimates))
+
+    with _task_of(recipe) as task:
+        asyncio.run(run(task))
+    for name in dict.fromkeys(row.name for row in rows):
+        console.print(f"\n{name or 'held-out'}: mean over prompts, 95 % interval", style="bold")
+        console.print(evaluation_table(rows, name))
+    for file in write_evaluation(folder, rows, title=folder.name):
+        console.print(str(file))
+    return last
 
 
 @contextlib.asynccontextmanager
@@ -68,8 +148,11 @@ async def _engines_only(recipe: Recipe, policy: str) -> AsyncIterator[Workers]:
 
 def generate(
     path: Path, overrides: Sequence[str], *, prompt: str, checkpoint: str | None, number: int, columns: Sequence[str]
-) -> None:
-    """`cispo generate`: completions of one prompt with their logprobs, and rewards where the columns are given."""
+) -> list[str]:
+    """`cispo generate`: prints completions of one prompt with their logprobs, and rewards where the columns are given.
+
+    Returns the completions.
+    """
     if not prompt:
         raise UserError("generate needs --prompt TEXT")
     recipe = load_recipe(path, overrides)
@@ -87,7 +170,7 @@ def generate(
     check_vocabulary(policy, renderer)
     rewards = rewards_of(recipe, {"--column": [asked]}) if recipe.reward and row else None
 
-    async def run() -> None:
+    async def run() -> list[str]:
         async with _engines_only(recipe, policy) as workers:
             sampling, seed = sampling_of(recipe, renderer), seed_of(recipe.seed, "generate")
             sampled = await sample([asked], workers.generate, renderer, group_size=number, sampling=sampling, seed=seed)
@@ -109,9 +192,10 @@ def generate(
             ]
             table.add_row(*cells, *([given.get(t.index, "none")] if row else []))
         new_console().print(table)
+        return [t.text for t in sampled[0].trajectories]
 
     try:
-        asyncio.run(run())
+        return asyncio.run(run())
     finally:
         if rewards is not None:
             rewards.close()

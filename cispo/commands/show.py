@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cispo.agents.thinking import describe_thinking, thinking_warnings
 from cispo.algorithms import Algorithm
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import describe, warnings
+from cispo.algorithms.losses import Gspo
 from cispo.learner.memory import RankMemory, rank_memory
-from cispo.learner.parallel import shards
+from cispo.learner.parallel import Mesh, shards
+from cispo.learner.traffic import draw, traffic
 from cispo.output.screen import new_console, table_of, warn
 from cispo.policies.loading import config_of, count_parameters, shape_of
 from cispo.policies.lora import adapter_size
@@ -38,6 +41,10 @@ def show(path: Path, overrides: Sequence[str]) -> None:
     updates, stale = recipe.algorithm.steps_per_batch, recipe.control.max_staleness
     for sentence in warnings(algorithm, updates_per_batch=updates, max_staleness=stale):
         warn(console, sentence)
+    if recipe.env is not None:
+        per_sequence = isinstance(algorithm.objective.loss, Gspo)
+        for sentence in thinking_warnings(recipe.env, renderer_of(recipe), per_sequence=per_sequence):
+            warn(console, sentence)
     rollout = recipe.rollout
     curriculum = describe_curriculum(recipe.curriculum, group_size=rollout.group_size, max_tokens=rollout.max_tokens)
     if curriculum:
@@ -55,7 +62,7 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
     trained = parameters if recipe.policy.lora is None else _adapter_size(recipe)
     engine_bytes = parameters * (2 if half else 4)
     device = pick_device(recipe.device)
-    sharded = shards(learner.shard, ranks=learner.ranks, device=device.type)
+    sharded = shards(learner.shard, ranks=learner.ranks, device=device.type, expert_ranks=learner.expert_ranks)
     adapter = trained if recipe.policy.lora is not None else 0
     memory = rank_memory(_shape(recipe), learner, dtype=recipe.policy.dtype, sharded=sharded, adapter=adapter)
     extra = [("critic memory", f"{_gib(memory.peak)} a rank, as the learner")] if algorithm.critic else []
@@ -70,7 +77,8 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
     if recipe.policy.router_replay != "off":
         extra.append(("router replay", _replay(recipe)))
     if recipe.env is not None:
-        extra.append(("turns", _turns(recipe.env)))
+        extra.append(("turns", _turns(recipe.env, apart=recipe.control.max_staleness > 0)))
+        extra.append(("thinking", describe_thinking(recipe.env, renderer_of(recipe))))
     if device.type == "cuda":
         alone, shared = (gpus_of(recipe, critic=algorithm.critic, shared=s) for s in (False, True))
         extra.append(("GPUs", f"{alone} where each part has its own, {shared} shared (placement {rollout.placement})"))
@@ -88,6 +96,7 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
         ("runtime", f"{where}: 1 driver, {learner.ranks} learner{critic}, {rollout.engines} {rollout.engine} engine"),
         ("policy", f"{parameters:,} parameters, {recipe.policy.dtype}, LM head in float32"),
         ("learner memory", _rank_memory(memory, learner, sharded=sharded)),
+        *_mesh(recipe, sharded=sharded),
         *extra,
         ("engine memory", f"{_gib(engine_bytes)} an engine for weights, plus the cache"),
         (
@@ -99,9 +108,10 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
     ]
 
 
-def _turns(env: Env) -> str:
-    used = f"environment {env.use}" if env.use else f"tools {', '.join(env.tools)}"
-    return f"at most {env.max_turns} an attempt, {used}; in rounds: turn k of all attempts in one call of the engines"
+def _turns(env: Env, *, apart: bool) -> str:
+    used = f"environment or agent {env.use}" if env.use else f"tools {', '.join(env.tools)}"
+    together = "in rounds: turn k of all attempts in one call of the engines"
+    return f"at most {env.max_turns} an attempt, {used}; {'no attempt waits for another' if apart else together}"
 
 
 def _rank_memory(memory: RankMemory, learner: Learner, *, sharded: bool) -> str:
@@ -112,6 +122,28 @@ def _rank_memory(memory: RankMemory, learner: Learner, *, sharded: bool) -> str:
         f"weights {_gib(memory.during_pass)}, activations of {learner.tokens_per_micro_batch:,} tokens "
         f"{_gib(memory.activations)} ({layers})"
     )
+
+
+def _mesh(recipe: Recipe, *, sharded: bool) -> Iterator[tuple[str, str]]:
+    """The learner ranks in groups, and the bytes that one of them sends. Raises UserError for an impossible mesh."""
+    learner = recipe.learner
+    if learner.ranks == 1:
+        return
+    policy = _shape(recipe)
+    check_experts(recipe, policy)
+    axes = learner.context_parallel, learner.expert_parallel, learner.expert_tensor_parallel
+    mesh = Mesh(world=learner.ranks, cp=axes[0], ep=axes[1], etp=axes[2])
+    if max(axes) > 1:
+        yield from (("mesh" if n == 0 else "", f"{name} {text}") for n, (name, text) in enumerate(draw(mesh)))
+    width = 2 if recipe.policy.dtype == "bfloat16" else 4
+    sent = traffic(policy, mesh, tokens=learner.tokens_per_micro_batch, width=width, sharded=sharded)
+    parts = [("weights", sent.weights), ("experts' tokens", sent.experts), ("split documents", sent.context)]
+    if any(size for _, size in parts):
+        sizes = ", ".join(f"{_gib(size)} of {name}" for name, size in parts if size)
+        yield (
+            "sent by a rank",
+            f"at most {sizes} in a layer's forward pass, as much again backward, gradients in float32",
+        )
 
 
 def _adapter_size(recipe: Recipe) -> int:

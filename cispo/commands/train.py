@@ -18,11 +18,11 @@ from cispo.run import Run, load_task
 from cispo.runtime.interrupts import Interrupts
 
 
-def train(path: Path, overrides: Sequence[str], *, resume: bool | Literal["auto"]) -> None:
+def train(path: Path, overrides: Sequence[str], *, resume: bool | Literal["auto"]) -> Path:
     """`cispo train`: everything a recipe names is checked first, then a run folder is made and filled.
 
     With `resume` the last run of that name goes on from its newest whole checkpoint, or from its start. "auto" starts
-    the first run of a name.
+    the first run of a name. Returns the run folder.
     """
     recipe = load_recipe(path, overrides)
     need(recipe, "data", "reward")
@@ -33,14 +33,15 @@ def train(path: Path, overrides: Sequence[str], *, resume: bool | Literal["auto"
     before = next((folder for folder in found if folder is not None), None)
     if before is not None:
         _go_on(recipe.model_copy(update={"output_dir": str(before.parent)}), before, screen, interrupts)
-    elif resume is True:
+        return before
+    if resume is True:
         raise UserError(f"--resume: {Path(recipe.output_dir) / recipe.name} holds no run")
-    else:
-        task = load_task(recipe)
-        with no_run_above(Path(recipe.output_dir)), create_run_folder(recipe.output_dir, recipe.name) as folder:
-            run = Run(recipe, task, folder, screen, interrupts)
-            run.announce()
-            interrupts.run(run.train())
+    task = load_task(recipe)
+    with no_run_above(Path(recipe.output_dir)), create_run_folder(recipe.output_dir, recipe.name) as folder:
+        run = Run(recipe, task, folder, screen, interrupts)
+        run.announce()
+        interrupts.run(run.train())
+        return folder.path
 
 
 def _go_on(recipe: Recipe, path: Path, screen: Screen, interrupts: Interrupts) -> None:
@@ -56,8 +57,8 @@ def _go_on(recipe: Recipe, path: Path, screen: Screen, interrupts: Interrupts) -
         interrupts.run(run.train())
 
 
-def sft(path: Path, overrides: Sequence[str]) -> None:
-    """`cispo sft`: the warm-up alone, saved as a checkpoint."""
+def sft(path: Path, overrides: Sequence[str]) -> Path:
+    """`cispo sft`: the warm-up alone; returns the checkpoint."""
     recipe = load_recipe(path, overrides)
     need(recipe, "sft")
     screen = Screen()
@@ -68,6 +69,9 @@ def sft(path: Path, overrides: Sequence[str]) -> None:
         run.announce()
 
         async def warm_up() -> None:
-            print(f"policy: {await run.sft()}")
+            checkpoints.append(await run.sft())
+            print(f"policy: {checkpoints[0]}")
 
+        checkpoints: list[Path] = []
         interrupts.run(warm_up())
+        return checkpoints[0]

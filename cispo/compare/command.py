@@ -77,8 +77,8 @@ def compare(
     plot_only: bool,
     fit: bool,
     equal: Path | None,
-) -> None:
-    """Runs the arms that have not ended, and reports."""
+) -> dict[str, Results]:
+    """Runs the arms that have not ended, and reports; returns setting -> results."""
     stored = _stored(equal)
     plan = make_plan(items, algorithms=algorithms, seeds=seeds, metric=metric, updates=updates, name=name)
     console = new_console()
@@ -100,6 +100,7 @@ def compare(
         if differences:
             raise RunError(f"--assert-equal {equal}: {len(differences)} differences, the first: {differences[0]}")
         console.print(f"equal to {equal} in every value")
+    return found
 
 
 def _parallel(plan: Plan) -> int:
@@ -274,7 +275,8 @@ async def _run_in(
         locked.empty()
     started = time.perf_counter()
     try:
-        await Run(recipe, task, locked, screen, interrupts, checkpoint=checkpoint, alone=False).train()
+        run = Run(recipe, task, locked, screen, interrupts, checkpoint=checkpoint, alone=False, group=plan.folder.name)
+        await run.train()
         if interrupts.requested:
             return
     except UserError:

@@ -40,6 +40,10 @@ class Draft:
     """Seed of its own, for an engine with a random stream per request."""
     limit: int
     """Maximum number of tokens."""
+    cache: str = ""
+    """Drafts of another name share no block of a prefix cache."""
+    cached: int = 0
+    """Tokens of the prompt that were found in it."""
     counter: RunCounter | None = None
     """None where the limit rules out a run of the rule's length."""
     tokens: list[int] = field(default_factory=list)
@@ -85,6 +89,7 @@ class Draft:
             logprobs=tuple(self.logprobs),
             finish_reason=self.reason,
             versions=tuple(version for (start, end), version in spans for _ in range(start, end)),
+            cached=self.cached,
             routed_experts=self._routed_experts(),
         )
 
@@ -105,6 +110,7 @@ def start_drafts(
     *,
     max_context: int,
     limits: Sequence[int] | None = None,
+    cache: str = "",
 ) -> list[Draft]:
     """An empty draft per prompt. Raises UserError on a prompt that leaves no room, or a rule that cannot be applied."""
     for index, prompt in enumerate(prompts):
@@ -126,6 +132,7 @@ def start_drafts(
             sampling=sampling,
             seed=(seed + index * 0x9E3779B97F4A7C15) % 2**63,
             limit=limit,
+            cache=cache,
             counter=RunCounter(rule) if 0 < rule.run_length <= limit else None,
         )
         for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cispo.engines.drafts import Draft
 from cispo.errors import UserError
@@ -79,6 +79,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees the engine's memory and processes; no other method works afterwards."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """An engine whose weights can be compared with the learner's."""
+
+    def weight_checksums(self) -> dict[str, int]:
+        """Checksum of each parameter under its own name, in the engine's number format."""
         ...
 
 

@@ -16,9 +16,16 @@ class EngineHandle:
 
     remote: Handle
 
-    async def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        """One completion a prompt, in order."""
-        return await self.remote.call("generate", prompts, sampling, seed)
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seed: int,
+        limits: Sequence[int] | None = None,
+        cache: str = "",
+    ) -> list[Completion]:
+        """One completion a prompt, in order; calls of another `cache` share no block of the prefix cache with it."""
+        return await self.remote.call("generate", prompts, sampling, seed, limits, cache)
 
     async def progress(self) -> int:
         """Tokens sampled since the start. Raises the error of a failed step."""
@@ -41,6 +48,10 @@ class EngineHandle:
     async def finish_update(self, version: int) -> None:
         """Ends the update; the next token is sampled from the new weights."""
         await self.remote.call("finish_update", version)
+
+    async def weight_checksums(self) -> dict[str, int]:
+        """Checksum of each of the engine's parameters, by its name there; {} of an engine without them."""
+        return await self.remote.call("weight_checksums")
 
     async def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
         """Enters the broadcast group of learner and engines."""

@@ -22,7 +22,7 @@ from enum import StrEnum
 from typing import Literal, ParamSpec
 
 from cispo.engines.drafts import Draft, start_drafts
-from cispo.engines.engine import Engine
+from cispo.engines.engine import Checked, Engine
 from cispo.engines.random_stream import RandomStream
 from cispo.types import Completion, OnUpdate, Sampling
 from cispo.weights.publish import FileMessage, WeightMessage
@@ -115,17 +115,23 @@ class ServedEngine:
         return self.engine.sampled
 
     async def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, limits: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seed: int,
+        limits: Sequence[int] | None = None,
+        cache: str = "",
     ) -> list[Completion]:
         """Samples one completion per prompt, in order.
 
         The same prompts and seed give the same tokens; on a CPU only while no other call is under way. `limits` is the
-        maximum number of tokens per completion, in place of the one number in `sampling`. A cancelled call takes its
-        drafts back. Raises UserError on a prompt that leaves no room for a token, naming its index.
+        maximum number of tokens per completion, in place of the one number in `sampling`. Calls of another `cache`
+        share no block of the prefix cache with this one. A cancelled call takes its drafts back. Raises UserError on a
+        prompt that leaves no room for a token, naming its index.
         """
         self._arrivals += 1
         self._check(State.TORN, State.BROKEN)
-        drafts = start_drafts(prompts, sampling, seed, max_context=self.engine.max_context, limits=limits)
+        drafts = start_drafts(prompts, sampling, seed, max_context=self.engine.max_context, limits=limits, cache=cache)
         if not drafts:
             return []
         if not self._active and not self._waiting:
@@ -194,6 +200,10 @@ class ServedEngine:
             draft.sampled_by(version)
         self._resume()
         self._check(State.BROKEN)
+
+    def weight_checksums(self) -> dict[str, int]:
+        """Checksum of each parameter as it is now, for the doctor; {} of an engine without them."""
+        return self.engine.weight_checksums() if isinstance(self.engine, Checked) else {}
 
     def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
         """Enters the group over which the learner sends weights; the engine's workers take the ranks from the first."""

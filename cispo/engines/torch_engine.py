@@ -17,6 +17,7 @@ from cispo.engines.engine import check_model
 from cispo.engines.torch_sampler import Sampled, Sampler
 from cispo.policies.loading import load_policy
 from cispo.types import RoutedExperts, Sampling
+from cispo.weights.buckets import tensor_checksum
 from cispo.weights.publish import FileMessage, WeightMessage, mapped_weights
 
 
@@ -84,6 +85,10 @@ class TorchEngine:
             prompts = {number: draft.prompt for number, draft in self._running.items()}
             for sampler in self._samplers.values():
                 sampler.recompute(prompts)
+
+    def weight_checksums(self) -> dict[str, int]:
+        """Checksum of each weight, under its name in checkpoints."""
+        return {name: tensor_checksum(weight) for name, weight in self._policy.to_hf().items()}
 
     def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
         raise AssertionError("only vLLM's engine takes buckets")

@@ -12,7 +12,9 @@ import copy
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from torch import nn
 
 from cispo.engines.drafts import Draft
 from cispo.engines.engine import check_model
@@ -21,6 +23,7 @@ from cispo.engines.vllm_logprobs import PendingLogprobs, SampledTokens
 from cispo.engines.vllm_routes import RouteTable
 from cispo.engines.vllm_start import start_vllm
 from cispo.types import Sampling
+from cispo.weights.buckets import tensor_checksum
 from cispo.weights.publish import WeightMessage
 
 if TYPE_CHECKING:
@@ -111,8 +114,6 @@ class VLLMEngine:
         from vllm.inputs import tokens_input
 
         processor, tasks = self._engine.input_processor, self._engine.get_supported_tasks()
-        # Drafts that keep their cache through an update share it with none that begin after it.
-        salt = str(self._updates) if self._caches else None
         common = {sampling: _sampling_params(sampling) for sampling in {draft.sampling for draft in drafts}}
         requests: dict[str, Draft] = {}
         for draft in drafts:
@@ -120,6 +121,8 @@ class VLLMEngine:
             params.max_tokens = draft.limit
             if self._pending is not None:  # vLLM's second model runner draws each request from a stream of its own
                 params.seed = draft.seed
+            # Drafts that keep their cache through an update share it with none that begin after it.
+            salt = f"{self._updates} {draft.cache}".rstrip() if self._caches else None
             prompt = tokens_input(list(draft.prompt), cache_salt=salt)
             request = processor.process_inputs(str(next(self._numbers)), prompt, params, supported_tasks=tasks)
             processor.assign_request_id(request)
@@ -168,6 +171,9 @@ class VLLMEngine:
         # Others were dropped, or ended by a rule, while this step was under way.
         outputs = [output for output in outputs if output.request_id in self._requests]
         self.sampled += sum(len(output.new_token_ids) for output in outputs)
+        for output in outputs if self._caches else ():
+            if output.prefill_stats is not None:
+                self._requests[output.request_id].cached = output.prefill_stats.num_cached_tokens
         if self._pending is None:
             return self._extend(map(_sampled_tokens, outputs))
         for output in outputs:
@@ -216,6 +222,13 @@ class VLLMEngine:
         if recompute:
             self._core.reset_prefix_cache(reset_running_requests=True)
 
+    def weight_checksums(self) -> dict[str, int]:
+        """Checksum of each of the model's parameters; of several workers, under the name and the worker's number."""
+        by_worker = self._engine.collective_rpc(_checksums)
+        if len(by_worker) == 1:
+            return by_worker[0]
+        return {f"{name}/{n}": value for n, own in enumerate(by_worker) for name, value in own.items()}
+
     def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
         info = {"address": address, "first_rank": first_rank, "world": world}
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
@@ -229,6 +242,17 @@ class VLLMEngine:
     def close(self) -> None:
         self._core.shutdown()
         del self._core, self._engine, self._pending, self._routes
+
+
+class _Worker(Protocol):
+    """vLLM's worker, as far as checksums need it."""
+
+    def get_model(self) -> nn.Module: ...
+
+
+def _checksums(worker: _Worker) -> dict[str, int]:
+    """Runs in each worker."""
+    return {name: tensor_checksum(weight) for name, weight in worker.get_model().named_parameters()}
 
 
 def _reason(output: EngineCoreOutput) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cispo.algorithms.losses import value_loss
 from cispo.learner.adapters import Adapters, base_folder, load_published, start_adapter
+from cispo.learner.loss import attention_of
 from cispo.learner.parallel import join, shards
 from cispo.learner.rank import Rank, total, trainable_policy
 from cispo.learner.sharding import fill, sharded_value_model
@@ -53,8 +54,9 @@ class Critic:
         address: str = "",
     ) -> None:
         self.value_clip = config.value_clip
-        shard = shards(learner.shard, ranks=world, device=device)
-        mesh = join(rank=rank, world=world, device=torch.device(device), address=address, shard=shard)
+        shard = shards(learner.shard, ranks=world, device=device, expert_ranks=learner.expert_ranks)
+        axes = {"cp": learner.context_parallel, "ep": learner.expert_parallel, "etp": learner.expert_tensor_parallel}
+        mesh = join(rank=rank, world=world, device=torch.device(device), address=address, shard=shard, **axes)
         if shard:
             base, lora = (folder, None) if adapters is None else (base_folder(folder), adapters.lora)
             self.model = sharded_value_model(base, mesh, getattr(torch, dtype), lora)
@@ -116,4 +118,5 @@ class Critic:
         return loss, loss.detach()
 
     def _values(self, mb: MicroBatch) -> Tensor:
-        return self.model(mb.tokens, mb.positions, mb.cu_seqlens, mb.max_seqlen)
+        attention = attention_of(mb, self.rank.mesh.context, share_prompts=False)
+        return self.model(mb.tokens, mb.positions, mb.cu_seqlens, mb.max_seqlen, attention)

@@ -93,8 +93,9 @@ class Learner:
         address: str = "",
     ) -> None:
         self.config, self.temperature = config, temperature
-        shard = shards(config.shard, ranks=world, device=device)
-        mesh = join(rank=rank, world=world, device=torch.device(device), address=address, shard=shard)
+        shard = shards(config.shard, ranks=world, device=device, expert_ranks=config.expert_ranks)
+        axes = {"cp": config.context_parallel, "ep": config.expert_parallel, "etp": config.expert_tensor_parallel}
+        mesh = join(rank=rank, world=world, device=torch.device(device), address=address, shard=shard, **axes)
         self.policy = trainable_policy(folder, config, mesh, dtype, adapters)
         self.reference: Policy | None = None
         self.export = Export(self.policy, mesh, dtype, folder)
@@ -146,9 +147,11 @@ class Learner:
 
     def _loss(self, mb: MicroBatch, objective: Objective, load: ExpertLoad | None) -> tuple[Tensor, MicroBatchLoss]:
         """One micro-batch's loss, the balancing loss included, and its parts."""
-        output, extra = read_for_loss(self.policy, mb)
+        output, extra = read_for_loss(self.policy, mb, self.rank.mesh.context)
         head = self.policy.lm_head_weight
-        loss, tokens = micro_batch_loss(output.hidden, head, mb, objective, temperature=self.temperature)
+        loss, tokens = micro_batch_loss(
+            output.hidden, head, mb, objective, temperature=self.temperature, group=self.rank.mesh.context
+        )
         tokens = replace(tokens, extra={**tokens.extra, **extra})
         counts = self._counts(output.router, mb) if self._biases else None
         if load is None:
@@ -170,7 +173,7 @@ class Learner:
         layers, experts = self.policy.router_shape
         counts = torch.zeros(layers, experts + 1, device=self.rank.mesh.device)
         for mb in batches:
-            counts[:, :-1] += self._counts(read(self.policy, mb).router, mb)
+            counts[:, :-1] += self._counts(read(self.policy, mb, self.rank.mesh.context).router, mb)
             counts[:, -1] += self._balanced(mb).sum()
         self.rank.mesh.sum([counts])
         return ExpertLoad(counts[:, :-1], max(float(counts[0, -1]), 1.0))
@@ -204,7 +207,7 @@ class Learner:
 
     def _logprobs(self, policy: Policy, mb: MicroBatch) -> Tensor:
         """[T]: 0 where masked."""
-        hidden = read(policy, mb).hidden
+        hidden = read(policy, mb, self.rank.mesh.context).hidden
         return spread(trained_logprobs(hidden, policy.lm_head_weight, mb, temperature=self.temperature)[0], mb)
 
     def freeze_reference(self) -> None:

@@ -16,49 +16,84 @@ from torch import Tensor
 
 from cispo.algorithms.losses import LossOutput
 from cispo.algorithms.objective import Objective
+from cispo.ops.collectives import Group, gather_sliced
+from cispo.ops.cuts import Cut
 from cispo.ops.logprobs import fused_token_loss, token_logprobs
-from cispo.policies.attention import Documents, SharedPrompts
+from cispo.policies.attention import Attention, Documents, SharedPrompts
 from cispo.policies.policy import Policy, PolicyOutput, RouterOutput
 from cispo.policies.replay import differing, live_choices
+from cispo.policies.split_documents import SplitDocuments
 from cispo.types import LossInputs, MicroBatch, TokenStats
 
 
-def read(policy: Policy, mb: MicroBatch) -> PolicyOutput:
-    """The policy's pass over a micro-batch: hidden [T, d], and router outputs over all T tokens."""
+def read(policy: Policy, mb: MicroBatch, group: Group | None = None) -> PolicyOutput:
+    """The policy's pass over a micro-batch: hidden [T, d], and router outputs over all T tokens.
+
+    The ranks of `group` read it together, and meet in collectives where it has split documents.
+    """
     # Always by `attend`: a split policy gathers its weights around that method alone.
-    documents = Documents(mb.cu_seqlens, len(mb.tokens), mb.max_seqlen)
+    attention = attention_of(mb, group)
     if mb.unique_index is None or mb.inverse is None:
-        return policy.attend(mb.tokens, mb.positions, documents, mb.routes)
+        return policy.attend(mb.tokens, mb.positions, attention, mb.routes)
     tokens, positions = mb.tokens.index_select(0, mb.unique_index), mb.positions.index_select(0, mb.unique_index)
     routes = None if mb.routes is None else mb.routes.index_select(0, mb.unique_index)
-    output = policy.attend(tokens, positions, SharedPrompts(documents, mb.unique_index, mb.inverse), routes)
+    output = policy.attend(tokens, positions, attention, routes)
     router = tuple(RouterOutput(*(x.index_select(0, mb.inverse) for x in layer)) for layer in output.router)
     return PolicyOutput(output.hidden.index_select(0, mb.inverse), router)
 
 
-def read_for_loss(policy: Policy, mb: MicroBatch) -> tuple[PolicyOutput, dict[str, Tensor]]:
+def attention_of(mb: MicroBatch, group: Group | None = None, *, share_prompts: bool = True) -> Attention:
+    """The attention of a pass over a micro-batch: over its distinct tokens where prompts are shared, else over all."""
+    cut = None
+    whole, rows = len(mb.cu_seqlens) - 1, len(mb.tokens)
+    if mb.pieces is not None:
+        assert group is not None, "a micro-batch with split documents is read by a group of ranks"
+        cut = Cut(mb.pieces.lengths, mb.pieces.by_rank, group.rank, mb.tokens.device)
+        whole, rows = whole - len(cut.own), rows - cut.tokens
+    attention: Attention = Documents(mb.cu_seqlens[: whole + 1], rows, mb.max_seqlen)
+    if share_prompts and mb.unique_index is not None and mb.inverse is not None:
+        distinct = len(mb.unique_index) - (len(mb.tokens) - rows)
+        attention = SharedPrompts(attention, mb.unique_index[:distinct], mb.inverse[:rows])
+        rows = distinct
+    if cut is None or group is None:
+        return attention
+    return SplitDocuments(attention, rows, cut, group)
+
+
+def read_for_loss(policy: Policy, mb: MicroBatch, group: Group | None = None) -> tuple[PolicyOutput, dict[str, Tensor]]:
     """`read`, with values [N] of the trained tokens by metric name: under router replay, 1 for those with replayed
     experts that are not the routers' own choice in some layer.
     """
     if mb.routes is None:
-        return read(policy, mb), {}
+        return read(policy, mb, group), {}
     with live_choices(policy) as live:
-        output = read(policy, mb)
+        output = read(policy, mb, group)
     own = live if mb.inverse is None else [chosen.index_select(0, mb.inverse) for chosen in live]
     differs = differing(own, [layer.chosen for layer in output.router]).index_select(0, mb.loss_index)
     return output, {"router/replayed_differ": differs.float()}
 
 
 def micro_batch_loss(
-    hidden: Tensor, head: Tensor, mb: MicroBatch, objective: Objective, *, temperature: float
+    hidden: Tensor,
+    head: Tensor,
+    mb: MicroBatch,
+    objective: Objective,
+    *,
+    temperature: float,
+    group: Group | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """This micro-batch's share of the loss, and its trained tokens.
 
-    hidden [T, d] and head [V, d] get the loss's gradient.
+    hidden [T, d] and head [V, d] get the loss's gradient. The loss of whole sequences is the same on all ranks of
+    `group` for a document that they split: this rank's tokens count in its value, and get its gradient.
     """
     # Without trained tokens the fused form never calls the objective, which alone knows the names of its `extra`.
-    form = _fused if objective.per_token and len(mb.loss_index) else _whole
-    return form(hidden, head, mb, objective, temperature)
+    if objective.per_token and len(mb.loss_index):
+        return _fused(hidden, head, mb, objective, temperature)
+    if objective.per_token or mb.pieces is None:
+        return _whole(hidden, head, mb, objective, temperature)
+    assert group is not None, "a micro-batch with split documents is read by a group of ranks"
+    return _joined(hidden, head, mb, objective, temperature, group)
 
 
 def trained_logprobs(hidden: Tensor, head: Tensor, mb: MicroBatch, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -80,6 +115,30 @@ def _whole(
     loss = (result.loss * mb.loss_weights).sum()
     trained = _each(result, lambda values: values.detach().index_select(0, mb.loss_index))
     return loss, _stats(mb, logprobs.detach(), entropy, [trained])
+
+
+def _joined(
+    hidden: Tensor, head: Tensor, mb: MicroBatch, objective: Objective, temperature: float, group: Group
+) -> tuple[Tensor, TokenStats]:
+    """`_whole` where documents are split: every rank of the group computes their loss, from all their tokens."""
+    assert mb.pieces is not None
+    cut = Cut(mb.pieces.lengths, mb.pieces.by_rank, group.rank, mb.tokens.device)
+    rows, whole = len(mb.tokens) - cut.tokens, len(mb.cu_seqlens) - 1 - len(cut.own)
+
+    def join(values: Tensor) -> Tensor:
+        """[T] to the tokens of whole documents and all tokens of split ones."""
+        return torch.cat([values[:rows], gather_sliced(cut.padded(values[rows:]), group).index_select(0, cut.places)])
+
+    def own(values: Tensor) -> Tensor:
+        return torch.cat([values[:rows], values[rows:].index_select(0, cut.own_order)])
+
+    logprobs, entropy = trained_logprobs(hidden, head, mb, temperature=temperature)
+    cu_seqlens = torch.cat([mb.cu_seqlens[:whole], cut.cu_documents + rows])
+    result = objective(_loss_inputs(mb, join(spread(logprobs, mb)), objective, join, cu_seqlens))
+    every = (result.loss * join(mb.loss_weights)).sum()
+    share = (own(result.loss.detach()) * mb.loss_weights).sum()
+    trained = _each(result, lambda values: own(values.detach()).index_select(0, mb.loss_index))
+    return share + (every - every.detach()), _stats(mb, logprobs.detach(), entropy, [trained])
 
 
 def _fused(

@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cispo.policies.moe import Experts
 from cispo.policies.policy import Policy
+from cispo.policies.replay import choices_of, routers_of
 from cispo.recipe.schema import Learner as LearnerConfig
 
 _EXACT = 4
@@ -57,8 +59,13 @@ def rank_memory(
             during_pass=trained * (_EXACT + lower),
             activations=_activations(policy, config, width),
         )
-    blocks = [sum(p.numel() for p in block.parameters()) for block in layers_of(policy)]
-    rest = every - sum(blocks)
+    # Of distributed experts a rank sees its own alone.
+    own = {id(p) for m in policy.modules() if isinstance(m, Experts) for p in m.parameters()}
+    blocks = [
+        sum(-(-p.numel() // config.expert_ranks) if id(p) in own else p.numel() for p in block.parameters())
+        for block in layers_of(policy)
+    ]
+    rest = every - sum(p.numel() for block in layers_of(policy) for p in block.parameters())
     # The root stays gathered, and FSDP gathers the next layer while one is computed. Gradients of the trained ones
     # are whole in the compute dtype, and once more in float32 while they are summed.
     whole = rest + 2 * max(blocks, default=0)
@@ -81,16 +88,28 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def _activations(policy: Policy, config: LearnerConfig, width: int) -> int:
     """Of a micro-batch: with checkpointing each layer's input and the inside of one layer, else the inside of all."""
     tokens, hidden = config.tokens_per_micro_batch, policy.lm_head_weight.shape[1]
-    inside = [_kept(layer) for layer in layers_of(policy)]
+    inside = [_kept(layer, config) for layer in layers_of(policy)]
     numbers = hidden * len(inside) + max(inside, default=0) if config.gradient_checkpointing else sum(inside)
     return tokens * numbers * width
 
 
-def _kept(layer: nn.Module) -> int:
-    """Numbers that a layer keeps for each token; experts that are stacked in one tensor see a token k times."""
-    chosen = max((k for m in layer.modules() if isinstance(k := getattr(m, "top_k", None), int)), default=1)
-    widths = [(p.shape, chosen if p.dim() == 3 else 1) for p in layer.parameters() if p.dim() > 1]
-    return sum(times * (shape[-1] + shape[-2]) for shape, times in widths)
+def _kept(layer: nn.Module, config: LearnerConfig) -> int:
+    """Numbers that a layer keeps for each token.
+
+    Experts that are stacked in one tensor see a token k times. Where their width is cut, etp ranks see each other's
+    rows; and where they are distributed, tokens and results are kept on their way (`learner.experts`), with an even
+    load.
+    """
+    numbers = sum(p.shape[-1] + p.shape[-2] for p in layer.parameters() if p.dim() == 2)
+    ep, etp = config.expert_parallel, config.expert_tensor_parallel
+    chosen = max(map(choices_of, routers_of(layer)), default=1)
+    for module in layer.modules():
+        if isinstance(module, Experts):
+            hidden, width = module.down_proj.shape[1:]
+            numbers += chosen * (3 * width + 2 * etp * hidden)
+            if ep * etp > 1:
+                numbers += 2 * hidden * (ep if ep <= chosen else chosen) * etp
+    return numbers
 
 
 def relief(config: LearnerConfig, *, sharded: bool, lora: bool) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cispo.errors import UserError
-from cispo.learner.sharding import is_split, local
+from cispo.learner.rows import is_split, local
 
 
 def learning_rate(

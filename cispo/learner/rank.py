@@ -21,7 +21,8 @@ from cispo.learner.adapters import Adapters, base_folder, start_adapter
 from cispo.learner.memory import relief
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Mesh, to_device
-from cispo.learner.sharding import Rows, fill_from, is_split, reshard, row_range, rows_of, sharded_policy, state_rows
+from cispo.learner.rows import Rows, rows_of, state_rows
+from cispo.learner.sharding import fill_from, reshard, sharded_policy
 from cispo.learner.state import StoredState, state_path, write_state
 from cispo.policies.loading import load_policy
 from cispo.policies.lora import adapt
@@ -225,9 +226,12 @@ class Rank:
         if not shape:
             return stored.read(key, 0, 1)
         name = key.removeprefix(_MODEL) if key.startswith(_MODEL) else key.rpartition("/")[0]
-        split = is_split(dict(self._named).get(name))
-        first, last = row_range(shape[0], self.mesh.rank, self.mesh.world) if split else (0, shape[0])
-        return stored.read(key, first, last - first)
+        parameter = dict(self._named).get(name)
+        if parameter is None:
+            return stored.read(key, 0, shape[0])
+        rows = rows_of(parameter, self.mesh)
+        values = stored.read(key, rows.first, len(rows.values))
+        return values if rows.narrow is None else rows.narrow.of(values)
 
 
 def total(losses: Sequence[Tensor]) -> float:

@@ -13,18 +13,19 @@ and changes would go unseen).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
+from cispo.learner.experts import mark_shares, split_experts
 from cispo.learner.memory import layers_of
 from cispo.learner.parallel import Mesh
+from cispo.learner.rows import Rows, WidthShare, expert_range, extent, is_split, own_part, row_range, rows_of
 from cispo.policies.loading import WeightSlice, local_folder, policy_without_weights, weight_slices
 from cispo.policies.lora import adapt
 from cispo.policies.policy import Place, Policy
@@ -34,61 +35,6 @@ from cispo.weights.buckets import Slot
 
 # The name from torch 2.13 on, else the one before.
 _GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Consecutive rows of a tensor that is split along its first axis over the ranks.
-
-    Example: Rows((41, 8), 11, values) with values [11, 8] on rank 1 of 4
-    """
-
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-    first: int
-    """Index of the first row in the whole tensor."""
-    values: Tensor
-
-    @property
-    def width(self) -> int:
-        """Elements of a row."""
-        return torch.Size(self.shape[1:]).numel()
-
-    @property
-    def split(self) -> bool:
-        """Whether other ranks have further rows."""
-        return self.shape != tuple(self.values.shape)
-
-    def on_host(self) -> Rows:
-        """A copy in host memory."""
-        return Rows(self.shape, self.first, self.values.detach().to("cpu", copy=True))
-
-    def overlap(self, start: int, stop: int) -> tuple[int, int]:
-        """The part of the elements [start, stop) of the flat whole tensor that is in these rows; it may be empty."""
-        first = self.first * self.width
-        return max(start, first), min(stop, first + self.values.numel())
-
-
-def is_split(tensor: Tensor | None) -> bool:
-    """Whether ranks hold rows of a tensor."""
-    return isinstance(tensor, DTensor)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The rows of a split tensor that this rank holds, in their own memory and without gradient; else the tensor."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def rows_of(tensor: Tensor, mesh: Mesh) -> Rows:
-    """This rank's rows of a parameter or buffer: all of them where it is not split."""
-    first = row_range(len(tensor), mesh.rank, mesh.world)[0] if is_split(tensor) else 0
-    return Rows(tuple(tensor.shape), first, local(tensor))
-
-
-def row_range(rows: int, rank: int, world: int) -> tuple[int, int]:
-    """The rows [first, last) of `rows` that a rank holds, as torch.chunk cuts them."""
-    each = -(-rows // world)
-    return min(rank * each, rows), min((rank + 1) * each, rows)
 
 
 def sharded_policy(
@@ -147,12 +93,16 @@ def shard(
     """Splits a model on the meta device and gives its rows memory with undefined values.
 
     Each block of the policy, an embedding that is not the head too, the modules in `exact` and the rest are gathered on
-    their own. The model runs in `dtype`, those in `exact` in their own number format. The parameters in `whole` keep
-    theirs too, inside modules that FSDP casts: each rank has all of them, and `Rank` sums their gradients.
+    their own; distributed experts are replaced by this rank's share, which is gathered over its own axis. The model
+    runs in `dtype`, those in `exact` in their own number format. The parameters in `whole` keep theirs too, inside
+    modules that FSDP casts: each rank has all of them, and `Rank` sums their gradients.
     """
     assert mesh.shards is not None, "the mesh has no axis for shards"
     compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide(dtype), cast_forward_inputs=False)
     head = next(module for module in model.modules() if isinstance(module, Policy)).lm_head_weight
+    experts = split_experts(model, mesh)
+    for module in experts:
+        fully_shard(module, mesh=mesh.expert_shards, mp_policy=compute)
     # The head is read outside of any module: it stays with the root, which is gathered until the backward pass.
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
     for block in (*embeddings, *layers_of(model)):
@@ -168,6 +118,7 @@ def shard(
         if mesh.device.type == "cpu":
             module.set_force_sum_reduction_for_comms(True)
     allocate(model, mesh.device)
+    mark_shares(experts)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -226,6 +177,9 @@ def fill(policy: Policy, weights: Iterable[tuple[str, WeightSlice]], mesh: Mesh,
         if place is None:
             continue
         rows = targets[place.parameter]
+        if rows.narrow is not None:
+            _fill_narrow(rows, rows.narrow, place, values, dtype)
+            continue
         start, stop = extent(place, rows.shape)
         low, high = rows.overlap(start, stop)
         if low >= high:
@@ -237,12 +191,13 @@ def fill(policy: Policy, weights: Iterable[tuple[str, WeightSlice]], mesh: Mesh,
         rows.values.view(-1)[low - offset : high - offset].copy_(part.reshape(-1))
 
 
-def extent(place: Place, shape: Sequence[int]) -> tuple[int, int]:
-    """The elements [start, stop) of the flat parameter of that shape which a checkpoint's tensor fills."""
-    view = place.of(torch.empty(*shape, device="meta"))
-    assert view.is_contiguous(), f"a tensor of {place.parameter} is no range of its elements"
-    start = int(view.storage_offset())
-    return start, start + view.numel()
+def _fill_narrow(rows: Rows, share: WidthShare, place: Place, values: WeightSlice, dtype: torch.dtype) -> None:
+    """`fill` of a part of the width of this rank's experts, from one expert's weight or from those of all."""
+    if place.expert is None:
+        part = share.of(values[rows.first : rows.first + len(rows.values)])
+        rows.values.copy_(part.to(rows.values.device).to(dtype))
+    elif (own := own_part(rows, place)) is not None:
+        own.copy_(values[share.of_expert(values.get_shape())].to(own.device).to(dtype))
 
 
 @torch.no_grad()
@@ -258,10 +213,25 @@ def fill_from(policy: Policy, folder: str, mesh: Mesh, dtype: torch.dtype) -> No
     fill(policy, weight_slices(local_folder(folder)), mesh, dtype)
 
 
+class _Pending(NamedTuple):
+    """A collective on its way, and the copy that follows it, where the ranks' parts are not consecutive in a bucket."""
+
+    work: dist.Work | None
+    part: Tensor | None = None
+    place: Tensor | None = None
+
+    def finish(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        if self.part is not None and self.place is not None:
+            self.place.copy_(self.part)
+
+
 class ShardedWeights:
     """The weights under checkpoint names, gathered from the ranks a bucket at a time (a `weights.buckets.Source`).
 
     The collective itself writes a gathered weight where it belongs in the bucket: a rank needs no memory beside it.
+    Only a down projection that is cut by expert tensor parallelism arrives in parts and is put together.
     """
 
     def __init__(self, policy: Policy, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -271,6 +241,7 @@ class ShardedWeights:
         weights = {name: rows_of(weight, mesh) for name, weight in tensors.items()}
         split = {name for name, weight in tensors.items() if is_split(weight)}
         self._rows: dict[str, Rows] = {}
+        self._places: dict[str, Place] = {}
         self._extents: dict[str, tuple[int, int]] = {}
         self._whole: dict[str, Tensor] = {}
         self.shapes: dict[str, Tensor] = {}
@@ -278,7 +249,8 @@ class ShardedWeights:
             rows = weights[place.parameter]
             view = place.of(torch.empty(*rows.shape, device="meta"))
             if place.parameter in split:
-                self._rows[name], self._extents[name] = rows, extent(place, rows.shape)
+                self._rows[name], self._places[name] = rows, place
+                self._extents[name] = extent(place, rows.shape)
             else:
                 self._whole[name] = place.of(rows.values)
             kind = dtype if place.parameter in split else rows.values.dtype
@@ -286,48 +258,47 @@ class ShardedWeights:
 
     def fill(self, slots: Sequence[Slot], buffer: Tensor) -> None:
         """Gathers the slots' weights into `buffer` [bytes] uint8; every rank must call it with the same slots."""
-        waits = list(chain.from_iterable(self._gather(slot, slot.of(buffer)) for slot in slots))
-        for wait in waits:
-            wait.wait()
+        for pending in list(chain.from_iterable(self._gather(slot, slot.of(buffer)) for slot in slots)):
+            pending.finish()
 
-    def _gather(self, slot: Slot, target: Tensor) -> list[dist.Work]:
+    def _gather(self, slot: Slot, target: Tensor) -> list[_Pending]:
         if slot.name in self._whole:
             target.copy_(self._whole[slot.name])
             return []
-        rows, (start, stop), flat = self._rows[slot.name], self._extents[slot.name], target.view(-1)
+        rows, place = self._rows[slot.name], self._places[slot.name]
+        if rows.narrow is not None:
+            return self._gather_narrow(rows, rows.narrow, place, target)
+        (start, stop), flat = self._extents[slot.name], target.view(-1)
         low, high = rows.overlap(start, stop)
         offset = rows.first * rows.width
         if low < high:
             flat[low - start : high - start].copy_(rows.values.view(-1)[low - offset : high - offset])
-        count = rows.shape[0]
-        if stop - start == count * rows.width and count % self.mesh.world == 0:
-            return _all_gather(flat, flat[low - start : high - start])
+        count, world = rows.shape[0], self.mesh.world
+        if rows.share is None and stop - start == count * rows.width and count % world == 0:
+            return [_Pending(_GATHER(flat, flat[low - start : high - start], async_op=True))]
         # One expert's part, or rows that the ranks do not divide: each owner sends its own.
         works = []
-        for rank in range(self.mesh.world):
-            first, last = (row * rows.width for row in row_range(count, rank, self.mesh.world))
+        for rank in range(world):
+            held = row_range(count, rank, world) if rows.share is None else expert_range(count, self.mesh, rank)
+            first, last = (row * rows.width for row in held)
             begin, end = max(first, start), min(last, stop)
             if begin < end:
-                works += _broadcast(flat[begin - start : end - start], rank)
+                works.append(_Pending(dist.broadcast(flat[begin - start : end - start], src=rank, async_op=True)))
         return works
 
-
-def _all_gather(whole: Tensor, own: Tensor) -> list[dist.Work]:
-    """In place: `own` is this rank's part of `whole`."""
-    work = _GATHER(whole, own, async_op=True)
-    return [work] if work is not None else []
-
-
-def _broadcast(values: Tensor, rank: int) -> list[dist.Work]:
-    work = dist.broadcast(values, src=rank, async_op=True)
-    return [work] if work is not None else []
-
-
-def state_rows(tensors: Mapping[str, Tensor], whole: Mapping[str, Rows]) -> dict[str, Rows]:
-    """Tensors of an optimizer under "parameter/entry", each with its place in the whole; scalars are not split."""
-    found = {}
-    for key, values in tensors.items():
-        rows = whole[key.rpartition("/")[0]]
-        split = values.shape == rows.values.shape and values.dim() > 0
-        found[key] = Rows(rows.shape, rows.first, values) if split else Rows(tuple(values.shape), 0, values)
-    return found
+    def _gather_narrow(self, rows: Rows, share: WidthShare, place: Place, target: Tensor) -> list[_Pending]:
+        """One expert's projection from the ranks that hold parts of its width."""
+        assert place.expert is not None
+        own, works = own_part(rows, place), []
+        for rank in range(self.mesh.world):
+            first, last = expert_range(rows.shape[0], self.mesh, rank)
+            if not first <= place.expert < last:
+                continue
+            part = target[share.of_expert(target.shape, self.mesh.of_rank(rank).etp_rank)]
+            values = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+            if rank == self.mesh.rank:
+                assert own is not None
+                values.copy_(own)
+            work = dist.broadcast(values, src=rank, async_op=True)
+            works.append(_Pending(work) if values is part else _Pending(work, values, part))
+        return works

@@ -96,7 +96,7 @@ def convolve_step(x: Tensor, weight: Tensor, states: Tensor) -> Tensor:
     return F.silu((window * weight.to(dtype).t()).sum(1)).to(x.dtype)
 
 
-CONVOLUTION = RecurrentOp(token_inputs=1, packed=convolve, step=convolve_step)
+CONVOLUTION = RecurrentOp(token_inputs=1, packed=convolve, step=convolve_step, across="window")
 """Inputs x [T, C] and weight [C, W]; states [S, W - 1, C]."""
 
 

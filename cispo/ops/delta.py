@@ -141,7 +141,7 @@ def delta_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states:
     return (q[..., None, :] @ states).squeeze(-2).to(v.dtype)
 
 
-DELTA = RecurrentOp(token_inputs=5, packed=delta_rule, step=delta_step)
+DELTA = RecurrentOp(token_inputs=5, packed=delta_rule, step=delta_step, across="heads")
 """Inputs q, k [T, G, K], v [T, H, V], g [T, H] or [T, H, K], beta [T, H]; states [S, H, K, V]."""
 
 

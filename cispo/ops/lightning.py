@@ -138,7 +138,7 @@ def lightning_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, states: Tens
     return (q[..., None, :].to(dtype) @ states).squeeze(2).to(q.dtype)
 
 
-LIGHTNING = RecurrentOp(token_inputs=3, packed=lightning_attention, step=lightning_step)
+LIGHTNING = RecurrentOp(token_inputs=3, packed=lightning_attention, step=lightning_step, across="decay")
 """Inputs q, k, v [T, H, D] and slopes [H] float32; states [S, H, D, D]."""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cispo.ops.autograd import Context
 
 # Queries of one product: fewer waste less work behind the diagonal, and start more products.
-_QUERIES = 64
+QUERIES = 64
 
 
 class Batch(NamedTuple):
@@ -38,8 +38,8 @@ class Batch(NamedTuple):
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First and last place of the queries of each product; the last, which see all keys, come first."""
         width = self.rows.shape[1]
-        for end in range(width, self.skip, -_QUERIES):
-            yield max(end - _QUERIES, self.skip), end
+        for end in range(width, self.skip, -QUERIES):
+            yield max(end - QUERIES, self.skip), end
 
 
 class Padding:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,3 +28,10 @@ class RecurrentOp:
     """
     step: Callable[..., Tensor]
     """(*inputs, states) -> outputs: sequence i has its token in row i and its state in states[i]."""
+    across: Literal["decay", "window", "heads"]
+    """The coupling of the pieces of a document that ranks split.
+
+    decay     the state: each token multiplies it by e^{-s}, s the layer's only input, and adds k^T v
+    window    the last inputs, as many as the state has
+    heads     nothing: heads are independent, and outputs have the third input's shape
+    """

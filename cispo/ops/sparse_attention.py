@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.ops.product_attention import Batch, Padding
+from cispo.ops.product_attention import QUERIES, Batch, Padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, index: Index, batch: Batch, scale: 
         heads = (x.transpose(1, 2) for x in (queries[:, own], keys[:, :end], values[:, :end]))
         blocks.append(F.scaled_dot_product_attention(*heads, attn_mask=chosen[:, None], scale=scale).transpose(1, 2))
     return torch.cat(blocks, 1).flatten(0, 1)
+
+
+def sparse_suffix(q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float) -> Tensor:
+    """The last n queries of one document over its selected keys, [n, H, E]: q [n, H, D], k [m, K, D], v [m, K, E].
+
+    `index` has n queries and weights, and m keys. Differentiable in q, k and v.
+    """
+    groups, behind = q.shape[1] // k.shape[1], len(k) - len(q)
+    keys, values = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
+    places = torch.arange(len(k), device=q.device)
+    blocks = []
+    for start in range(0, len(q), QUERIES):
+        own = slice(start, start + QUERIES)
+        seen = min(start + QUERIES, len(q)) + behind
+        with torch.no_grad():
+            scores = index_scores(index.queries[own], index.keys[:seen], index.weights[own])
+            visible = places[:seen] <= places[behind:][own, None]
+            chosen = select(scores, visible, index.top_k)
+        heads = (x.transpose(0, 1) for x in (q[own], keys[:seen], values[:seen]))
+        blocks.append(F.scaled_dot_product_attention(*heads, attn_mask=chosen, scale=scale).transpose(0, 1))
+    return torch.cat(blocks)
 
 
 def _padded(x: Tensor, rows: Tensor) -> Tensor:

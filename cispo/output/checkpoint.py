@@ -8,7 +8,7 @@
                 .../training/  driver.json  driver.safetensors                  state of the training loop
                                learner.safetensors  critic.safetensors          optimizers, float32 masters, the critic
                                learner-00001-of-00004.safetensors ...           the same as rows, a file a sharded rank
-    checkpoints/best.json      the step with the best accuracy on the held-out prompts
+    checkpoints/best.json      the step with the best accuracy on the held-out prompts, or train.best
 
 A checkpoint holds no state of a random generator: seeds come from identities (`seeds`). A draft is complete once every
 rank has written its files. Tensors are whole, or rows with their place in the whole, so a resumed run may have another
@@ -44,9 +44,11 @@ _STATE = "training/driver.json"
 class CheckpointFolder:
     """The checkpoints of one run. The newest `keep` stay, and the best."""
 
-    def __init__(self, run: Path, keep: int) -> None:
+    def __init__(self, run: Path, keep: int, metric: str = "eval/accuracy") -> None:
+        """`metric` decides on the best checkpoint, the higher the better."""
         self.folder = run / "checkpoints"
         self.keep = keep
+        self.metric = metric
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
@@ -75,7 +77,7 @@ class CheckpointFolder:
     def finish(self, step: int, facts: Mapping[str, object], *, score: float | None = None) -> Path:
         """Makes the draft the checkpoint of `step`, then removes the oldest beyond `keep`.
 
-        `score` is its held-out accuracy; the checkpoint with the best one stays at any age. Raises RunError where the
+        `score` is its value of `metric`; the checkpoint with the best one stays at any age. Raises RunError where the
         disk refuses; earlier checkpoints are then unchanged.
         """
         draft, final = self.folder / _DRAFT, self.folder / f"step_{step:06d}"
@@ -88,7 +90,7 @@ class CheckpointFolder:
             os.replace(draft, final)
             _to_disk(self.folder)
             if score is not None and score >= self.best_score():
-                write_json(self.folder / _BEST, {"step": step, "eval/accuracy": score})
+                write_json(self.folder / _BEST, {"step": step, self.metric: score})
         for old in self.whole()[: -self.keep]:
             if old != self.best():
                 shutil.rmtree(old, ignore_errors=True)
@@ -162,7 +164,7 @@ class CheckpointFolder:
         """(step, score) of best.json; (None, -inf) before the first score, and where the file cannot be read."""
         try:
             facts = json.loads((self.folder / _BEST).read_text(encoding="utf-8"))
-            step, score = facts["step"], float(facts["eval/accuracy"])
+            step, score = facts["step"], float(facts[self.metric])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None, -math.inf
         return (step, score) if isinstance(step, int) and math.isfinite(score) else (None, -math.inf)
@@ -171,7 +173,7 @@ class CheckpointFolder:
         """Removes a best.json that cannot be read, or names a checkpoint that is gone."""
         file, best = self.folder / _BEST, self.best()
         if os.path.lexists(file) and (best is None or not best.is_dir()):
-            say(f"{file} is damaged: the best checkpoint is chosen anew")
+            say(f"{file} is damaged or by another metric: the best checkpoint is chosen anew")
             with disk_errors(file):
                 _remove(file)
 

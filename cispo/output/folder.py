@@ -11,11 +11,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cispo.errors import Diverged, UserError
 from cispo.files import disk_errors, write_text
-from cispo.output.board import Board
+from cispo.output.token_values import TokenRow, token_arrays
 from cispo.types import Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from cispo.output.trackers import Trackers
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
@@ -53,19 +57,37 @@ def _lines(file: Path) -> Iterator[dict[str, float] | None]:
 
 
 class RunLog:
-    """Writer of one run's metrics (`name`.jsonl and TensorBoard) and sampled completions (parquet)."""
+    """Writer of one run's metrics (`name`.jsonl, TensorBoard, trackers) and sampled completions (parquet)."""
 
-    def __init__(self, folder: Path, name: str = "metrics", *, after: int = -1) -> None:
-        """Continues a log after step `after`: rows and samples that the run wrote of later steps are removed."""
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "metrics",
+        *,
+        after: int = -1,
+        board: bool = True,
+        trackers: Trackers | None = None,
+    ) -> None:
+        """Continues a log after step `after`: rows and samples that the run wrote of later steps are removed.
+
+        `board` writes TensorBoard's files. Steps that `trackers` have from before a resume are not sent again.
+        """
         self.folder = folder
+        self._trackers = trackers
         with disk_errors(folder):
             file = folder / f"{name}.jsonl"
-            self.history = [row for row in _lines(file) if row is not None and row["step"] <= after]
+            rows = [row for row in _lines(file) if row is not None]
+            self._tracked = max((int(row["step"]) for row in rows), default=-1)
+            self.history = [row for row in rows if row["step"] <= after]
             write_text(file, "".join(json.dumps(row) + "\n" for row in self.history))
             self._lines = file.open("a", buffering=1, encoding="utf-8")
-            self._board = Board(folder, name, purge_step=after + 1 if after >= 0 else None)
+            self._board = None
+            if board:
+                from cispo.output.board import Board
+
+                self._board = Board(folder, name, purge_step=after + 1 if after >= 0 else None)
             for parquet in (folder / "samples").glob("*.parquet"):
-                own = re.fullmatch(r"(?:train|eval)_(\d+)", parquet.stem)
+                own = re.fullmatch(r"(?:train|eval(?:-[\w.-]+)?)_(\d+)", parquet.stem)
                 if own and int(own[1]) > after:
                     parquet.unlink()
 
@@ -80,10 +102,20 @@ class RunLog:
         self.history.append(row)
         with disk_errors(self.folder):
             self._lines.write(json.dumps(row) + "\n")
-            self._board.scalars(step, values)
+            if self._board is not None:
+                self._board.scalars(step, values)
+        if self._trackers is not None and step > self._tracked:
+            self._trackers.log(step, values)
 
-    def samples(self, step: int, groups: Sequence[TrajectoryGroup], *, kind: str = "train") -> None:
-        """Writes samples/`kind`_`step`.parquet, one row a completion."""
+    def samples(
+        self,
+        step: int,
+        groups: Sequence[TrajectoryGroup],
+        *,
+        kind: str = "train",
+        tokens: Sequence[TokenRow | None] = (),
+    ) -> None:
+        """Writes samples/`kind`_`step`.parquet, one row a completion; `tokens` has the per-token values of each."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -110,7 +142,12 @@ class RunLog:
         if rows:
             with disk_errors(self.folder):
                 (self.folder / "samples").mkdir(exist_ok=True)
-                pq.write_table(pa.Table.from_pylist(rows), self.folder / "samples" / f"{kind}_{step:06d}.parquet")
+                table = pa.Table.from_pylist(rows)
+                for name, values in token_arrays(tokens).items():
+                    table = table.append_column(name, values)
+                pq.write_table(table, self.folder / "samples" / f"{kind}_{step:06d}.parquet")
+        if self._trackers is not None and kind == "train" and step > self._tracked:
+            self._trackers.table(step, groups)
 
     def dropped_tokens(self, rows: Sequence[Mapping[str, int | str]]) -> None:
         """Writes dropped_tokens.json: the tokens that PPO's clip would have dropped, most frequent first."""
@@ -118,9 +155,14 @@ class RunLog:
             write_text(self.folder / "dropped_tokens.json", json.dumps(list(rows), indent=1) + "\n")
 
     def close(self) -> None:
-        with disk_errors(self.folder):
-            self._lines.close()
-            self._board.close()
+        try:
+            with disk_errors(self.folder):
+                self._lines.close()
+                if self._board is not None:
+                    self._board.close()
+        finally:
+            if self._trackers is not None:
+                self._trackers.close()
 
 
 def _conversation(t: Trajectory) -> dict[str, object]:

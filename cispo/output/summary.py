@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
 _INK, _BLUE, _ORANGE = "#222222", "#2563b0", "#d9660f"
+_SETS = (_BLUE, "#2f8f4e", "#8e44ad", "#b03a48", "#5b6770")
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], file: Path, *, title: str) -> None:
@@ -23,6 +25,14 @@ def learning_curve(history: Sequence[Mapping[str, float]], file: Path, *, title:
     steps, reward = _series(history, "reward/mean")
     top.plot(steps, reward, color=_ORANGE, alpha=0.35, linewidth=1)
     top.plot(steps, _smooth(reward), color=_ORANGE, linewidth=1.8, label="training reward (smoothed over 9 steps)")
+    for number, name in enumerate(_of_sets(history)):
+        low, high = _series(history, f"{name}_low")[1], _series(history, f"{name}_high")[1]
+        steps, share = _series(history, name)
+        top.plot(
+            steps, share, color=_SETS[number % len(_SETS)], marker="o", linewidth=2, label=f"{name} (95% interval)"
+        )
+        if len(low) == len(steps):
+            top.fill_between(steps, low, high, color=_SETS[number % len(_SETS)], alpha=0.15, linewidth=0)
     steps, accuracy = _series(history, "eval/accuracy")
     if steps:
         _, stderr = _series(history, "eval/accuracy_stderr")
@@ -51,6 +61,11 @@ def learning_curve(history: Sequence[Mapping[str, float]], file: Path, *, title:
     plt.close(figure)
 
 
+def _of_sets(history: Sequence[Mapping[str, float]]) -> list[str]:
+    """Shares of right completions of held-out sets that have names: eval/math/avg@4."""
+    return list(dict.fromkeys(n for row in history for n in row if re.fullmatch(r"eval/[^/]+/avg@\d+", n)))
+
+
 def _series(history: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
     rows = [(row["step"], row[name]) for row in history if name in row]
     return [step for step, _ in rows], [value for _, value in rows]
@@ -75,7 +90,8 @@ def summary(history: Sequence[Mapping[str, float]], *, seconds: float) -> Table:
         ("length/mean", "completion length", "{:.1f}"),
         ("mismatch/logprob_max", "largest sampler/learner mismatch", "{:.1e}"),
     )
-    for name, label, form in wanted:
+    sets = [(name, f"held-out {name.removeprefix('eval/')}", "{:.3f}") for name in _of_sets(history)]
+    for name, label, form in [*sets, *wanted]:
         _, values = _series(history, name)
         if values:
             table.add_row(label, form.format(values[0]), form.format(values[-1]))

@@ -6,6 +6,7 @@
 
     Documents          packed documents, nothing shared
     SharedPrompts      packed documents, with prompts in common that pass the layers once
+    SplitDocuments     documents of which other ranks have parts (`split_documents`)
     cache.Cache        a sampler's rows; its prompts pass as Documents
 
 Softmax attention on packed documents has two forms:
@@ -22,8 +23,9 @@ The index tensors of a form are computed once a forward pass, for all layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,38 @@ class Attention(Protocol):
     def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
         """The outputs of `op`, a row a token: the first `op.token_inputs` inputs are [T, ...]."""
         ...
+
+
+@runtime_checkable
+class ReadsLatents(Protocol):
+    """An `Attention` to which keys and values come from other ranks: their latents are the smaller message."""
+
+    def latent_softmax(
+        self,
+        q: Tensor,
+        latents: Sequence[Tensor],
+        expand: Callable[..., tuple[Tensor, Tensor]],
+        scale: float | None = None,
+        index: Index | None = None,
+    ) -> Tensor:
+        """`softmax`, `sparse_softmax` with an index, over the k [n, H, D] and v [n, H, E] that `expand` makes of
+        latents [n, ...]."""
+        ...
+
+
+def latent_attention(
+    attention: Attention,
+    q: Tensor,
+    latents: Sequence[Tensor],
+    expand: Callable[..., tuple[Tensor, Tensor]],
+    scale: float | None = None,
+    index: Index | None = None,
+) -> Tensor:
+    """Attention over the keys and values of latents, [T, H, E], expanded before any form of it but `ReadsLatents`."""
+    if isinstance(attention, ReadsLatents):
+        return attention.latent_softmax(q, latents, expand, scale, index)
+    k, v = expand(*latents)
+    return attention.softmax(q, k, v, scale) if index is None else attention.sparse_softmax(q, k, v, index, scale)
 
 
 class Documents:
@@ -132,7 +166,7 @@ class SharedPrompts:
         return Padding(batches, whole.places.index_select(0, self.unique_index), shared=True)
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        if _choose_form(q, v) == "padded" and _few(q, self.padding):
+        if choose_form(q, v) == "padded" and _few(q, self.padding):
             return product_attention(q, k, v, self.padding, scale)
         q, k, v = (x.index_select(0, self.inverse) for x in (q, k, v))
         return self.documents.softmax(q, k, v, scale).index_select(0, self.unique_index)
@@ -162,13 +196,13 @@ def causal_attention(
     """
     if not len(q):
         return q.new_zeros(*q.shape[:2], v.shape[-1])
-    if (form or _choose_form(q, v)) == "varlen":
+    if (form or choose_form(q, v)) == "varlen":
         # Kernels swap heads and queries where the bound is 1, and then take no empty documents: 2 is a bound too.
         max_seqlen = max(documents.max_seqlen, 2)
         starts = documents.cu_seqlens
         # `torch.nn.attention.varlen` wraps this operation, but its own arguments change from release to release.
         return torch.ops.aten._flash_attention_forward(
-            q, k, _widened(v, q), starts, starts, max_seqlen, max_seqlen, 0.0, True, False, scale=scale
+            q, k, widened(v, q), starts, starts, max_seqlen, max_seqlen, 0.0, True, False, scale=scale
         )[0][..., : v.shape[-1]]
     padding = documents.padding
     if _few(q, padding):
@@ -177,7 +211,7 @@ def causal_attention(
     outputs = []
     for batch in padding.batches:
         padded = [x.index_select(0, batch.rows.flatten()).unflatten(0, batch.rows.shape) for x in (q, k, v)]
-        attended = _attend(padded[0], padded[1], _widened(padded[2], q), scale)
+        attended = _attend(padded[0], padded[1], widened(padded[2], q), scale)
         outputs.append(attended[..., : v.shape[-1]].flatten(0, 1))
     return torch.cat(outputs).index_select(0, padding.places)
 
@@ -188,14 +222,14 @@ def _few(q: Tensor, padding: Padding) -> bool:
     return exact and q.shape[1] * padding.probabilities <= _KEPT_PROBABILITIES
 
 
-def _choose_form(q: Tensor, v: Tensor) -> AttentionForm:
+def choose_form(q: Tensor, v: Tensor) -> AttentionForm:
     """varlen where flash attention takes the tensors."""
     half, width = q.dtype in (torch.bfloat16, torch.float16), q.shape[-1]
     suited = q.is_cuda and half and width % 8 == 0 and v.shape[-1] <= width <= 256
     return "varlen" if suited and _has_flash(q.device) else "padded"
 
 
-def _widened(v: Tensor, q: Tensor) -> Tensor:
+def widened(v: Tensor, q: Tensor) -> Tensor:
     """Values narrower than q's heads with zeros behind them, up to that width; others as they are."""
     missing = q.shape[-1] - v.shape[-1]
     return F.pad(v, (0, missing)) if missing > 0 else v

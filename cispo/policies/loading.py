@@ -140,10 +140,20 @@ def _build(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> Policy:
 
 
 def max_positions_of(config: HFConfig) -> int | None:
-    """The longest sequence, in tokens, that a config.json's policy is made for; None where it says nothing."""
+    """The longest sequence, in tokens, that a config.json's policy is made for; None where it says nothing.
+
+    A sliding window is a bound too: policies attend to all earlier tokens, which is the same up to its width.
+    """
     text = config.get("text_config")
-    values = [part.get(key) for part in (config, text) if isinstance(part, dict) for key in _POSITION_KEYS]
+    parts = [part for part in (config, text) if isinstance(part, dict)]
+    values = [part.get(key) for part in parts for key in _POSITION_KEYS]
+    values += [part.get("sliding_window") for part in parts if _slides(part)]
     return min((value for value in values if isinstance(value, int) and value > 0), default=None)
+
+
+def _slides(config: HFConfig) -> bool:
+    kinds = config.get("layer_types")
+    return "sliding_attention" in kinds if kinds else config.get("use_sliding_window") is not False
 
 
 def save_policy(policy: Policy, folder: str | Path) -> None:
@@ -251,9 +261,9 @@ def check_weights(folder: Path) -> None:
 
 
 class WeightSlice(Protocol):
-    """A tensor in a file, of which a slice along the first axis is read."""
+    """A tensor in a file, of which a slice is read."""
 
-    def __getitem__(self, rows: slice) -> Tensor: ...
+    def __getitem__(self, rows: slice | tuple[slice, ...]) -> Tensor: ...
 
     def get_shape(self) -> list[int]: ...
 

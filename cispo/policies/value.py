@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cispo.policies.attention import Attention, Documents
 from cispo.policies.policy import Policy
 
 
@@ -21,10 +22,20 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None = None,
+        attention: Attention | None = None,
+    ) -> Tensor:
         """tokens and positions [T] int64, cu_seqlens [S + 1] int32, `max_seqlen` as in `Policy.forward`; [T] float32.
+
+        A given `attention` is the pass's instead of that inside the documents of cu_seqlens.
 
         Entry t is the value of the state after reading tokens up to t; the next token is sampled from that state.
         """
-        hidden = self.backbone(tokens, positions, cu_seqlens, max_seqlen).hidden
+        attention = attention or Documents(cu_seqlens, len(tokens), max_seqlen)
+        hidden = self.backbone.attend(tokens, positions, attention).hidden
         return self.head(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))[:, 0]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from cispo.errors import UserError
+from cispo.recipe.held_out import held_out_metrics, held_out_of
 
 if TYPE_CHECKING:
-    from cispo.recipe.schema import Recipe
+    from cispo.recipe.schema import Learner, Recipe
 
 
 def check_recipe(recipe: Recipe, where: str) -> None:
@@ -20,6 +22,8 @@ def check_recipe(recipe: Recipe, where: str) -> None:
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _of_the_policy(recipe)
+    yield from _of_the_data(recipe)
+    yield from _of_the_held_out(recipe)
     yield from _of_a_batch(recipe)
     yield from _of_the_processes(recipe)
     yield from _of_the_curriculum(recipe)
@@ -39,6 +43,64 @@ def _of_the_policy(recipe: Recipe) -> Iterator[str]:
         yield "rollout.engine_args.load_format must stay safetensors: other formats can run code when they are loaded"
     if rollout.engine_args.get("trust_remote_code", False):
         yield "rollout.engine_args.trust_remote_code must stay false: it runs code that lies in the model's folder"
+
+
+def _of_the_data(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data is not None and not data.sources and "source" not in data.model_fields_set:
+        yield "key data.source is missing"
+    if data is not None and data.sources:
+        own = [key for key in ("source", "split", "args", "limit", "config") if getattr(data, key) != _default(key)]
+        if own:
+            yield f"data.{own[0]} belongs to one source: with data.sources, each has its own"
+        yield from _twice([source.name for source in data.sources], "data.sources")
+    if recipe.env is not None:
+        others = [*(data.sources if data is not None else ()), *held_out_of(recipe)]
+        own = next((one for one in others if one.template_args is not None), None)
+        if own is not None:
+            yield "with env, template_args stand in data alone: they hold for every turn of every prompt"
+    names = {source.name for source in data.sources} if data is not None else set()
+    names |= {one.name for one in held_out_of(recipe) if one.name is not None}
+    for number, term in enumerate(recipe.reward.functions if recipe.reward else ()):
+        unknown = [name for name in term.sources if name not in names]
+        if unknown:
+            there = ", ".join(sorted(names)) or "none has a name"
+            yield f"reward.functions.{number}.sources: '{unknown[0]}' is no name in data.sources or eval ({there})"
+
+
+def _default(key: str) -> object:
+    from cispo.recipe.schema import TrainData
+
+    return TrainData.model_fields[key].get_default()
+
+
+def _twice(names: Sequence[str], key: str) -> Iterator[str]:
+    again = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if again is not None:
+        yield f"{key}: two are named '{again}'"
+
+
+def _of_the_held_out(recipe: Recipe) -> Iterator[str]:
+    sets = held_out_of(recipe)
+    if isinstance(recipe.eval, list):
+        for number, one in enumerate(sets):
+            if one.name is None:
+                yield f"key eval.{number}.name is missing: each set of a list needs one"
+        yield from _twice([one.name or "" for one in sets], "eval")
+    for number, one in enumerate(sets):
+        key = f"eval.{number}" if isinstance(recipe.eval, list) else "eval"
+        if one.max_tokens is not None and one.max_tokens >= recipe.rollout.max_context:
+            yield (
+                f"{key}.max_tokens {one.max_tokens} leaves no room for a prompt in rollout.max_context "
+                f"{recipe.rollout.max_context}"
+            )
+    if recipe.train.best is None or not sets:
+        return
+    possible = held_out_metrics(recipe)
+    if recipe.train.best not in possible:
+        near = difflib.get_close_matches(recipe.train.best, possible, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(possible)}"
+        yield f"train.best: no evaluation of this recipe gives '{recipe.train.best}'; {hint}"
 
 
 def _of_a_batch(recipe: Recipe) -> Iterator[str]:
@@ -68,6 +130,7 @@ def _of_the_processes(recipe: Recipe) -> Iterator[str]:
     rollout = recipe.rollout
     if recipe.runtime == "local" and recipe.learner.ranks > 1:
         yield f"runtime: local is one process, so learner.ranks must be 1, not {recipe.learner.ranks}"
+    yield from _of_the_mesh(recipe.learner)
     if rollout.engine == "torch" and rollout.weight_sync not in ("auto", "shared_memory"):
         yield f"rollout.weight_sync {rollout.weight_sync} needs rollout.engine: vllm"
     if recipe.runtime == "local" and rollout.weight_sync in ("broadcast", "cuda_ipc"):
@@ -78,6 +141,22 @@ def _of_the_processes(recipe: Recipe) -> Iterator[str]:
         yield "rollout.weight_sync cuda_ipc needs GPUs"
     if recipe.device == "cpu" and rollout.tensor_parallel > 1:
         yield "rollout.tensor_parallel above 1 needs GPUs"
+
+
+def _of_the_mesh(learner: Learner) -> Iterator[str]:
+    if learner.ranks % learner.context_parallel:
+        yield f"learner.context_parallel {learner.context_parallel} does not divide learner.ranks {learner.ranks}"
+    if learner.expert_ranks == 1:
+        return
+    ep, etp = learner.expert_parallel, learner.expert_tensor_parallel
+    if learner.ranks % learner.expert_ranks:
+        yield (
+            f"learner.expert_parallel {ep} x learner.expert_tensor_parallel {etp} does not divide learner.ranks "
+            f"{learner.ranks}"
+        )
+    if learner.shard is False:
+        key = f"expert_parallel {ep}" if ep > 1 else f"expert_tensor_parallel {etp}"
+        yield f"learner.{key} gives ranks different weights, which learner.shard: false excludes"
 
 
 def _of_the_curriculum(recipe: Recipe) -> Iterator[str]:

@@ -23,7 +23,7 @@ from cispo.recipe import text
 from cispo.recipe.checks import check_recipe
 from cispo.recipe.interpolation import Place, as_stored, merge_and_resolve, value_at
 from cispo.recipe.migrate import REMOVED, migrate
-from cispo.recipe.schema import Data, Recipe, known_keys
+from cispo.recipe.schema import Data, Recipe, TrainData, known_keys
 from cispo.recipe.text import Values
 
 _SHOWN = reprlib.Repr()
@@ -93,10 +93,30 @@ def _stored(values: Values, where: str) -> Recipe:
 def _parsed(layers: Sequence[Values], where: str) -> tuple[Recipe, Mapping[Place, str]]:
     """The recipe of the merged layers, and its interpolations as they are to be stored."""
     try:
-        values, kept = merge_and_resolve(layers)
+        values, kept = merge_and_resolve(_without_replaced(layers))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return parse_recipe(values, where=where), kept
+
+
+def _without_replaced(layers: Sequence[Values]) -> list[Values]:
+    """The layers without the single dataset where a later one lists several, in data.sources or eval."""
+    result: list[Values] = []
+    for layer in layers:
+        data = layer.get("data")
+        if isinstance(data, dict) and data.get("sources"):
+            result = [_less(low, "data", ("source", "split", "args", "limit", "config")) for low in result]
+        if isinstance(layer.get("eval"), list):
+            result = [{key: value for key, value in low.items() if key != "eval"} for low in result]
+        result.append(layer)
+    return result
+
+
+def _less(layer: Values, section: str, keys: Sequence[str]) -> Values:
+    values = layer.get(section)
+    if not isinstance(values, dict):
+        return layer
+    return {**layer, section: {key: value for key, value in values.items() if key not in keys}}
 
 
 def _keeping(recipe: Recipe, kept: Mapping[Place, str]) -> Recipe:
@@ -152,10 +172,12 @@ def _explain(error: ValidationError) -> str:
     """The first problem of a validation error as one sentence that names the key."""
     first = error.errors()[0]
     # Of a value with several types, pydantic adds the type that it tried first.
-    place = first["loc"][:-1] if first["loc"][-1] in ("bool", "int", "float", "str") else first["loc"]
+    # A part in braces is the form of a key with several, not a key.
+    loc = tuple(part for part in first["loc"] if not str(part).startswith("{")) or first["loc"]
+    place = loc[:-1] if loc[-1] in ("bool", "int", "float", "str") else loc
     key = _short(".".join(str(part) for part in place))[1:-1]
     if first["type"] == "extra_forbidden":
-        plain = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+        plain = ".".join(str(part) for part in loc if not isinstance(part, int))
         if plain in REMOVED:
             return f"unknown key {key}: {REMOVED[plain].reason}"
         keys = [k for k, _ in known_keys()]
@@ -190,7 +212,10 @@ def with_paths(recipe: Recipe, found: Callable[[str], str]) -> Recipe:
     """The recipe with `found` of every key that can name a file or folder to read."""
 
     def data(section: Data | None) -> Data | None:
-        return section and section.model_copy(update={"source": found(section.source)})
+        if section is None:
+            return None
+        several = {"sources": [data(s) for s in section.sources]} if isinstance(section, TrainData) else {}
+        return section.model_copy(update={"source": section.source and found(section.source), **several})
 
     policy = recipe.policy.model_copy(
         update={
@@ -199,9 +224,8 @@ def with_paths(recipe: Recipe, found: Callable[[str], str]) -> Recipe:
         }
     )
     sft = recipe.sft and recipe.sft.model_copy(update={"data": data(recipe.sft.data)})
-    return recipe.model_copy(
-        update={"policy": policy, "data": data(recipe.data), "eval": data(recipe.eval), "sft": sft}
-    )
+    sets = [data(one) for one in recipe.eval] if isinstance(recipe.eval, list) else data(recipe.eval)
+    return recipe.model_copy(update={"policy": policy, "data": data(recipe.data), "eval": sets, "sft": sft})
 
 
 def need(recipe: Recipe, *sections: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cispo.recipe.schema import Recipe
 # Sections and keys that change nothing of the computation, or only of the steps to come.
 _FREE = (
     "output_dir",
+    "logging",
     "device",
     "runtime",
     "rollout.engines",
@@ -27,15 +29,27 @@ _FREE = (
     "rollout.verify_weights",
     "rollout.engine_args",
     "reward.timeout",
+    "reward.workers",
+    "reward.functions.timeout",
+    "reward.functions.concurrency",
+    # A row that is too long was never sampled, however that is told.
+    "data.overlong",
     "learner.ranks",
     "learner.shard",
+    "learner.context_parallel",
+    "learner.expert_parallel",
+    "learner.expert_tensor_parallel",
     "learner.tokens_per_micro_batch",
     "learner.gradient_checkpointing",
     "train",
     "control",
 )
 
-_PATHS = ("policy.model", "policy.tokenizer", "data.source", "eval.source", "sft.data.source")
+_PATH = re.compile(r"policy\.(model|tokenizer)|(data|data\.sources\.\d+|eval|eval\.\d+|sft\.data)\.source")
+"""Keys that can name a file or folder to read."""
+
+_LISTS = ("data.sources", "eval", "reward.functions")
+"""Lists whose entries are compared key by key."""
 
 
 def check_same_run(recipe: Recipe, folder: Path) -> Recipe:
@@ -58,7 +72,7 @@ def check_same_run(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def difference(
-    before: Recipe, now: Recipe, *, free: Sequence[str] = ("output_dir",), homes: Sequence[Path] = ()
+    before: Recipe, now: Recipe, *, free: Sequence[str] = ("output_dir", "logging"), homes: Sequence[Path] = ()
 ) -> tuple[str, object, object] | None:
     """The first key, in alphabetical order, in which two recipes differ, and its two values; None without one.
 
@@ -67,9 +81,10 @@ def difference(
     old, new = _leaves(before), _leaves(now)
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
-        if any(key == name or key.startswith(f"{name}.") for name in free) or repr(a) == repr(b):
+        plain = re.sub(r"\.\d+(?=\.)", "", key)
+        if any(plain == name or plain.startswith(f"{name}.") for name in free) or repr(a) == repr(b):
             continue
-        if key in _PATHS and isinstance(a, str) and isinstance(b, str) and _same_files(a, b, homes):
+        if _PATH.fullmatch(key) and isinstance(a, str) and isinstance(b, str) and _same_files(a, b, homes):
             continue
         return key, a, b
     return None
@@ -97,7 +112,7 @@ def _homes(before: Recipe, folder: Path) -> list[Path]:
 
 
 def _with_stored_paths(recipe: Recipe, before: Recipe, homes: Sequence[Path]) -> Recipe:
-    known = [value for key, value in _leaves(before).items() if key in _PATHS and isinstance(value, str)]
+    known = [value for key, value in _leaves(before).items() if _PATH.fullmatch(key) and isinstance(value, str)]
 
     def found(value: str) -> str:
         if os.path.exists(value):
@@ -141,6 +156,8 @@ def _leaves(recipe: Recipe) -> dict[str, object]:
 
 def _walk(values: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
     for key, value in values.items():
+        if prefix + key in _LISTS and isinstance(value, list):
+            value = {str(number): entry for number, entry in enumerate(value)}
         if isinstance(value, Mapping) and value:
             yield from _walk(value, f"{prefix}{key}.")
         else:

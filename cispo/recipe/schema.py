@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PrivateAttr, Tag
 from pydantic.fields import FieldInfo
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"
@@ -91,7 +91,7 @@ class Policy(Section):
 
 class Data(Section):
     source: Text
-    """A .jsonl or .parquet file, a hub id, module:function, or reasoning_gym:TASK."""
+    """A .jsonl or .parquet file, a folder, a hub id, module:function, or reasoning_gym:TASK."""
     split: Text = "train"
     """Which split, or a slice such as train[:90%]. A file has the split train alone; of a procedural source, train is
     one half of all problems and any other name the other half."""
@@ -101,6 +101,56 @@ class Data(Section):
     """Use only the first so many rows."""
     prompt: Text | None = None
     """Template with {column} fields; without it the column `messages` or `prompt` is the prompt."""
+    config: Text | None = None
+    """Configuration of a hub dataset or folder that has several (main of openai/gsm8k)."""
+    system: Text | None = None
+    """System message before the prompt, where the row has none; left out in eval and sft.data, that of data."""
+    template_args: dict[str, object] | None = None
+    """Arguments of the chat template ({enable_thinking: false}); left out in eval and sft.data, those of data."""
+    columns: dict[str, Text] = {}
+    """Further columns as templates; that of one column alone is its value ({answer: "{solution}"})."""
+    overlong: Literal["error", "drop"] = "error"
+    """Effect of a row that leaves no room in max_context: end the run with its number, or leave it out and count it."""
+
+
+class Source(Data):
+    name: str = Field(pattern=NAME, max_length=MAX_NAME)
+    """Name of the source in metrics and in reward.functions.sources."""
+    weight: Rate = 1.0
+    """Its share of the prompts of a step, relative to the other sources'."""
+
+
+class TrainData(Data):
+    source: Text = ""
+    """A .jsonl or .parquet file, a folder, a hub id, module:function, or reasoning_gym:TASK."""
+    sources: list[Source] = []
+    """Several sources instead, drawn by their weights; prompt, system and template_args of data hold for each."""
+
+
+class Eval(Data):
+    name: str | None = Field(default=None, pattern=NAME, max_length=MAX_NAME)
+    """Name of the set in metrics (eval/NAME/...) and in reward.functions.sources; needed in a list of sets."""
+    samples: Positive | None = None
+    """Completions of each prompt; left out, train.eval_samples."""
+    temperature: Amount | None = None
+    """Sampling temperature, 0 is greedy; left out, rollout.temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1), _NUMBER] = 1.0
+    """Sample from the most probable tokens that hold this share together; 1 is all."""
+    max_tokens: Positive | None = None
+    """Longest completion; left out, rollout.max_tokens."""
+    answer: Text | None = None
+    """module:function that reads the answer of a completion (rewards.math:last_answer), for the majority vote maj@k."""
+
+
+def _form_of_eval(value: object) -> str:
+    return "{list}" if isinstance(value, list) else "{one}"
+
+
+EvalSets = Annotated[
+    Annotated[Eval, Tag("{one}")] | Annotated[list[Eval], Field(min_length=1), Tag("{list}")],
+    Discriminator(_form_of_eval),
+]
+"""One set, or a list of sets. The tags are no part of a key."""
 
 
 class Repetition(Section):
@@ -152,8 +202,15 @@ class RewardTerm(Section):
     """module:function of the reward."""
     weight: Finite = 1.0
     """Its factor in the sum."""
+    sources: list[Text] = []
+    """Names of data.sources and of held-out sets that it applies to; all when left out."""
     args: dict[str, object] = {}
     """Further keyword arguments for it."""
+    timeout: Rate | None = None
+    """Seconds that one call of it may take; reward.timeout when left out."""
+    concurrency: Positive | None = None
+    """Most calls of it at a time (a judge's server, a compiler); calls that wait for their turn do not run against the
+    limit."""
 
 
 class Reward(Section):
@@ -163,17 +220,23 @@ class Reward(Section):
     """Effect of a reward that raises or hangs: end the run, or drop the prompt's group and count it."""
     timeout: Rate = 10.0
     """Seconds that one call may take."""
+    workers: Positive | Literal["auto"] = "auto"
+    """Processes of plain functions, started as groups come; auto is one for each CPU of the driver's machine, 2 to 64.
+    Async functions share one process."""
 
 
 class Env(Section):
     tools: list[Text] = []
-    """Tools of the policy: module:function each."""
+    """Tools of the policy: module:function each, or the command of an MCP server (mcp: python -m my_server)."""
     use: Text | None = None
-    """An environment instead: module:Class with `step`, or with methods that are tools."""
+    """An environment instead: module:Class with `step`, or with methods that are tools; or an agent: module:function
+    with a parameter `chat`, or with `base_url` and `api_key` for a client of OpenAI's API."""
     args: dict[str, object] = {}
     """Further columns of every row, for tools and environment."""
     max_turns: Positive = 8
     """Replies of one attempt at most."""
+    thinking: Literal["keep", "template", "drop"] = "keep"
+    """Thoughts of past replies: kept, as the chat template has it, or dropped each turn (docs/agents.md)."""
     tool_parser: Text | None = None
     """How calls are read from a reply: the name of a parser of vLLM, or module:function; else `[name arguments]`."""
     timeout: Rate = 10.0
@@ -264,9 +327,15 @@ class Critic(Section):
 
 class Learner(Section):
     ranks: Positive = 1
-    """Data-parallel learner processes."""
+    """Learner processes."""
     shard: bool | Literal["auto"] = "auto"
     """Whether weights, gradients and AdamW's state are split over the ranks; auto is true on GPUs."""
+    context_parallel: Positive = 1
+    """Ranks that read one micro-batch together; the batch has ranks / context_parallel shares."""
+    expert_parallel: Positive = 1
+    """Ranks between which the experts of a layer are distributed; their tokens travel."""
+    expert_tensor_parallel: Positive = 1
+    """Ranks between which the width of each expert is cut, on top of expert_parallel."""
     lr: Rate = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -296,6 +365,16 @@ class Learner(Section):
     router_bias_rate: Amount = 0.0
     """Step of the routers' correction biases after an update, towards an even load of the experts; 0 leaves them."""
 
+    @property
+    def data_parallel(self) -> int:
+        """Shares of a batch."""
+        return self.ranks // self.context_parallel
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one set of experts together."""
+        return self.expert_parallel * self.expert_tensor_parallel
+
 
 class Sft(Section):
     data: Data
@@ -323,6 +402,11 @@ class Train(Section):
     """Steps between checkpoints, from which `--resume` goes on; the last step is always saved."""
     keep: Positive = 2
     """Number of newest checkpoints that stay, beside the best by held-out accuracy."""
+    best: Text | None = None
+    """Metric of the best checkpoint, the higher the better (eval/NAME/pass@4); accuracy of the first held-out set when
+    left out."""
+    token_samples: NotNegative = 64
+    """Attempts of a step that are logged token by token (log-probabilities, ratio, weight, entropy): `cispo view`."""
 
 
 class Control(Section):
@@ -352,12 +436,15 @@ class Recipe(Section):
     """Ray actors, or the same classes in this process."""
     output_dir: Text = "runs"
     """Where run folders go; on a cluster a file system that all nodes share."""
+    logging: list[Text] = ["tensorboard"]
+    """Trackers of the metrics: tensorboard, wandb, mlflow, trackio, swanlab, comet_ml, aim, clearml, dvclive, or
+    module:Class (docs/trackers.md)."""
     policy: Policy = Policy()
     """The language model that is trained."""
-    data: Data | None = None
+    data: TrainData | None = None
     """Training prompts."""
-    eval: Data | None = None
-    """Held-out prompts."""
+    eval: EvalSets | None = None
+    """Held-out prompts: one set, or a list of sets with a name each."""
     sft: Sft | None = None
     """Supervised warm-up, before the first training step."""
     rollout: Rollout = Rollout()
@@ -400,4 +487,5 @@ def known_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[
 def _sections(annotation: object) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return [s for part in getattr(annotation, "__args__", ()) for s in _sections(part)]
+    found = (s for part in getattr(annotation, "__args__", ()) for s in _sections(part))
+    return list(dict.fromkeys(found))

@@ -9,7 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 HEADER = struct.Struct("<Q")
@@ -67,8 +67,11 @@ async def _receive_exactly_async(connection: socket.socket, size: int) -> bytear
     return data
 
 
-def start_process(main: str, fds: Sequence[int]) -> subprocess.Popen[bytes]:
-    """A process that calls `main`, "module:name", with the file descriptors `fds`, which it inherits."""
+def start_process(main: str, fds: Sequence[int], env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """A process that calls `main`, "module:name", with the file descriptors `fds`, which it inherits.
+
+    `env` are further environment variables.
+    """
     module, _, name = main.partition(":")
     arguments = ", ".join(map(str, fds))
     code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import {name}; {name}({arguments})"
@@ -79,5 +82,5 @@ def start_process(main: str, fds: Sequence[int]) -> subprocess.Popen[bytes]:
         # Ctrl-C reaches the driver alone, and the process group can be killed as a whole.
         start_new_session=True,
         # The same order of sets of strings in every worker; one thread each, for there are many workers.
-        env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ},
+        env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", **os.environ, **(env or {})},
     )

@@ -1,4 +1,4 @@
-"""The order of a run's prompts: shuffled epochs or draws by difficulty, without the dropped ones.
+"""The order of a run's prompts: shuffled epochs or draws by difficulty, of one source or several, without dropped ones.
 
     take(n) -> prompts -> rollouts -> observe(prompt, right, attempts) -> pass rates -> the next take
 
@@ -14,18 +14,18 @@ import fractions
 import functools
 import hashlib
 import json
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cispo.errors import UserError
 from cispo.files import form_errors, read_json
 from cispo.recipe.schema import Recipe
-from cispo.rollout.curriculum import difficulty_weights, effective_number, enough
+from cispo.rollout.curriculum import difficulty_weights, effective_number
+from cispo.rollout.prompt_order import Draws, Epochs, Mixture, Order, PassRates, Portion
+from cispo.rollout.prompts import Prompts
 from cispo.rollout.renderer import Renderer
 from cispo.seeds import seed_of
 from cispo.types import Prompt
@@ -34,131 +34,6 @@ Weighting = Literal["uniform", "difficulty"]
 
 # Values outside of JSON with a text that depends on nothing else.
 _WITH_TEXT = (bytes, complex, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, fractions.Fraction)
-
-# Positions examined together by numpy: most prompts of a long run may be dropped, too many for a Python loop.
-_WINDOW = 4096
-
-
-class PassRates:
-    """Right attempts and attempts in the last group of every prompt, [N] each, and the prompts dropped for them.
-
-    Only the last group counts: the policy moves, and an earlier policy's pass rate does not estimate today's.
-    """
-
-    def __init__(self, size: int, drop_above: float | None) -> None:
-        self.drop_above = drop_above
-        self.right = np.zeros(size, dtype=np.int64)
-        self.attempts = np.zeros(size, dtype=np.int64)
-        self.dropped = np.zeros(size, dtype=bool)
-        self.left = size
-        """Prompts not dropped."""
-
-    def observe(self, index: int, right: int, attempts: int) -> None:
-        self.right[index], self.attempts[index] = right, attempts
-        if self.drop_above is not None and enough(right, attempts, self.drop_above) and not self.dropped[index]:
-            self.dropped[index] = True
-            self.left -= 1
-
-    def mean(self) -> float | None:
-        """Mean pass rate of the prompts that have had a group, dropped ones included."""
-        seen = self.attempts > 0
-        return float((self.right[seen] / self.attempts[seen]).mean()) if seen.any() else None
-
-    def state_dict(self) -> dict[str, list[int]]:
-        seen = np.flatnonzero(self.attempts)
-        return {
-            "seen": seen.tolist(),
-            "right": self.right[seen].tolist(),
-            "attempts": self.attempts[seen].tolist(),
-            "dropped": np.flatnonzero(self.dropped).tolist(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
-        for values in (self.right, self.attempts, self.dropped):
-            values[:] = 0
-        seen = np.array(state["seen"], dtype=np.int64)
-        self.right[seen], self.attempts[seen] = state["right"], state["attempts"]
-        self.dropped[np.array(state["dropped"], dtype=np.int64)] = True
-        self.left = len(self.dropped) - len(state["dropped"])
-
-
-class Epochs:
-    """Every epoch is one shuffle, a function of seed and epoch alone; dropped prompts are skipped."""
-
-    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
-        self.size, self.seed, self.shuffle = size, seed, shuffle
-        self.position = 0
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def take(self, n: int, rates: PassRates) -> list[int]:
-        chosen: list[int] = []
-        while len(chosen) < n:
-            epoch, offset = divmod(self.position, self.size)
-            window = self._order_of(epoch)[offset : offset + _WINDOW]
-            found = np.flatnonzero(~rates.dropped[window])[: n - len(chosen)]
-            chosen += window[found].tolist()
-            self.position += int(found[-1]) + 1 if len(chosen) == n else len(window)
-        return chosen
-
-    def _order_of(self, epoch: int) -> NDArray[np.int64]:
-        if epoch != self._epoch:
-            order = list(range(self.size))
-            if self.shuffle:
-                random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._epoch, self._order = epoch, np.array(order, dtype=np.int64)
-        return self._order
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.position = state["position"]
-
-
-class _DrawsState(TypedDict):
-    passes: int
-    pending: list[int]
-
-
-class Draws:
-    """Passes of `pass_size` draws by difficulty, without replacement inside a pass.
-
-    A pass is an exponential race: prompt i arrives at E_i / w_i with E_i ~ Exp(1) from (seed, pass), and the first
-    `pass_size` are taken in the order of arrival. This equals drawing one by one with probabilities proportional to
-    the weights of the remaining prompts (Efraimidis and Spirakis, 2006). The weights are those at the pass's start.
-    """
-
-    def __init__(self, size: int, seed: int, pass_size: int) -> None:
-        self.size, self.seed, self.pass_size = size, seed, pass_size
-        self.passes = 0
-        """Passes begun."""
-        self.pending: list[int] = []
-        """The rest of the last pass, in order."""
-
-    def take(self, n: int, rates: PassRates) -> list[int]:
-        chosen: list[int] = []
-        while len(chosen) < n:
-            if not self.pending:
-                self.pending = self._race(rates)
-            index = self.pending.pop(0)
-            if not rates.dropped[index]:
-                chosen.append(index)
-        return chosen
-
-    def _race(self, rates: PassRates) -> list[int]:
-        exponentials = np.random.default_rng(seed_of(self.seed, "pass", self.passes)).standard_exponential(self.size)
-        self.passes += 1
-        left = np.flatnonzero(~rates.dropped)
-        arrivals = exponentials[left] / difficulty_weights(rates.right[left], rates.attempts[left])
-        count = min(self.pass_size, len(left))
-        first = np.argpartition(arrivals, count - 1)[:count]
-        return left[first[np.argsort(arrivals[first])]].tolist()
-
-    def state_dict(self) -> _DrawsState:
-        return {"passes": self.passes, "pending": list(self.pending)}
-
-    def load_state_dict(self, state: _DrawsState) -> None:
-        self.passes, self.pending = state["passes"], list(state["pending"])
 
 
 class PromptSource:
@@ -173,15 +48,24 @@ class PromptSource:
         drop_above: float | None = None,
         weighting: Weighting = "uniform",
         pass_size: int = 1,
+        portions: Sequence[Portion] = (),
     ) -> None:
-        """`prompts[i].id` must be i. `shuffle` applies to uniform weighting, `pass_size` to weighting by difficulty."""
-        assert prompts, "load_rows refuses an empty dataset"
-        assert all(prompt.id == index for index, prompt in enumerate(prompts)), "an id is a position in the dataset"
+        """`prompts[i].id` must be i. `shuffle` applies to uniform weighting, `pass_size` to weighting by difficulty.
+
+        `portions` are the sources of the prompts, one behind the other; without them all are of one.
+        """
+        assert len(prompts), "load_rows refuses an empty dataset"
+        self._lazy = prompts if isinstance(prompts, Prompts) else None
+        if self._lazy is None:
+            assert all(prompt.id == index for index, prompt in enumerate(prompts)), "an id is a position in the dataset"
         self.prompts, self.seed, self.weighting = prompts, seed, weighting
-        self.rates = PassRates(len(prompts), drop_above)
-        self._order = (
-            Epochs(len(prompts), seed, shuffle) if weighting == "uniform" else Draws(len(prompts), seed, pass_size)
-        )
+        self.rates = PassRates(len(prompts), drop_above, () if self._lazy is None else self._lazy.too_long)
+
+        def order(size: int, seed: int) -> Order:
+            return Epochs(size, seed, shuffle) if weighting == "uniform" else Draws(size, seed, pass_size)
+
+        orders = [order(p.stop - p.start, seed_of(seed, "source", p.name)) for p in portions]
+        self._order = Mixture(portions, orders, seed) if portions else order(len(prompts), seed)
 
     @property
     def exhausted(self) -> bool:
@@ -189,8 +73,18 @@ class PromptSource:
         return self.rates.left == 0
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts; none once every prompt is dropped."""
-        return [] if self.exhausted else [self.prompts[index] for index in self._order.take(n, self.rates)]
+        """The next n prompts; none once every prompt is dropped. UserError for one that is too long, unless dropped."""
+        chosen: list[Prompt] = []
+        while len(chosen) < n and not self.exhausted:
+            taken = [self.prompts[index] for index in self._order.take(n - len(chosen), self.rates)]
+            for prompt in taken:
+                if self._lazy is None or self._lazy.fits(prompt):
+                    chosen.append(prompt)
+                else:
+                    self.rates.leave_out(prompt.id)
+        if chosen and len(chosen) < n:
+            raise UserError("data: no row is left that fits into rollout.max_context")
+        return chosen
 
     def observe(self, prompt_id: int, *, right: int, attempts: int) -> None:
         """Records the right attempts of a finished group. Call it once a group, in a fixed order.
@@ -202,15 +96,18 @@ class PromptSource:
         self.rates.observe(prompt_id, right, attempts)
 
     def metrics(self) -> dict[str, float]:
-        """Empty for plain epochs; else curriculum/...
+        """Empty for plain epochs; else curriculum/... and data/...
 
+        data/overlong: prompts left out for their length so far, where that is asked for.
         dropped_frac: share of the prompts that are dropped. pass_rate: mean pass rate in the last group, over the
         prompts that have had one. effective_prompts: `effective_number` of the weights of the remaining prompts.
         """
         rates = self.rates
+        long = int(np.count_nonzero(rates.too_long))
+        metrics: dict[str, float] = {} if self._lazy is None or not self._lazy.drops else {"data/overlong": long}
         if rates.drop_above is None and self.weighting == "uniform":
-            return {}
-        metrics = {"curriculum/dropped_frac": 1 - rates.left / len(self.prompts)}
+            return metrics
+        metrics |= {"curriculum/dropped_frac": 1 - rates.left / (len(self.prompts) - long)}
         mean = rates.mean()
         if mean is not None:
             metrics["curriculum/pass_rate"] = mean
@@ -242,29 +139,48 @@ class PromptSource:
 
     @functools.cached_property
     def _identity(self) -> dict[str, int | str]:
+        messages, columns = _Digest(), _Digest()
+        # One pass: the rows of a large set are made for it.
+        for prompt in self.prompts:
+            messages.add(prompt.messages)
+            columns.add(_sorted(prompt))
         return {
             "size": len(self.prompts),
             "seed": self.seed,
             "weighting": self.weighting,
-            "digest": _digest(prompt.messages for prompt in self.prompts),
-            "columns": fingerprint(self.prompts),
+            "digest": messages.text,
+            "columns": columns.text,
         }
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """Hash of all columns, the answers among them."""
-    return _digest(sorted(prompt.columns.items(), key=lambda item: str(item[0])) for prompt in prompts)
+    digest = _Digest()
+    for prompt in prompts:
+        digest.add(_sorted(prompt))
+    return digest.text
 
 
-def _digest(rows: Iterable[object]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for row in rows:
+def _sorted(prompt: Prompt) -> list[tuple[str, object]]:
+    return sorted(prompt.columns.items(), key=lambda item: str(item[0]))
+
+
+class _Digest:
+    """Hash of a sequence of values."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=8)
+
+    def add(self, value: object) -> None:
         try:
-            text = json.dumps(row, default=_plain, skipkeys=True)
+            text = json.dumps(value, default=_plain, skipkeys=True)
         except (ValueError, RecursionError):  # a value that holds itself, or is nested without end
-            text = type(row).__name__
-        digest.update(text.encode())
-    return digest.hexdigest()
+            text = type(value).__name__
+        self._hash.update(text.encode())
+
+    @property
+    def text(self) -> str:
+        return self._hash.hexdigest()
 
 
 def _plain(value: object) -> object:
@@ -276,9 +192,15 @@ def _plain(value: object) -> object:
 
 def prompt_source_of(recipe: Recipe, prompts: Sequence[Prompt]) -> PromptSource:
     """The stream of the training prompts, ordered by the recipe's seed and curriculum."""
+    sources = recipe.data.sources if recipe.data is not None else []
+    parts = prompts.parts if isinstance(prompts, Prompts) and sources else ()
     return PromptSource(
         prompts,
         seed_of(recipe.seed, "prompts"),
+        portions=[
+            Portion(source.name, part.start, part.start + len(part.rows), source.weight)
+            for source, part in zip(sources, parts, strict=bool(parts))
+        ],
         drop_above=recipe.curriculum.drop_above,
         weighting=recipe.curriculum.weighting,
         pass_size=recipe.rollout.prompts_per_step,

@@ -7,8 +7,10 @@ Sampled tokens are never tokenised again: training uses the ids of the engine.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 Tools = Sequence[Mapping[str, object]]
 """Tools of the policy in JSON schema."""
+
+TemplateArgs = Mapping[str, object]
+"""Further arguments of the chat template, such as enable_thinking."""
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _GENERATION = "generation_config.json"
@@ -50,39 +55,111 @@ class Renderer:
         configs = [generation_config(source) for source in sources]
         self._generation = next(filter(None, configs), {})
         self.eos_ids = _eos_ids(tokenizer, configs)
-        self.highest_id = self.eos_ids[0]
-        """The highest token id rendered so far: it must be below the policy's vocabulary size."""
+        self._highest = [self.eos_ids[0]]
+        self._template_args: TemplateArgs = {}
         bos = tokenizer.bos_token_id
         # Some tokenizers add their bos by a flag, others by a post-processor: only an encoded text tells.
         self._prefix = [bos] if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else []
 
+    @property
+    def highest_id(self) -> int:
+        """The highest token id rendered so far: it must be below the policy's vocabulary size."""
+        return self._highest[0]
+
+    @highest_id.setter
+    def highest_id(self, value: int) -> None:
+        self._highest[0] = value
+
+    def with_args(self, args: TemplateArgs) -> Renderer:
+        """This renderer with further arguments of its chat template; they share `highest_id`."""
+        if args == self._template_args:
+            return self
+        renderer = copy.copy(self)
+        renderer._template_args = args
+        # A cached answer about the template holds for its arguments alone.
+        for name in [name for name, value in vars(type(self)).items() if isinstance(value, functools.cached_property)]:
+            renderer.__dict__.pop(name, None)
+        return renderer
+
     def render(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """The prompt as token ids, up to the beginning of the policy's turn."""
-        return self.encode_prompt(self._templated(messages, tools))
+        return self.encode_prompt(self.text(messages, tools))
+
+    def text(self, messages: Sequence[Message], tools: Tools = ()) -> str:
+        """The prompt as the text that `encode_prompt` takes. UserError where the chat template fails."""
+        return self._templated(messages, tools)
 
     def extend(self, messages: Sequence[Message], reply: Sequence[int], tools: Tools = ()) -> list[int]:
         """The tokens between a sampled reply and the next one, which answers `messages`.
 
-        `reply` ends with an end-of-sequence token. The tokens are the difference of two renderings of a conversation
-        made up for it, behind the end of the policy's turn: nothing that was sampled is tokenised again. Raises
-        UserError where the template does not render a conversation as a prefix of its continuation.
+        `reply` ends with an end-of-sequence token. The tokens are those that the template writes behind the end of the
+        policy's turn in a conversation made up for it: nothing that was sampled is tokenised again. Raises UserError
+        where the template does not show the policy's turn once messages follow it, or shows no end of it.
         """
         if self.tokenizer.chat_template is None:
-            return self._encode("".join(map(_content, messages)))
-        made_up = [{"role": "user", "content": "?"}, _policy_turn(messages)]
-        before = self._templated(made_up, tools, generate=False)
-        after = self._templated([*made_up, *messages], tools)
+            return self._contents(messages)
+        before, after = self._made_up(messages, tools)
+        if _ANSWER not in before or _ANSWER not in after:
+            raise self._discontinuous()
+        closed, behind = before[before.rfind(_ANSWER) :], after[after.rfind(_ANSWER) :]
         ends = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in self.eos_ids]
-        end = max(ends, key=lambda text: before.rfind(text))
-        place = before.rfind(end)
-        if place < before.find(_ANSWER) or not after.startswith(before[: place + len(end)]):
-            raise UserError(
-                f"the chat template of '{self.tokenizer.name_or_path}' does not continue a conversation: it renders "
-                "the policy's turn differently once messages follow it"
-            )
+        place, end = _first(ends, behind)
+        # A turn may end with the mark of the role that follows: then the policy's turn alone shows no end.
+        if not end or behind[:place].strip() != closed[: _first(ends, closed)[0]].strip():
+            raise self._discontinuous()
         # Where another end was sampled, the template's own still closes the turn.
         sampled = str(self.tokenizer.convert_ids_to_tokens(reply[-1]))
-        return self._encode(after[place + len(end) if sampled == end else place :])
+        return self.encode_text(behind[place + len(end) if sampled == end else place :])
+
+    def render_history(self, messages: Sequence[Message], tools: Tools = (), plain: int = 0) -> list[int]:
+        """A conversation with past replies as token ids; without a template, each reply has its end token.
+
+        The first `plain` messages are a prompt, as `render` has it.
+        """
+        if self.tokenizer.chat_template is None:
+            return self._prefix + self._contents(messages, plain)
+        return self.render(messages, tools)
+
+    def keeps_thought(self, messages: Sequence[Message], tools: Tools = ()) -> bool:
+        """Whether the template still shows the thought of a reply once `messages` follow it; True without one."""
+        if self.tokenizer.chat_template is None:
+            return True
+        return _THOUGHT in self._made_up(messages, tools)[1]
+
+    def thought_fields(self, thought: str, content: str) -> dict[str, object]:
+        """The fields of a message in which the template takes a thought: its own field, else the content."""
+        return {"reasoning_content": thought} if self._has_thought_field else {"content": _inline(thought, content)}
+
+    @functools.cached_property
+    def _has_thought_field(self) -> bool:
+        asked = [{"role": "user", "content": "?"}]
+        said = {"role": "assistant", "content": _ANSWER, "reasoning_content": _THOUGHT}
+        return _THOUGHT in self._templated([*asked, said], (), generate=False)
+
+    def _made_up(self, messages: Sequence[Message], tools: Tools) -> tuple[str, str]:
+        """Texts of a conversation with one reply, alone and with `messages` behind it."""
+        turn = {**_policy_turn(messages), **self.thought_fields(_THOUGHT, _ANSWER)}
+        conversation = [{"role": "user", "content": "?"}, turn]
+        before = self._templated(conversation, tools, generate=False)
+        return before, self._templated([*conversation, *messages], tools)
+
+    def _discontinuous(self) -> UserError:
+        return UserError(
+            f"the chat template of '{self.tokenizer.name_or_path}' does not continue a conversation: it renders "
+            "the policy's turn differently once messages follow it"
+        )
+
+    def _contents(self, messages: Sequence[Message], plain: int = 0) -> list[int]:
+        """The contents in a row, replies of the policy behind the first `plain` messages with an end token."""
+        replies = [n >= plain and message["role"] == "assistant" for n, message in enumerate(messages)]
+        ids: list[int] = []
+        for reply, run in itertools.groupby(zip(replies, messages, strict=True), lambda pair: pair[0]):
+            contents = [_content(message) for _, message in run]
+            if reply:
+                ids += [token for content in contents for token in self.encode_completion(content)]
+            else:
+                ids += self.encode_text("".join(contents))
+        return ids
 
     def _templated(self, messages: Sequence[Message], tools: Tools, *, generate: bool = True) -> str:
         try:
@@ -93,21 +170,28 @@ class Renderer:
         except Exception as error:
             raise UserError(f"the chat template of '{self.tokenizer.name_or_path}' {reason_of(error)}") from error
 
-    def texts(self, conversations: Sequence[Sequence[Message]], longest: int, where: str) -> list[str | None]:
+    def texts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        longest: int,
+        where: str,
+        numbers: Sequence[int] | None = None,
+    ) -> list[str | None]:
         """The texts that `encode_prompt` takes, with a chat template's time and memory bounded.
 
-        None stands for a text of over `longest` characters. UserError names the first conversation N that fails as
-        `where` N.
+        None stands for a text of over `longest` characters. UserError names the first conversation that fails as
+        `where` N, N being its entry of `numbers`, its position without them.
         """
+        numbers = range(len(conversations)) if numbers is None else numbers
         if self.tokenizer.chat_template is not None:
             name = self.tokenizer.name_or_path
-            return render_bounded(self._text, conversations, longest=longest, name=name, where=where)
+            return render_bounded(self._text, conversations, longest=longest, name=name, where=where, numbers=numbers)
         texts: list[str | None] = []
         for messages in conversations:
             try:
                 texts.append(self._text(messages))
             except UserError as error:
-                raise UserError(f"{where} {len(texts)}: {error}") from None
+                raise UserError(f"{where} {numbers[len(texts)]}: {error}") from None
         return texts
 
     @functools.cached_property
@@ -119,11 +203,11 @@ class Renderer:
     def encode_prompt(self, text: str) -> list[int]:
         """The token ids of a prompt's text; a template has written the special tokens."""
         prefix = self._prefix if self.tokenizer.chat_template is None else []
-        return prefix + self._encode(text)
+        return prefix + self.encode_text(text)
 
     def encode_completion(self, text: str) -> list[int]:
         """The token ids of a demonstration, which ends with the end-of-sequence token."""
-        return [*self._encode(text), self.eos_ids[0]]
+        return [*self.encode_text(text), self.eos_ids[0]]
 
     def render_demonstration(self, messages: Sequence[Message], completion: str) -> tuple[list[int], list[int]]:
         """(prompt, completion) as token ids."""
@@ -163,7 +247,8 @@ class Renderer:
             return "".join(_content(message) for message in messages)
         # Any: transformers declares string values alone, though contents may be lists.
         conversation: list[dict[str, Any]] = [dict(message) for message in messages]
-        named: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        named: dict[str, Any] = {**self._template_args}
+        named |= {"tools": [dict(tool) for tool in tools]} if tools else {}
         text = str(
             self.tokenizer.apply_chat_template(conversation, add_generation_prompt=generate, tokenize=False, **named)
         )
@@ -172,7 +257,8 @@ class Renderer:
             raise TypeError("it takes the content of a message for text, where the prompt has a list of parts")
         return text
 
-    def _encode(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a text within a sequence. Raises UserError for a lone surrogate."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -182,8 +268,18 @@ class Renderer:
         return ids
 
 
-# The policy's turn of a made-up conversation; no template writes such a text itself.
+# The policy's turn of a made-up conversation; no template writes such texts itself.
 _ANSWER = "an answer of 4711 words"
+_THOUGHT = "a thought of 4712 words"
+
+
+def _first(ends: Sequence[str], text: str) -> tuple[int, str]:
+    """Place of the first end in a text, and which one; (length of the text, "") without one."""
+    return min(((text.find(end), end) for end in ends if end in text), default=(len(text), ""))
+
+
+def _inline(thought: str, content: str) -> str:
+    return f"<think>\n{thought}\n</think>\n\n{content}"
 
 
 def _policy_turn(messages: Sequence[Message]) -> Message:

@@ -3,8 +3,9 @@
     "module:name" --load_function--> Function --calls_of a group--> Call, Call, ... --start, read--> values
 
 Two contracts. A function of ours gets one completion (or `completions`, the whole group) and the columns of the row.
-One in TRL's form (`completions` with `**kwargs`, or with `prompts`) gets lists with an entry for each completion.
-Nothing mutable is shared: every call gets its arguments fresh. Nothing heavy is imported, for the worker's sake.
+One in TRL's form (`completions` with `**kwargs`, `prompts` or another argument of TRL) gets lists with an entry for
+each completion. Nothing mutable is shared: every call gets its arguments fresh. Nothing heavy is imported, for the
+worker's sake.
 """
 
 from __future__ import annotations
@@ -32,10 +33,27 @@ from cispo.user_code import load_object
 Value = tuple[float | None, dict[str, object]]
 """A function's reward of a completion (finite, or None where it does not apply), and extra values to log."""
 
-FACTS = ("conversation", "status", "turns", "calls", "failed_calls", "unreadable", "finish_reason", "token_ids")
+FACTS = (
+    "prompt",
+    "messages",
+    "conversation",
+    "token_ids",
+    "finish_reason",
+    "truncated",
+    "status",
+    "turns",
+    "calls",
+    "failed_calls",
+    "unreadable",
+    "step",
+    "steps",
+)
 """Facts of an attempt that a function gets by name, where the dataset has no such column."""
 
-OUR_FILES = ("reward_function.py", "reward_worker.py")
+TRL_FACTS = ("prompts", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""Arguments that a function in TRL's form gets beside completions and columns."""
+
+OUR_FILES = ("reward_function.py", "reward_worker.py", "reward_clock.py")
 """Files whose lines say nothing about a reward function's error."""
 
 _SCALARS = ("str", "int", "float", "bool")
@@ -54,6 +72,8 @@ class Signature:
     """Columns without a default."""
     lists: bool = False
     """TRL's form: every column is a list with an entry a completion, and `prompts` is passed."""
+    facts: frozenset[str] = frozenset()
+    """FACTS and, in TRL's form, TRL_FACTS that it takes."""
     code: str = ""
     """Hash of the file that defines the function; "" where there is none."""
     shipped: bool = False
@@ -143,7 +163,9 @@ def load_function(path: str, args: Mapping[str, object], key: str) -> Function:
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = {name for name, parameter in parameters.items() if parameter.kind not in variable}
     rest = next((p.name for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
-    if len(names & {"completion", "completions"}) != 1:
+    # TRL passes everything by name.
+    whole = rest == "kwargs" and not names & {"completion", "completions"}
+    if len(names & {"completion", "completions"}) != 1 and not whole:
         takes = ", ".join(parameters) or "nothing"
         raise UserError(f"{key}: '{path}' must take completion, or completions for whole groups, but takes {takes}")
     for name in args:
@@ -151,17 +173,20 @@ def load_function(path: str, args: Mapping[str, object], key: str) -> Function:
         if name not in names and rest in (None, "_"):
             raise UserError(f"{key}: '{path}' has no parameter '{name}'; it takes {', '.join(parameters)}")
     columns = names - {"completion", "completions", *args}
-    lists = "completions" in names and ("prompts" in columns or rest == "kwargs")
+    facts = columns & {*FACTS}
+    lists = whole or "completions" in names and (bool(columns & {*TRL_FACTS}) or rest == "kwargs")
     if lists and not any(_annotation(parameters[name]) in _SCALARS for name in columns):
-        columns -= {"prompts"}
+        facts |= {*TRL_FACTS} if rest == "kwargs" else columns & {*TRL_FACTS}
+        columns -= {*TRL_FACTS}
     else:
         lists = False
     signature = Signature(
-        group="completions" in names,
+        group=whole or "completions" in names,
         asynchronous=inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__),
         columns=None if rest else frozenset(columns),
         required=frozenset(n for n in columns if parameters[n].default is inspect.Parameter.empty),
         lists=lists,
+        facts=facts,
         code=_hash_of_code(call),
         shipped=_is_shipped(call),
     )
@@ -183,7 +208,8 @@ def _source_file(call: Callable[..., object]) -> str | None:
     definition = inspect.unwrap(call) if inspect.isroutine(call) or inspect.isclass(call) else type(call)
     try:
         return inspect.getsourcefile(definition)
-    except TypeError:
+    # OSError: of a class that a notebook defines.
+    except (TypeError, OSError):
         return None
 
 
@@ -207,8 +233,8 @@ def _hash_of_code(call: Callable[..., object]) -> str:
 def calls_of(function: Function, index: int, group: Attempt) -> Iterator[Call]:
     """The calls of the function number `index` for a group."""
     if function.signature.group:
-        read = partial(read_group, size=len(group.completions))
-        yield Call(function, index, -1, partial(_start_group, function, group), read)
+        logged = _Logged(len(group.completions))
+        yield Call(function, index, -1, partial(_start_group, function, group, logged), logged.read)
         return
     for number in range(len(group.completions)):
         start = partial(_start_one, function, group, number)
@@ -224,7 +250,37 @@ def _start_one(function: Function, group: Attempt, number: int) -> object:
     return function.invoke(facts | columns | copy.deepcopy(dict(function.args)) | given)
 
 
-def _start_group(function: Function, group: Attempt) -> object:
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """The part of transformers' TrainerState that rewards of TRL look at."""
+
+    global_step: int
+    max_steps: int
+
+
+class _Logged:
+    """TRL's `log_extra` and `log_metric` of one call: they become extra values of the group's samples."""
+
+    def __init__(self, size: int) -> None:
+        self._extra: list[dict[str, object]] = [{} for _ in range(size)]
+
+    def extra(self, column: str, values: Sequence[object]) -> None:
+        for own, value in zip(self._extra, values, strict=True):
+            own[column] = value
+
+    def metric(self, name: str, value: object) -> None:
+        for own in self._extra:
+            own[name] = value
+
+    def read(self, results: object) -> list[Value]:
+        values = read_group(results, size=len(self._extra))
+        if not any(self._extra):
+            return values
+        logged = [json.loads(json.dumps(own, default=_plain)) for own in self._extra]
+        return [(value, own | extra) for own, (value, extra) in zip(logged, values, strict=True)]
+
+
+def _start_group(function: Function, group: Attempt, logged: _Logged) -> object:
     completions: Sequence[object] = list(group.completions)
     each = _facts_of(function, group) if group.facts else []
     facts: dict[str, object] = {name: [own[name] for own in each] for name in (each[0] if each else ())}
@@ -238,9 +294,17 @@ def _start_group(function: Function, group: Attempt) -> object:
         completions = [[{"role": "assistant", "content": text}] for text in group.completions]
     # As TRL: the row's own prompt and completion are not among the columns.
     arguments = {name: values for name, values in arguments.items() if name not in ("prompt", "completion")}
-    return function.invoke(
-        facts | arguments | copy.deepcopy(dict(function.args)) | {"prompts": prompts, "completions": completions}
-    )
+    facts |= _trl_facts(function, group, logged, prompts)
+    return function.invoke(facts | arguments | copy.deepcopy(dict(function.args)) | {"completions": completions})
+
+
+def _trl_facts(function: Function, group: Attempt, logged: _Logged, prompts: Sequence[object]) -> dict[str, object]:
+    own = pickle.loads(group.facts) if group.facts else []
+    made: dict[str, object] = {"prompts": prompts, "log_extra": logged.extra, "log_metric": logged.metric}
+    if own:
+        made["completion_ids"] = [facts["token_ids"] for facts in own]
+        made["trainer_state"] = TrainerState(global_step=own[0]["step"], max_steps=own[0]["steps"])
+    return {name: value for name, value in made.items() if name in function.signature.facts}
 
 
 def _fresh_row(function: Function, group: Attempt) -> tuple[dict[str, object], object]:
@@ -252,8 +316,8 @@ def _fresh_row(function: Function, group: Attempt) -> tuple[dict[str, object], o
 
 def _facts_of(function: Function, group: Attempt) -> list[dict[str, object]]:
     """The facts of each completion that the function takes by name; new objects each time."""
-    wanted = function.signature.columns or frozenset()
-    return [{name: own[name] for name in FACTS if name in wanted} for own in pickle.loads(group.facts)]
+    wanted = [name for name in FACTS if name in function.signature.facts]
+    return [{name: own[name] for name in wanted if name in own} for own in pickle.loads(group.facts)]
 
 
 def read_value(result: object) -> Value:

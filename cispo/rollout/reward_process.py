@@ -44,7 +44,7 @@ class WorkerDied(Exception):
         job_id, function, completion = self._last_call
         if job_id != job.id:
             function, completion = job.functions[0], -1
-        problem = self.how(self._setup.timeout)
+        problem = self.how(self._setup.limits[function])
         if self._timed_out and self._setup.asynchronous:
             problem = f"blocked the event loop of the async rewards for more than {self._setup.timeout:g} s"
         return Failure(function, completion, problem, _line_of_user_code(self._report), self._timed_out, fatal=True)

@@ -12,7 +12,9 @@ imports nothing heavy, so that a worker starts quickly.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
+import itertools
 import math
 import os
 import queue
@@ -22,13 +24,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from cispo.errors import UserError
 from cispo.rollout.frames import receive, send
+from cispo.rollout.reward_clock import limited
 from cispo.rollout.reward_function import Attempt, Call, Failure, Function, Signature, Value, calls_of, load_function
+from cispo.user_code import Given, take_given
 
 LAST_CALL = struct.Struct("<qqq")
 """Start of the black box: job, function and completion of the last call; completion -1 is the whole group."""
@@ -43,10 +47,19 @@ class Setup:
 
     functions: tuple[tuple[str, Mapping[str, object], str], ...]
     """(module:name, args, recipe key) of each."""
-    timeout: float
-    """Seconds of one call."""
+    limits: tuple[float, ...]
+    """Seconds of one call of each."""
     asynchronous: bool
     """Jobs name async functions, which run side by side on one event loop; False: plain functions, one at a time."""
+    concurrency: tuple[int | None, ...] = ()
+    """Most calls of each async function at a time; () and None: no bound."""
+    given: Given = ()
+    """Functions that were handed over in Python."""
+
+    @property
+    def timeout(self) -> float:
+        """The longest limit."""
+        return max(self.limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +92,18 @@ class Reply:
 class Worker:
     """Runs jobs: plain functions one call at a time, async ones side by side."""
 
-    def __init__(self, functions: list[Function], timeout: float, connection: socket.socket, black_box: int) -> None:
+    def __init__(self, functions: list[Function], setup: Setup, connection: socket.socket, black_box: int) -> None:
         self.functions = functions
-        self.timeout = timeout
+        self.setup = setup
         self.connection = connection
         self.black_box = black_box
         self.guarded_at = -math.inf
+        self.guarded_for = 0.0
+        # Over all jobs: the bound is one of the server behind the function.
+        self.turns = [contextlib.nullcontext() if n is None else asyncio.Semaphore(n) for n in self._concurrency()]
+
+    def _concurrency(self) -> Sequence[int | None]:
+        return self.setup.concurrency or [None] * len(self.functions)
 
     def run(self) -> None:
         """Serves jobs of plain functions without end."""
@@ -140,13 +159,12 @@ class Worker:
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 return call.failure(error)
 
-        # Not asyncio.timeout, which waits for a function that swallows its cancellation.
-        task = asyncio.create_task(run())
-        await asyncio.wait({task}, timeout=self.timeout)
-        if task.done():
-            return task.result()
-        task.cancel()
-        return Failure(call.index, call.completion, f"did not finish within {self.timeout:g} s", timed_out=True)
+        limit = self.setup.limits[call.index]
+        async with self.turns[call.index]:
+            outcome = await limited(run(), limit)
+        if outcome is not None:
+            return outcome
+        return Failure(call.index, call.completion, f"did not finish within {limit:g} s", timed_out=True)
 
     async def _answer(self, job: Job) -> None:
         calls = [
@@ -161,16 +179,20 @@ class Worker:
         Arming costs 60 us: the watchdog is set 5 % late, and set anew only once that margin is used up.
         """
         os.pwrite(self.black_box, LAST_CALL.pack(job, call.index, call.completion), 0)
-        margin = 0.05 * self.timeout
-        if time.monotonic() - self.guarded_at > margin:
-            faulthandler.dump_traceback_later(self.timeout + margin, exit=True, file=self.black_box)
-            self.guarded_at = time.monotonic()
+        limit = self.setup.limits[call.index]
+        margin = 0.05 * limit
+        if limit != self.guarded_for or time.monotonic() - self.guarded_at > margin:
+            faulthandler.dump_traceback_later(limit + margin, exit=True, file=self.black_box)
+            self.guarded_at, self.guarded_for = time.monotonic(), limit
 
     async def _watch_the_loop(self) -> None:
         """Ends the process when a function blocks the event loop that all functions share."""
-        while True:
-            faulthandler.dump_traceback_later(1.25 * self.timeout, exit=True, file=self.black_box)
-            await asyncio.sleep(0.25 * self.timeout)
+        limit = self.setup.timeout
+        for beat in itertools.count():
+            # The driver sees that the loop lives, however long its calls wait for their turns.
+            os.pwrite(self.black_box, LAST_CALL.pack(-1, beat, -1), 0)
+            faulthandler.dump_traceback_later(1.25 * limit, exit=True, file=self.black_box)
+            await asyncio.sleep(0.25 * limit)
 
 
 def _reply(job: Job, outcomes: Iterable[Iterable[list[Value] | Failure]]) -> Reply:
@@ -204,12 +226,13 @@ def _work(connection: socket.socket, black_box: int) -> None:
     faulthandler.enable(file=black_box)
     faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=black_box)
     try:
+        take_given(setup.given)
         functions = [load_function(*function) for function in setup.functions]
     except UserError as error:
         return send(connection, Ready((), str(error)))
     faulthandler.cancel_dump_traceback_later()
     send(connection, Ready(tuple(function.signature for function in functions)))
-    worker = Worker(functions, setup.timeout, connection, black_box)
+    worker = Worker(functions, setup, connection, black_box)
     if setup.asynchronous:
         asyncio.run(worker.run_async())
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import pickle
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,19 +19,23 @@ from typing import Literal
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Recipe
-from cispo.rollout.reward_function import FACTS, Attempt, Failure, Signature, Value
+from cispo.rollout.prompts import distinct
+from cispo.rollout.reward_function import FACTS, TRL_FACTS, Attempt, Failure, Signature, Value
 from cispo.rollout.reward_process import WorkerDied, WorkerProcess
 from cispo.rollout.reward_worker import START_SECONDS, Job, Reply, Setup
 from cispo.runtime.watchdog import Activity
 from cispo.types import Prompt
+from cispo.user_code import given
 
 KEPT_PROBLEMS = 100
+
+_LEAST_WORKERS, _MOST_WORKERS = 2, 64
 
 _LARGEST = 3.4028234663852886e38
 """Of float32, in which the learner computes."""
 
-_ONLY_TRL = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
-"""Arguments of TRL's reward functions that are not passed here."""
+_ONLY_TRL = (*TRL_FACTS, "environments")
+"""Arguments of TRL's reward functions that are not passed to others, and one that is passed to none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,15 @@ class RewardFunction:
     weight: float = 1.0
     args: Mapping[str, object] = field(default_factory=dict)
     """Keyword arguments; they take precedence over dataset columns of the same name."""
+    timeout: float | None = None
+    """Seconds of one call; None: the runner's."""
+    concurrency: int | None = None
+    """Most calls at a time; None: no bound of its own."""
+    sources: tuple[str, ...] = ()
+    """Names of the prompts' sources that it applies to; all without one."""
+
+    def applies(self, source: str) -> bool:
+        return not self.sources or source in self.sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +95,20 @@ def rewards_of(
     """The recipe's reward functions, imported, and checked against the columns of all prompts, by recipe section."""
     assert recipe.reward is not None
     keys = recipe.reward
-    terms = [RewardFunction(fn=term.fn, weight=term.weight, args=term.args) for term in keys.functions]
-    runner = RewardRunner(terms, on_error=keys.on_error, timeout=keys.timeout, activity=activity)
+    terms = [
+        RewardFunction(
+            fn=term.fn,
+            weight=term.weight,
+            args=term.args,
+            timeout=term.timeout,
+            concurrency=term.concurrency,
+            sources=tuple(term.sources),
+        )
+        for term in keys.functions
+    ]
+    runner = RewardRunner(
+        terms, on_error=keys.on_error, timeout=keys.timeout, workers=num_workers(keys.workers), activity=activity
+    )
     try:
         runner.check()
         for section, rows in prompts.items():
@@ -91,6 +117,11 @@ def rewards_of(
         runner.close()
         raise
     return runner
+
+
+def num_workers(workers: int | Literal["auto"]) -> int:
+    """`reward.workers` as a number."""
+    return min(max(len(os.sched_getaffinity(0)), _LEAST_WORKERS), _MOST_WORKERS) if workers == "auto" else workers
 
 
 class RewardRunner:
@@ -135,6 +166,7 @@ class RewardRunner:
         self._slots: asyncio.Semaphore
         self._starting: asyncio.Lock
         self._one_suspect: asyncio.Lock
+        self._turns: Mapping[int, asyncio.Semaphore] = {}
 
     def check(self, columns: Collection[str] | None = None) -> None:
         """Imports every function in a worker, so that errors come before the run.
@@ -144,14 +176,17 @@ class RewardRunner:
         if not self._signatures:
             self._idle.append(self._start_now(asynchronous=False))
         if columns is not None:
-            self._check_columns(columns, "the dataset")
+            self._check_columns(columns, "the dataset", "")
 
     def check_rows(self, prompts: Sequence[Prompt], section: str) -> None:
         """UserError naming the first row that lacks a column that a function needs, or has null there."""
         self.check()
-        for prompt in prompts:
-            self._check_columns(prompt.columns, f"row {prompt.id} of {section}")
-            self._check_nulls(prompt.columns, f"row {prompt.id} of {section}")
+        for prompt in distinct(prompts):
+            self._check_columns(prompt.columns, f"row {prompt.id} of {section}", prompt.source)
+            self._check_nulls(prompt.columns, f"row {prompt.id} of {section}", prompt.source)
+            if not any(function.applies(prompt.source) for function in self.functions):
+                named = f"the source '{prompt.source}'" if prompt.source else "prompts without a source's name"
+                raise UserError(f"{self._key}: no function applies to {named} ({section}): each is for other sources")
 
     @property
     def last_problem(self) -> str:
@@ -182,7 +217,7 @@ class RewardRunner:
             if not self._signatures:
                 await asyncio.to_thread(self.check)
         for group in groups:
-            self._check_columns(group.prompt.columns, f"prompt {group.prompt.id}")
+            self._check_columns(group.prompt.columns, f"prompt {group.prompt.id}", group.prompt.source)
         outcomes = await asyncio.gather(*map(self._score_group, groups))
         self.seconds += time.perf_counter() - started
         for group, outcome in zip(groups, outcomes, strict=True):
@@ -208,6 +243,8 @@ class RewardRunner:
         self._slots = asyncio.Semaphore(self._workers)
         self._starting = asyncio.Lock()
         self._one_suspect = asyncio.Lock()
+        bounds = {i: f.concurrency for i, f in enumerate(self.functions) if f.concurrency is not None}
+        self._turns = {i: asyncio.Semaphore(most) for i, most in bounds.items()}
 
     def _account(self, failure: Failure, prompt: Prompt) -> None:
         self._count(failure, prompt.id)
@@ -222,15 +259,24 @@ class RewardRunner:
         problem = f"reward {self.functions[failure.function].fn} {failure.problem} on {place}{where}"
         self.problems = [*self.problems, problem][-KEPT_PROBLEMS:]
 
-    def _check_columns(self, columns: Collection[str], owner: str) -> None:
-        for function, signature in zip(self.functions, self._signatures, strict=True):
+    def judge_of(self, source: str) -> str:
+        """Name of the function that decides on right and wrong: the first that applies to a source."""
+        names = (name for name, f in zip(self.names, self.functions, strict=True) if f.applies(source))
+        return next(names, self.names[0])
+
+    def _signatures_for(self, source: str) -> list[tuple[RewardFunction, Signature]]:
+        pairs = zip(self.functions, self._signatures, strict=True)
+        return [(function, signature) for function, signature in pairs if function.applies(source)]
+
+    def _check_columns(self, columns: Collection[str], owner: str, source: str) -> None:
+        for function, signature in self._signatures_for(source):
             for name in sorted(signature.required - set(columns) - set(FACTS)):
                 has = ", ".join(map(str, columns)) or "none"
                 hint = "; TRL passes it, CISPO does not" if name in _ONLY_TRL else ""
                 raise UserError(f"reward {function.fn} needs a column '{name}', but {owner} has {has}{hint}")
 
-    def _check_nulls(self, columns: Mapping[str, object], owner: str) -> None:
-        for function, signature in zip(self.functions, self._signatures, strict=True):
+    def _check_nulls(self, columns: Mapping[str, object], owner: str, source: str) -> None:
+        for function, signature in self._signatures_for(source):
             for name in sorted(signature.required & columns.keys()):
                 if columns[name] is None:
                     raise UserError(
@@ -243,18 +289,26 @@ class RewardRunner:
             return await self._score(group)
 
     async def _score(self, group: Attempts) -> Scores | Failure:
-        plain = [i for i, signature in enumerate(self._signatures) if not signature.asynchronous]
-        others = [i for i, signature in enumerate(self._signatures) if signature.asynchronous]
+        taken = [i for i, function in enumerate(self.functions) if function.applies(group.prompt.source)]
+        plain = [i for i in taken if not self._signatures[i].asynchronous]
+        # A function with a bound of its own is a job of its own.
+        bounded = [i for i in plain if i in self._turns]
+        plain = [i for i in plain if i not in self._turns]
+        others = [i for i in taken if self._signatures[i].asynchronous]
         replies = await asyncio.gather(
             *([self._run_plain(self._job(group, plain))] if plain else []),
+            *(self._run_in_turn(self._job(group, [i])) for i in bounded),
             *([self._run_async(self._job(group, others))] if others else []),
         )
         failures = [reply.failure for reply in replies if reply.failure is not None]
         if failures:
             return min(failures, key=lambda failure: failure.function)
         values = [value for reply in replies for value in reply.values]
-        by_function = dict(zip(plain + others, values, strict=True))
-        scores = [self._total([by_function[i][g] for i in sorted(by_function)]) for g in range(len(group.completions))]
+        by_function = dict(zip(plain + bounded + others, values, strict=True))
+        # A function of other sources does not apply.
+        absent: list[Value] = [(None, {})] * len(group.completions)
+        values = [by_function.get(i, absent) for i in range(len(self.functions))]
+        scores = [self._total([of_function[g] for of_function in values]) for g in range(len(group.completions))]
         large = next((g for g, score in enumerate(scores) if not abs(score.total) <= _LARGEST), None)
         return scores if large is None else self._too_large(scores[large], large)
 
@@ -278,7 +332,7 @@ class RewardRunner:
             if any(columns is None or name in columns for columns in taken)
         }
         prompt = _prompt_of(group.prompt) if any(self._signatures[i].lists for i in functions) else None
-        asked = any(columns is not None and not columns.isdisjoint(FACTS) for columns in taken)
+        asked = any(self._signatures[i].facts for i in functions)
         facts = pickle.dumps([dict(own) for own in group.facts]) if asked else b""
         attempt = Attempt(tuple(group.completions), _pickled(columns, prompt, group.prompt.id), facts)
         return Job(next(self._job_ids), group.prompt.id, tuple(functions), attempt)
@@ -296,6 +350,10 @@ class RewardRunner:
                 self._count(failure, job.prompt_id)
                 given_up = job.group.given_up | {(failure.function, failure.completion)}
                 job = replace(job, id=next(self._job_ids), group=replace(job.group, given_up=given_up))
+
+    async def _run_in_turn(self, job: Job) -> Reply:
+        async with self._turns[job.functions[0]]:
+            return await self._run_plain(job)
 
     async def _run_in_a_worker(self, job: Job) -> Reply:
         worker = self._idle.pop() if self._idle else await self._start(asynchronous=False)
@@ -348,7 +406,13 @@ class RewardRunner:
 
     def _start_now(self, *, asynchronous: bool) -> WorkerProcess:
         functions = tuple((f.fn, f.args, f"{self._key}.{i}.fn") for i, f in enumerate(self.functions))
-        setup = Setup(functions, self._timeout, asynchronous)
+        setup = Setup(
+            functions,
+            limits=tuple(f.timeout or self._timeout for f in self.functions),
+            asynchronous=asynchronous,
+            concurrency=tuple(f.concurrency for f in self.functions),
+            given=given([f.fn for f in self.functions]),
+        )
         try:
             worker = self._started(setup)
         except _Killed:
@@ -373,6 +437,11 @@ def _prompt_of(prompt: Prompt) -> object:
     given = (prompt.columns.get("messages"), prompt.columns.get("prompt"))
     if any(isinstance(value, list | tuple) and tuple(value) == prompt.messages for value in given):
         return [dict(message) for message in prompt.messages]
+    return text_of(prompt)
+
+
+def text_of(prompt: Prompt) -> str:
+    """The contents of a prompt's messages, in a row."""
     return "".join(str(message["content"]) for message in prompt.messages)
 
 

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
-from cispo.rollout.rewards import Attempts, RewardRunner, Scores
+from cispo.rollout.rewards import Attempts, RewardRunner, Scores, text_of
 from cispo.types import (
     Completion,
     FinishReason,
+    Home,
     Prompt,
     RepetitionStop,
     RoutedExperts,
@@ -32,6 +33,9 @@ from cispo.types import (
 
 Generate = Callable[[list[list[int]], Sampling, int], Awaitable[list[Completion]]]
 """(prompts as token ids, sampling, seed) -> one completion a prompt, in order."""
+
+GenerateAt = Callable[[list[list[int]], Sampling, int, Sequence[Home]], Awaitable[list[Completion]]]
+"""The same with a home for each prompt: all turns of an attempt are sampled at one engine."""
 
 _Json = Mapping[str, Any]
 
@@ -56,6 +60,10 @@ class RolloutSetup:
     """None: every reward is 0."""
     play: Play | None = None
     """None: an attempt is one completion of the rendered prompt."""
+    step: int = 0
+    """The training step, for reward functions; 0 outside of a training."""
+    steps: int = 0
+    """Of the training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +111,7 @@ async def roll_out(
     play = partial(sample, renderer=setup.renderer) if setup.play is None else setup.play
     groups = await play(prompts, setup.generate, group_size=group_size, sampling=sampling, seed=seed)
     sampled = time.perf_counter()
-    kept = groups if setup.rewards is None else await score(groups, setup.rewards)
+    kept = groups if setup.rewards is None else await score(groups, setup.rewards, step=setup.step, steps=setup.steps)
     scored = time.perf_counter()
     with_rewards = [group for group in kept if group.trajectories]
     return Rollouts(
@@ -125,7 +133,7 @@ async def sample(
     seed: int,
 ) -> list[TrajectoryGroup]:
     """One group of unscored single-turn trajectories (reward 0) a prompt, in order; one call of `generate` for all."""
-    prompt_ids = [renderer.render(prompt.messages) for prompt in prompts]
+    prompt_ids = [renderer.with_args(prompt.template_args).render(prompt.messages) for prompt in prompts]
     completions = await generate([ids for ids in prompt_ids for _ in range(group_size)], sampling, seed)
     groups = [completions[i : i + group_size] for i in range(0, len(completions), group_size)]
     return [
@@ -146,7 +154,9 @@ async def sample(
     ]
 
 
-async def score(groups: Sequence[TrajectoryGroup], rewards: RewardRunner) -> list[TrajectoryGroup]:
+async def score(
+    groups: Sequence[TrajectoryGroup], rewards: RewardRunner, *, step: int = 0, steps: int = 0
+) -> list[TrajectoryGroup]:
     """The groups with their rewards, without those that `rewards` dropped.
 
     A completion to which no function applies has no reward, not even 0, and leaves its group.
@@ -155,7 +165,7 @@ async def score(groups: Sequence[TrajectoryGroup], rewards: RewardRunner) -> lis
         Attempts(
             prompt=g.prompt,
             completions=[t.text for t in g.trajectories],
-            facts=[_facts(g.prompt, t) for t in g.trajectories],
+            facts=[_facts(g.prompt, t, step, steps) for t in g.trajectories],
         )
         for g in groups
     ]
@@ -163,10 +173,12 @@ async def score(groups: Sequence[TrajectoryGroup], rewards: RewardRunner) -> lis
     return [_with_scores(group, scores) for group, scores in scored if scores is not None]
 
 
-def _facts(prompt: Prompt, t: Trajectory) -> Mapping[str, object]:
+def _facts(prompt: Prompt, t: Trajectory, step: int, steps: int) -> Mapping[str, object]:
     """`reward_function.FACTS` of one attempt."""
     said = t.messages or ({"role": "assistant", "content": t.text},)
     return {
+        "prompt": text_of(prompt),
+        "messages": [dict(message) for message in prompt.messages],
         "conversation": [dict(message) for message in (*prompt.messages, *said)],
         "status": t.status or t.finish_reason.value,
         "turns": len(t.turns),
@@ -175,6 +187,9 @@ def _facts(prompt: Prompt, t: Trajectory) -> Mapping[str, object]:
         "unreadable": t.events.get("unreadable", 0),
         "finish_reason": t.finish_reason.value,
         "token_ids": list(t.turns[-1].completion.token_ids),
+        "truncated": t.turns[-1].completion.finish_reason is FinishReason.LENGTH,
+        "step": step,
+        "steps": steps,
     }
 
 
@@ -224,8 +239,8 @@ def rollouts_to_json(rollouts: Rollouts) -> dict[str, object]:
 
 
 def _plain(values: list[tuple[str, object]]) -> dict[str, object]:
-    """Bytes as base64 text; routed experts that are not recorded leave no key."""
-    kept = [(name, value) for name, value in values if name != "routed_experts" or value is not None]
+    """Bytes as base64 text; routed experts that are not recorded, and cached tokens where none are, leave no key."""
+    kept = [(n, value) for n, value in values if n not in ("routed_experts", "cached") or value not in (None, 0)]
     return {n: base64.b64encode(value).decode() if isinstance(value, bytes) else value for n, value in kept}
 
 

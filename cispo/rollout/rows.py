@@ -1,8 +1,9 @@
 """From a dataset's name to rows.
 
-    source --load_rows--> rows --build_prompts--> prompts (`prompts`)
+    source --load_rows--> rows (`tables`) --load_prompts--> prompts (`prompts`)
 
-A row is a plain dict. Every key that a recipe gives for a dataset is used or refused, for every kind of source.
+A row is a plain dict when it is used. Every key that a recipe gives for a dataset is used or refused, for every kind of
+source.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ import functools
 import hashlib
 import inspect
 import itertools
-import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cispo.errors import UserError
+from cispo.rollout.json_rows import as_row, json_rows, jsonl_rows
+from cispo.rollout.tables import ArrowRows, Row, Table
 from cispo.user_code import is_hub_id, load_object
 
 if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
     from reasoning_gym.dataset import ProceduralDataset
 
-Row = dict[str, Any]
 Args = Mapping[str, Any]
 """A dataset's own arguments in the recipe."""
 
@@ -40,43 +42,62 @@ SEED_STRIDE = 1_000_000
 """reasoning_gym draws item i of seed s from s + i: without a stride, seeds 0 and 1 would share all but one item."""
 
 
-def load_rows(source: str, split: str, args: Args, limit: int | None, key: str) -> list[Row]:
-    """The rows of a dataset, at most `limit` of them.
+def load_rows(
+    source: str, split: str, args: Args, limit: int | None, key: str, *, config: str | None = None
+) -> Sequence[Row]:
+    """The rows of a dataset, at most `limit` of them. Those of files and hub datasets stay in a compact form.
 
     `source` is one of
         module:function        called with `args` (and with `split` if it has that parameter); gives dicts
         reasoning_gym:TASK     a procedural task; `args` are size, seed and the task's own parameters
         FILE                   .jsonl, .json or .parquet: one split, `train`, and its slices (`train[:90%]`)
-        FOLDER or OWNER/NAME   read by `datasets.load_dataset` with `args`
+        FOLDER or OWNER/NAME   read by `datasets.load_dataset` with `args` and its configuration `config`
     `key` is the recipe key of the dataset ("data.train"). UserError when it cannot be read, has no rows, or cannot use
-    `split` or `args`.
+    `split`, `args` or `config`.
     """
     path, args = Path(source), copy.deepcopy(dict(args))
     if not source.strip():
         raise UserError(f"{key}.source is empty")
+    if config is not None:
+        _check_config(source, config, args, key)
+        args["name"] = config
+    rows: Iterator[Row] | Sequence[Row]
     if source.startswith(REASONING_GYM):
         rows = _reasoning_gym_rows(source.removeprefix(REASONING_GYM), split, args, key)
     elif path.suffix in JSON_SUFFIXES and not _is_folder(path, key):
         if args:
             raise UserError(f"{key}.args: '{source}' is read as it is and takes no arguments, not {', '.join(args)}")
-        rows = _part_of(_json_rows(_existing(path, key), key), split, f"{key}: '{source}'")
+        most = limit if split == TRAIN else None
+        read = jsonl_rows if path.suffix == ".jsonl" else json_rows
+        rows = _part_of(read(_existing(path, key), most, key), split, f"{key}: '{source}'")
     elif path.suffix == ".parquet" or _is_folder(path, key):
-        rows = _local_rows(_existing(path, key), split, args, key)
+        rows = _local_rows(_existing(path, key), split, args, limit, key)
     elif path.exists():
         raise UserError(f"{key}: '{source}' is no file that can be read: .jsonl, .json and .parquet are, and folders")
     elif ":" in source:
         rows = _function_rows(source, split, args, key)
     elif is_hub_id(source):
-        rows = _hub_rows(source, split, args, key)
+        rows = _hub_rows(source, split, args, limit, key)
     else:
         raise UserError(
             f"{key}: '{source}' does not exist, and is neither module:function, reasoning_gym:TASK, a .jsonl, .json or "
             "parquet file, nor OWNER/NAME on the hub"
         )
-    loaded = list(itertools.islice(rows, limit))
-    if not loaded:
+    loaded = _first(rows, limit) if isinstance(rows, Table) else list(itertools.islice(rows, limit))
+    if not len(loaded):
         raise UserError(f"{key}: '{source}' has no rows" + (f" in split '{split}'" if split != TRAIN else ""))
     return loaded
+
+
+def _check_config(source: str, config: str, args: Args, key: str) -> None:
+    if source.startswith(REASONING_GYM) or not (Path(source).is_dir() or (is_hub_id(source) and ":" not in source)):
+        raise UserError(f"{key}.config is '{config}', but only folders and hub datasets have configurations")
+    if "name" in args:
+        raise UserError(f"{key}.config is '{config}' and {key}.args.name {args['name']!r}: leave one of them out")
+
+
+def _first(rows: Table, limit: int | None) -> Table:
+    return rows if limit is None or limit >= len(rows) else rows.part(0, limit)
 
 
 def _is_folder(path: Path, key: str) -> bool:
@@ -96,79 +117,65 @@ def _existing(path: Path, key: str) -> Path:
     return path
 
 
-def _part_of(rows: Iterator[Row], split: str, where: str) -> Iterable[Row]:
+def _part_of(rows: Sequence[Row], split: str, where: str) -> Sequence[Row]:
     """The rows of a file's split, as `datasets` cuts it: `train`, a slice of it, or a sum of slices."""
     if split == TRAIN:
         return rows
     from datasets import ReadInstruction
 
-    loaded = list(rows)
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute({TRAIN: len(loaded)})
+        parts = ReadInstruction.from_spec(split).to_absolute({TRAIN: len(rows)})
     except (ValueError, AssertionError) as error:
         raise UserError(f"{where}, split '{split}': {error}") from None
-    return [row for part in parts for row in loaded[part.from_ : part.to]]
+    if isinstance(rows, Table) and len(parts) == 1:
+        return rows.part(*_bounds(parts[0].from_, parts[0].to, len(rows)))
+    return [row for part in parts for row in rows[part.from_ : part.to]]
 
 
-def _json_rows(path: Path, key: str) -> Iterator[Row]:
-    """Read by `json`: `datasets` would turn the answer "2024-01-01" into a datetime, and its errors name no line."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            if path.suffix == ".json":
-                values = _parse(file.read(), lambda error: f"{key}: '{path}' line {error.lineno}")
-                if not isinstance(values, list):
-                    raise UserError(f"{key}: '{path}' must hold a list of rows, not one {type(values).__name__}")
-                for number, value in enumerate(values, start=1):
-                    yield _as_row(value, f"{key}: row {number} of '{path}'")
-                return
-            # A file's lines end at line feeds alone: JSON strings may hold U+2028 and its like unescaped.
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{key}: '{path}' line {number}"
-                    yield _as_row(_parse(line, lambda _, where=where: where, column=True), where)
-    except (OSError, UnicodeDecodeError, MemoryError) as error:
-        raise UserError(f"{key}: cannot read '{path}': {error or 'it does not fit into memory'}") from error
+def _bounds(start: int | None, stop: int | None, size: int) -> tuple[int, int]:
+    start, stop, _ = slice(start, stop).indices(size)
+    return start, max(start, stop)
 
 
-def _parse(text: str, where: Callable[[json.JSONDecodeError], str], *, column: bool = False) -> object:
-    """The JSON value of a text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f" (column {error.colno})" if column else ""
-        raise UserError(f"{where(error)} is not JSON: {error.msg}{place}") from error
-    # A number of more digits than Python reads, or too many brackets.
-    except (ValueError, RecursionError) as error:
-        start = json.JSONDecodeError("", text, 0)
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{where(start)} cannot be read: {reason}") from None
+def _local_rows(path: Path, split: str, args: Args, limit: int | None, key: str) -> Sequence[Row]:
+    """A parquet file or a folder, through `datasets` with a temporary cache: nothing stays behind or goes stale.
 
-
-def _local_rows(path: Path, split: str, args: Args, key: str) -> list[Row]:
-    """A parquet file or a folder, through `datasets` with a temporary cache: nothing stays behind or goes stale."""
+    The files of the cache are mapped, so that their rows stay readable, and their disk space taken, until the process
+    ends.
+    """
     import datasets
 
     # Its log would repeat the error, once for each file.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     source = {"path": str(path)} if path.is_dir() else {"path": "parquet", "data_files": str(path)}
-    with tempfile.TemporaryDirectory(prefix="cispo-datasets-") as cache:
+    # A file that is mapped stays as a hidden one in a folder of NFS.
+    with tempfile.TemporaryDirectory(prefix="cispo-datasets-", ignore_cleanup_errors=True) as cache:
         try:
-            return [dict(row) for row in datasets.load_dataset(**source, split=split, cache_dir=cache, **args)]
+            return _rows_of(
+                datasets.load_dataset(**source, split=split, cache_dir=cache, **args), limit, f"{key}: '{path}'"
+            )
         # Any reader of files may fail here, on any content.
         except Exception as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise UserError(f"{key}: cannot read '{path}', split '{split}': {reason}") from error
 
 
-def _hub_rows(source: str, split: str, args: Args, key: str) -> Iterator[Row]:
+def _hub_rows(source: str, split: str, args: Args, limit: int | None, key: str) -> Sequence[Row]:
     import datasets
 
     try:
-        for row in datasets.load_dataset(source, split=split, **args):
-            yield dict(row)
+        return _rows_of(datasets.load_dataset(source, split=split, **args), limit, f"{key}: '{source}'")
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}: cannot load '{source}', split '{split}', from the hub: {reason}") from error
+
+
+def _rows_of(dataset: Dataset | IterableDataset, limit: int | None, where: str) -> Sequence[Row]:
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset):
+        return ArrowRows(dataset, where)
+    return [dict(row) for row in itertools.islice(dataset, limit)]
 
 
 def _function_rows(source: str, split: str, args: Args, key: str) -> Iterator[Row]:
@@ -189,7 +196,7 @@ def _function_rows(source: str, split: str, args: Args, key: str) -> Iterator[Ro
                 value = next(values)
             except StopIteration:
                 return
-            yield _as_row(value, f"{key}: row {number} of {source}")
+            yield as_row(value, f"{key}: row {number} of {source}")
     except UserError:
         raise
     # User code may raise anything.
@@ -211,16 +218,6 @@ def _arguments(
     if split != TRAIN:
         raise UserError(f"{key}.split is '{split}', but {source} has no parameter 'split'")
     return dict(args)
-
-
-def _as_row(value: object, where: str) -> Row:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where} is not an object with columns but a {type(value).__name__}")
-    row = dict(value)
-    other = next((name for name in row if not isinstance(name, str)), None)
-    if other is not None:
-        raise UserError(f"{where} has a column {other!r:.80}, whose name is no text")
-    return row
 
 
 def in_split(problem: str, split: str) -> bool:

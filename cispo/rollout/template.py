@@ -22,16 +22,22 @@ _MEMORY = 2 << 30
 
 
 def render_bounded(
-    render: Render, conversations: Sequence[Sequence[Message]], *, longest: int, name: str, where: str
+    render: Render,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    longest: int,
+    name: str,
+    where: str,
+    numbers: Sequence[int],
 ) -> list[str | None]:
     """`render` of each conversation, in a process of limited time and memory; None for over `longest` characters.
 
     The process is forked: it starts in milliseconds and runs nothing but the template. Raises UserError for the first
-    conversation that it fails on, as conversation N of `where` ("data: row") and with the template's `name`.
+    conversation that it fails on, as `where` ("data: row") and its entry of `numbers`, with the template's `name`.
     """
 
     def refused(reason: str) -> UserError:
-        return UserError(f"{where} {len(texts)}: the chat template of '{name}' {reason}")
+        return UserError(f"{where} {numbers[len(texts)]}: the chat template of '{name}' {reason}")
 
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)

@@ -60,6 +60,17 @@ def kept_handlers() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
+_OF_THREADS: list[Callable[[], object]] = []
+"""The order to stop of the run in another thread than the main one, as in a notebook."""
+
+
+def interrupt_running() -> bool:
+    """Asks the run in another thread to stop, as Ctrl-C does; False where there is none."""
+    for ask in list(_OF_THREADS):
+        ask()
+    return bool(_OF_THREADS)
+
+
 class Interrupts:
     """Whether the user or a scheduler has asked the run to stop, or to save.
 
@@ -89,10 +100,18 @@ class Interrupts:
         async def handled() -> None:
             loop, task = asyncio.get_running_loop(), asyncio.current_task()
             assert task is not None
-            for number in _heeded():
-                loop.add_signal_handler(number, self._handle, number, task)
-            loop.add_signal_handler(signal.SIGUSR1, self._ask_to_save)
-            await main
+            if threading.current_thread() is threading.main_thread():
+                for number in _heeded():
+                    loop.add_signal_handler(number, self._handle, number, task)
+                loop.add_signal_handler(signal.SIGUSR1, self._ask_to_save)
+                await main
+                return
+            # Python gives signals to the main thread alone, which passes them on.
+            _OF_THREADS.append(lambda: loop.call_soon_threadsafe(self._handle, signal.SIGINT, task))
+            try:
+                await main
+            finally:
+                _OF_THREADS.clear()
 
         try:
             # The loop's end sets default handlers.

@@ -10,6 +10,7 @@ are just starting can each hold open the pipe that would tell the other of the e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -69,9 +70,17 @@ def end_orphans(driver: int, mark: str, *folders: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_marked(process: psutil.Process, mark: str) -> bool:
+def kill_marked(variable: str, mark: str) -> None:
+    """Kills every process that has inherited the environment variable with this value, in any process group."""
+    for process in psutil.process_iter():
+        if _is_marked(process, mark, variable):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def _is_marked(process: psutil.Process, mark: str, variable: str = MARK) -> bool:
     try:
-        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+        return process.environ().get(variable) == mark and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):
         return False
 

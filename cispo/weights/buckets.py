@@ -113,6 +113,12 @@ def checksum(buffer: Tensor) -> int:
     return int((rows * (2 * torch.arange(len(rows), device=rows.device) + 1)).sum())
 
 
+def tensor_checksum(tensor: Tensor) -> int:
+    """Checksum of a tensor's bytes, on its device."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return checksum(torch.nn.functional.pad(flat, (0, -len(flat) % _ROW)))
+
+
 class Source(Protocol):
     """Weights under checkpoint names, wherever they are."""
 

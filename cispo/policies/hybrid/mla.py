@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cispo.ops.sparse_attention import Index
-from cispo.policies.attention import Attention
+from cispo.policies.attention import Attention, latent_attention
 from cispo.policies.hybrid.config import IndexerConfig, MLAConfig
 from cispo.policies.layers import RMSNorm, apply_rotary
 
@@ -63,15 +63,17 @@ class MultiHeadLatentAttention(nn.Module):
             pairs = config.rotary == "pairs"
             q = torch.cat([q_nope, turn(q_rope, rotary, pairs=pairs)], -1)
             k_rope = turn(k_rope, rotary, pairs=pairs)
-        expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (config.num_heads, -1))
-        k_nope, v = expanded.split([config.nope_dim, config.value_dim], -1)
-        k = torch.cat([k_nope, k_rope.expand(-1, config.num_heads, -1)], -1)
-        if self.indexer is None:
-            attended = attention.softmax(q, k, v, config.scale)
-        else:
-            index = self.indexer(x, latent_q, rotary)
-            attended = attention.sparse_softmax(q, k, v, index, config.scale)
+        index = None if self.indexer is None else self.indexer(x, latent_q, rotary)
+        latents = self.kv_a_layernorm(latent), k_rope
+        attended = latent_attention(attention, q, latents, self._expand, config.scale, index)
         return self.o_proj(attended.flatten(1))
+
+    def _expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [n, H, nope + rope] and values [n, H, value_dim] of normed latents [n, R] and k_rope [n, 1, rope]."""
+        config = self.config
+        expanded = self.kv_b_proj(latent).unflatten(-1, (config.num_heads, -1))
+        k_nope, v = expanded.split([config.nope_dim, config.value_dim], -1)
+        return torch.cat([k_nope, k_rope.expand(-1, config.num_heads, -1)], -1), v
 
 
 class Indexer(nn.Module):

@@ -1,0 +1,74 @@
+"""Work on a token in softmax attention and outside it, from the shapes of a policy."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from cispo.ops.recurrent import RecurrentOp
+from cispo.ops.sparse_attention import Index
+from cispo.policies.loading import config_of, shape_of
+from cispo.policies.moe import Experts, Router, ScoreRouter
+from cispo.policies.policy import HFConfig, Policy
+
+
+class _Widths:
+    """An `Attention` that computes nothing, and adds up the width of a query's products with a key."""
+
+    def __init__(self) -> None:
+        self.products = 0
+
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        self.products += q.shape[1] * (q.shape[2] + v.shape[2])
+        return q.new_empty(*q.shape[:2], v.shape[2])
+
+    def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
+        # The indexer scores every key; the attention behind it reads a fixed number of them.
+        self.products += index.queries.shape[1] * index.queries.shape[2]
+        return q.new_empty(*q.shape[:2], v.shape[2])
+
+    def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
+        return torch.empty_like(inputs[min(2, op.token_inputs - 1)])
+
+
+def quadratic_length(policy: Policy) -> float:
+    """Tokens of a document on which softmax attention costs as much as all products with weights of the layers.
+
+    On L tokens: L^2 * sum of H (D + E) against L * 2 * weights that a token meets (causal; arXiv 2501.08313). Infinite
+    where no layer is quadratic. `policy` has shapes alone, and is not used afterwards.
+    """
+    for module in policy.modules():
+        if isinstance(module, Experts):
+            module.forward = _no_experts
+    token, widths = torch.zeros(1, dtype=torch.long, device="meta"), _Widths()
+    with torch.no_grad():
+        policy.attend(token, token, widths)
+    weights = _met(next(m for m in policy.modules() if isinstance(m, nn.ModuleList)))
+    return 2 * weights / widths.products if widths.products else math.inf
+
+
+def _no_experts(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    return x
+
+
+def _met(layers: nn.Module) -> float:
+    """Weights in products with one token: of the experts' those that it chooses."""
+    routers = [m for m in layers.modules() if isinstance(m, Router | ScoreRouter)]
+    chosen = max((m.top_k if isinstance(m, Router) else m.routing.top_k for m in routers), default=1)
+    return sum(p.numel() * (chosen / len(p) if p.dim() == 3 else 1) for p in layers.parameters() if p.dim() > 1)
+
+
+def quadratic_length_of(model: str | None, config: HFConfig | None) -> float:
+    """`quadratic_length` of a model folder's policy, or of a config.json's content."""
+    return _of(model, json.dumps(config, sort_keys=True))
+
+
+@cache
+def _of(model: str | None, config: str) -> float:
+    # Neither embedding nor head counts, so that any vocabulary does.
+    content = {"vocab_size": 1, **json.loads(config)} if model is None else config_of(model)
+    return quadratic_length(shape_of(content))

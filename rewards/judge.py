@@ -119,8 +119,8 @@ def _server(
     # An event loop's clients do not work on another one.
     key = (id(asyncio.get_running_loop()), base_url, per_minute, retries, request_timeout, cache)
     if key not in _SERVERS:
-        given = {"api_key": "none"} if base_url is not None and not _has_key() else {}
-        client = AsyncOpenAI(base_url=base_url, max_retries=retries, timeout=request_timeout, **given)
+        key_of_server = "none" if base_url is not None and not _has_key() else None
+        client = AsyncOpenAI(api_key=key_of_server, base_url=base_url, max_retries=retries, timeout=request_timeout)
         # Bursts of a second's worth: more at once would be refused by a provider that counts seconds.
         limiter = None if per_minute is None else AsyncLimiter(max(per_minute / 60, 1.0), max(60 / per_minute, 1.0))
         store = None

@@ -14,7 +14,7 @@ from openai import APIStatusError, AsyncOpenAI, OpenAI
 from cispo.agents.chat import Chat
 from cispo.agents.contract import Reply, ToolCall
 
-LOOK: dict[str, Any] = {
+LOOK: Any = {
     "type": "function",
     "function": {
         "name": "look",
@@ -71,6 +71,7 @@ async def sdk(base_url: str, api_key: str, messages: list[Any], turns: int) -> f
             said = answer.choices[0].message
             messages = [*messages, said.model_dump(exclude_none=True)]
             for call in said.tool_calls or []:
+                assert call.type == "function"
                 content = looked(json.loads(call.function.arguments))
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
     return float(len(messages))

@@ -68,7 +68,7 @@ def trained(turns: tuple[Turn, ...]) -> int:
     return sum(s.num_loss_tokens for s in to_samples(TrajectoryGroup(prompt=prompt(), trajectories=(t,))))
 
 
-def play(name: str, renderer: Renderer, say: Any = None, group_size: int = 1, env: Any = None, **columns: object):
+def play(name: str, renderer: Renderer, say: Any = None, group_size: int = 1, env: Any = None, **columns: Any):
     say = say or (lambda number, turn: f"r{turn}{number}")
     with playing(renderer, use=f"tests.chat_agents:{name}", **{"max_turns": 12, **(env or {})}) as episodes:
         engine = Scripted(renderer, say)
@@ -287,7 +287,7 @@ WHOLE = "go9:a0<eos>1 9:a09:a1<eos>2 9:a1"
     [("keep", 1, WHOLE), ("template", 1, WHOLE), ("drop", 3, "goa0<eos>1 9:a0a1<eos>2 9:a1")],
 )
 def test_environments_think_too(renderer: Renderer, thinking: str, segments: int, last: str):
-    env = {
+    env: dict[str, Any] = {
         "use": "tests.agent_code:Counter",
         "thinking": thinking,
         "tool_parser": "tests.test_agents_chat:parse_marked",
@@ -440,7 +440,7 @@ def test_a_run_whose_agent_is_killed_is_the_undisturbed_run(tmp_path: Path, monk
     """An agent's process dies in a turn, and the run is ended and resumed after: bit for bit as if nothing had been."""
     monkeypatch.chdir(ROOT)
 
-    def run(folder: str, *all_steps: int) -> dict[str, object]:
+    def run(folder: str, *all_steps: int) -> dict[str, Any]:
         agent = ["env.use=tests.chat_agents:chase", f"env.args={{crashed: '{tmp_path / folder}.crashed', turn: 2}}"]
         for steps in all_steps:
             keys = [*KEYS, *TURNS, *agent, f"output_dir={tmp_path / folder}", f"train.steps={steps}", "eval.limit=2"]

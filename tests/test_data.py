@@ -91,7 +91,7 @@ def test_lines_end_in_any_way_and_blank_ones_do_not_count(tmp_path: Path) -> Non
 
 def test_a_file_that_changes_later_changes_no_row(tmp_path: Path) -> None:
     for suffix in (".jsonl", ".parquet"):
-        found = load(table(tmp_path, [{"a": "x"}] * 3, suffix))
+        found = load(table(tmp_path, [dict[str, object](a="x")] * 3, suffix))
         table(tmp_path, [{"a": "yy"}], suffix)
         assert found == [{"a": "x"}] * 3
 

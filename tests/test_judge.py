@@ -16,13 +16,13 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from cispo.rewards.judge import judge
-from cispo.rewards.model import classifier
 from openai import NotFoundError
 
 from cispo.rollout.renderer import load_tokenizer
 from cispo.rollout.rewards import Attempts, RewardFunction, RewardRunner, Score
 from cispo.types import Prompt
+from rewards.judge import judge
+from rewards.model import classifier
 
 CHARS = Path(__file__).parents[1] / "recipes" / "tokenizers" / "chars"
 
@@ -161,10 +161,10 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=32,
         max_position_embeddings=64,
         initializer_range=0.2,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=int(str(tokenizer.pad_token_id)),
+        eos_token_id=int(str(tokenizer.eos_token_id)),
     )
+    config.num_labels = 1
     Qwen3ForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -225,8 +225,7 @@ class Vllm:
 @pytest.mark.slow
 def test_a_sequence_classifier_of_vllm(reward_model: Path) -> None:
     with Vllm(reward_model, "--runner", "pooling") as url:
-        args = {"model": str(reward_model), "base_url": url}
-        (group,) = score("rewards.model:classifier", [attempts(TEXTS)], **args)
+        (group,) = score("rewards.model:classifier", [attempts(TEXTS)], model=str(reward_model), base_url=url)
     assert group is not None and [s.total for s in group] == pytest.approx(expected(reward_model), abs=1e-4)
 
 
@@ -246,7 +245,7 @@ def test_the_judge_asks_a_server_of_vllm(tmp_path: Path) -> None:
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=int(str(tokenizer.eos_token_id)),
     )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

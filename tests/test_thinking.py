@@ -96,8 +96,14 @@ def test_keep_appends_under_every_template(marked: Renderer, kind: Kind, data: s
     """prompt(k+1) = prompt(k) + completion(k) + the template's own text behind the end that was sampled."""
     tokenizer = marked.tokenizer
     tokenizer.chat_template = kind.template
+
+    def id_of(token: str) -> int:
+        found = tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(found, int)
+        return found
+
     renderer = Renderer(tokenizer)
-    renderer.eos_ids = tuple(tokenizer.convert_tokens_to_ids(kind.stops))
+    renderer.eos_ids = tuple(map(id_of, kind.stops))
     ledger = Ledger(renderer)
     messages: list[Message] = [{"role": "user", "content": data.draw(LETTERS)}]
     place = ledger.place(messages)
@@ -107,7 +113,7 @@ def test_keep_appends_under_every_template(marked: Renderer, kind: Kind, data: s
         start = "" if kind.opened else "<think>\n"
         text = f"{start}{thought}\n</think>\n\n{content}" if thought or kind.opened else content
         stop = data.draw(st.sampled_from(kind.stops))
-        ids = (*renderer.encode_text(text), *tokenizer.convert_tokens_to_ids([stop]))
+        ids = (*renderer.encode_text(text), id_of(stop))
         said = Completion(
             token_ids=ids, logprobs=(-1.0,) * len(ids), finish_reason=FinishReason.STOP, versions=(1,) * len(ids)
         )
@@ -117,7 +123,7 @@ def test_keep_appends_under_every_template(marked: Renderer, kind: Kind, data: s
         messages = [*messages, {"role": "assistant", "content": reply.content}, observed]
         following = ledger.place(messages)
         assert following.ids[: len(place.ids) + len(ids)] == (*place.ids, *ids)
-        written = tokenizer.decode(following.ids[len(place.ids) + len(ids) :], skip_special_tokens=False)
+        written = tokenizer.decode(list(following.ids[len(place.ids) + len(ids) :]), skip_special_tokens=False)
         assert written == kind.between(stop, observed)
         place = following
     assert len(ledger.segments()) == 1

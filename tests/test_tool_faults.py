@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -63,7 +64,7 @@ def played(trials: ModuleType, kinds: list[str], size: int) -> list[Trajectory]:
 def test_a_request_that_a_stuck_process_does_not_read(trials: ModuleType):
     """It fills the socket while a loop in C holds the lock: the loop ends by its time, and another process answers."""
 
-    async def ask() -> list[object]:
+    async def ask() -> Sequence[object]:
         with contextlib.closing(
             pool_of(["tool_faults:count", "tool_faults:broken"], {}, "env.tools", timeout=1.0, workers=1)
         ) as pool:

@@ -173,7 +173,7 @@ def records(log: bytes) -> Iterator[bytes]:
 @pytest.mark.slow
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "run"
@@ -185,7 +185,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, configs, group = [], {}, set()
     for file in files:
         for data in records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
             record.ParseFromString(data)
             group |= {record.run.run_group} if record.HasField("run") else set()
             configs |= {item.key: item.value_json for item in record.config.update}

@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1,
         max_position_embeddings=64,
         initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=int(str(tokenizer.eos_token_id)),
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

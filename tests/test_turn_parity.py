@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def on_torch(folder: Path) -> Iterator[ServedEngine]:
     yield ServedEngine(TorchEngine(str(folder), dtype="float32", max_context=CONTEXT, max_sequences=12))
 
 
-def on_vllm(*, caching: bool, **engine_args: int) -> Opening:
+def on_vllm(*, caching: bool, **engine_args: Any) -> Opening:
     return lambda folder: running(folder, enable_prefix_caching=caching, **engine_args)
 
 

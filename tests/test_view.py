@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -90,7 +91,10 @@ def trained(limit: int, *, epochs: int = 2) -> TokenRecorder:
             stats: list[TokenStats | None] = []
             for own in batches:
                 ids = torch.cat([mb.targets[mb.loss_index] for mb in own]).float()
-                rest = {"rollout_logprobs": -ids / 100, "versions": torch.ones(len(ids), dtype=torch.int32)}
+                rest: dict[str, Any] = {
+                    "rollout_logprobs": -ids / 100,
+                    "versions": torch.ones(len(ids), dtype=torch.int32),
+                }
                 stats.append(
                     TokenStats(
                         targets=ids.long(), logprobs=-ids / 50, advantages=ids - 20, ratio=ids / 20 + update,
@@ -144,8 +148,9 @@ def test_the_file_has_lists_with_null_for_the_others(tmp_path: Path):
 
 
 def test_flags_are_those_of_ppos_clip():
-    ratio, advantage = np.float32([1.3, 1.3, 0.7, 0.7, 1.1, 2.0]), np.float32([1, -1, 1, -1, 1, 1])
-    weight = np.float32([1.3, 1.3, 0.7, 0.7, 1.1, 0])
+    ratio, advantage, weight = np.array(
+        [[1.3, 1.3, 0.7, 0.7, 1.1, 2.0], [1, -1, 1, -1, 1, 1], [1.3, 1.3, 0.7, 0.7, 1.1, 0]], dtype=np.float32
+    )
     flags = token_flags({"ratio": ratio, "advantage": advantage, "weight": weight}, 6)
     both = PPO_DROPS | KEPT
     assert flags.tolist() == [both, KEPT, KEPT, both, KEPT, PPO_DROPS | DROPPED]

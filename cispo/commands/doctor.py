@@ -132,9 +132,9 @@ def _parity(console: Console, recipe: Recipe, checkpoint: str | None, *, explain
     if source is None:
         raise UserError("the recipe has no data: section to take prompts for the parity check from")
     key = "data" if not sets else "eval.0" if isinstance(recipe.eval, list) else "eval"
-    found = prompts_of(source, key, renderer, recipe)
-    long = set(found.too_long)
-    prompts = [prompt for prompt in found[: 64 + len(long)] if prompt.id not in long][:64]
+    loaded = prompts_of(source, key, renderer, recipe)
+    long = set(loaded.too_long)
+    prompts = [prompt for prompt in loaded[: 64 + len(long)] if prompt.id not in long][:64]
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         policy = checkpoint or policy_folder(recipe, renderer, Path(temporary))
         policy = stack.enter_context(merged_folder(policy, recipe.policy.dtype))

@@ -170,17 +170,17 @@ def _log_table(name: str, tracker: GeneralTracker, step: Step) -> None:
     if own is not None:
         own("samples", columns=columns, data=rows, step=step.step)
     elif name == "trackio":
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         tracker.log({"samples": trackio.Table(columns=columns, data=rows)}, step=step.step)
     elif name == "mlflow":
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         mlflow.log_table(
             {c: [row[i] for row in rows] for i, c in enumerate(columns)}, f"samples/step_{step.step:06d}.json"
         )
     elif name == "swanlab":
-        import swanlab
+        import swanlab  # pyright: ignore[reportMissingImports]
 
         table = swanlab.echarts.Table()
         table.add(columns, rows)

@@ -186,7 +186,7 @@ def load_function(path: str, args: Mapping[str, object], key: str) -> Function:
         columns=None if rest else frozenset(columns),
         required=frozenset(n for n in columns if parameters[n].default is inspect.Parameter.empty),
         lists=lists,
-        facts=facts,
+        facts=frozenset(facts),
         code=_hash_of_code(call),
         shipped=_is_shipped(call),
     )

@@ -101,6 +101,7 @@ class ArrowRows(Table):
         try:
             # By batches: a row alone takes datasets 20 microseconds.
             for batch in self._dataset.iter(_BATCH):
+                assert isinstance(batch, dict)
                 for values in zip(*batch.values(), strict=True):
                     yield dict(zip(batch, values, strict=True))
         # The decoding of a column is its type's code.

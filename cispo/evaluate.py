@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from cispo.algorithms.advantages import reaches
 from cispo.errors import UserError
-from cispo.estimates import Share, maj_at_k, share_of
 from cispo.metrics import pass_at_k
+from cispo.output.estimates import Share, maj_at_k, share_of
 from cispo.recipe.held_out import held_out_of, passes, prefix_of, samples_of, votes
 from cispo.recipe.schema import Eval, Recipe
 from cispo.rollout.prompts import Prompts, Say, prompts_of, warn

@@ -139,9 +139,7 @@ def test_a_shipped_recipe_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     recipe = load_recipe("quickstart", ["seed=3"])
     assert recipe.seed == 3 and Path(recipe.policy.tokenizer or "").is_dir()
     assert load_recipe(write(tmp_path, "base: quickstart\nname: mine\n")).policy == recipe.policy
-    with pytest.raises(
-        UserError, match="recipe quick does not exist; the shipped recipes are chase, compare, compare_quick, "
-    ):
+    with pytest.raises(UserError, match="recipe quick does not exist; the shipped recipes are chase, code, compare, "):
         load_recipe("quick")
     (tmp_path / "quickstart").write_text(MINIMAL + "name: nearer\n")
     assert load_recipe("quickstart").name == "nearer"

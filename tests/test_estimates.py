@@ -10,8 +10,8 @@ from itertools import combinations
 import pytest
 from scipy.stats import binomtest, ttest_1samp
 
-from cispo.estimates import maj_at_k, share_of
 from cispo.metrics import pass_at_k
+from cispo.output.estimates import maj_at_k, share_of
 from cispo.recipe.held_out import passes, votes
 
 

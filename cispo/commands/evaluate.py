@@ -16,9 +16,9 @@ from rich.table import Table
 
 from cispo.agents.episodes import Episodes, episodes_of
 from cispo.errors import UserError
-from cispo.estimates import Share
 from cispo.evaluate import HeldOut, evaluate_set, gaps, held_out_sets, measures
 from cispo.output.checkpoint import CheckpointFolder, step_of
+from cispo.output.estimates import Share
 from cispo.output.evaluation import Measured, evaluation_table, write_evaluation
 from cispo.output.screen import new_console, visible
 from cispo.recipe.load import load_recipe, need

@@ -43,5 +43,8 @@ class _Package(ModuleType):
     show = _of_api("show")
     export = _of_api("export")
 
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
 
 sys.modules[__name__].__class__ = _Package

@@ -262,7 +262,7 @@ def main() -> None:
 
     spare_writers()
     heed_signals()
-    app()
+    app(prog_name="cispo")
 
 
 if __name__ == "__main__":

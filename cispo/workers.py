@@ -113,12 +113,12 @@ class Workers:
         for index, home in enumerate(homes):
             assert home.engine is not None
             parts.setdefault((home.engine, home.cache), []).append(index)
-        answers = await asyncio.gather(
-            *(
-                self._sample(engine, [prompts[i] for i in index], sampling, seed_of(seed, engine), cache)
-                for (engine, cache), index in parts.items()
-            )
-        )
+        calls = [
+            self._sample(engine, [prompts[i] for i in index], sampling, seed_of(seed, engine), cache)
+            for (engine, cache), index in parts.items()
+        ]
+        # Without a task of its own, so that a single call counts as load before the next one looks.
+        answers = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
         found = {
             i: c
             for index, answer in zip(parts.values(), answers, strict=True)

@@ -91,7 +91,10 @@ def test_a_recipe_by_name(scripts: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "quickstart" / "checkpoints" / "step_000001" / "model.safetensors").exists()
     unknown = run(scripts / "cispo", "show", "quickstar", cwd=tmp_path)
     assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
-    assert "recipe quickstar does not exist; the shipped recipes are chase, compare, compare_quick," in unknown.stderr
+    assert (
+        "recipe quickstar does not exist; the shipped recipes are chase, code, compare, compare_quick,"
+        in unknown.stderr
+    )
 
 
 LOOKUP = """

@@ -333,7 +333,7 @@ class RewardRunner:
         }
         prompt = _prompt_of(group.prompt) if any(self._signatures[i].lists for i in functions) else None
         asked = any(self._signatures[i].facts for i in functions)
-        facts = pickle.dumps([dict(own) for own in group.facts]) if asked else b""
+        facts = pickle.dumps([dict(own) for own in group.facts]) if asked and group.facts else b""
         attempt = Attempt(tuple(group.completions), _pickled(columns, prompt, group.prompt.id), facts)
         return Job(next(self._job_ids), group.prompt.id, tuple(functions), attempt)
 

@@ -7,5 +7,5 @@ export OMP_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
-# Most tests that take long wait for processes to start: two at a time, the tests of a file one after the other.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Most tests that take long wait for processes to start: three at a time, the tests of a file one after the other.
+exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

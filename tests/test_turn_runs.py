@@ -39,7 +39,7 @@ def test_a_run_killed_at_any_turn_is_the_same_run(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(ROOT)
     mark = tmp_path / "kill"
     own = ["env.use=tests.agent_code:ChaseThatKills", "sft.steps=60", "sft.batch_size=64", "sft.lr=3e-3"]
-    own += ["train.eval_every=4", "train.save_every=2"]
+    own += ["train.eval_every=2", "train.save_every=2"]  # the part of two steps evaluates at its end
 
     def arguments(folder: Path, turn: int, steps: int) -> list[str]:
         return keys(folder, *own, f"env.args={{turn: {turn}, mark: {mark}}}", f"train.steps={steps}")

@@ -140,15 +140,15 @@ class SleepyChase(Chase):
 
 
 class ChaseThatKills(Chase):
-    """Kills the driver once: at its attempt's reply number `turn`, after the first training step."""
+    """Kills the driver once: at its attempt's reply whose number stands in the file `mark`."""
 
-    def __init__(self, table: str, turn: int, mark: str) -> None:
+    def __init__(self, table: str, mark: str) -> None:
         super().__init__(table)
-        self.turn, self.mark, self.said = turn, Path(mark), 0
+        self.mark, self.said = Path(mark), 0
 
     def step(self, reply: Reply) -> Step | None:
         self.said += 1
-        if self.said == self.turn and self.mark.with_suffix(".armed").exists():
-            self.mark.with_suffix(".armed").unlink()
+        if self.mark.exists() and self.mark.read_text() == str(self.said):
+            self.mark.unlink()
             os.kill(os.getppid(), signal.SIGKILL)
         return super().step(reply)

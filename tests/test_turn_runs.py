@@ -41,19 +41,19 @@ def test_a_run_killed_at_any_turn_is_the_same_run(tmp_path: Path, monkeypatch: p
     own = ["env.use=tests.agent_code:ChaseThatKills", "sft.steps=60", "sft.batch_size=64", "sft.lr=3e-3"]
     own += ["train.eval_every=2", "train.save_every=2"]  # the part of two steps evaluates at its end
 
-    def arguments(folder: Path, turn: int, steps: int) -> list[str]:
-        return keys(folder, *own, f"env.args={{turn: {turn}, mark: {mark}}}", f"train.steps={steps}")
+    def arguments(folder: Path, steps: int) -> list[str]:
+        return keys(folder, *own, f"env.args={{mark: {mark}}}", f"train.steps={steps}")
 
     whole, begun = tmp_path / "whole", tmp_path / "begun"
-    train(QUICKSTART, arguments(whole, 1, 4), resume=False)
-    train(QUICKSTART, arguments(begun, 1, 2), resume=False)
+    train(QUICKSTART, arguments(whole, 4), resume=False)
+    train(QUICKSTART, arguments(begun, 2), resume=False)
     undisturbed = FAULTS.state_of(whole / "quickstart")
     assert undisturbed["metrics"][-1]["agent/turns_max"] >= LAST, "every turn is met"
     for turn in range(1, LAST + 1):
         killed = tmp_path / f"killed_{turn}"
         shutil.copytree(begun, killed)
-        mark.with_suffix(".armed").touch()
-        command = [sys.executable, "-m", "cispo.cli", "train", str(QUICKSTART), *arguments(killed, turn, 4), "--resume"]
+        mark.write_text(str(turn))
+        command = [sys.executable, "-m", "cispo.cli", "train", str(QUICKSTART), *arguments(killed, 4), "--resume"]
         first = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
         assert first.returncode == -9, first.stdout + first.stderr
         again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cispo.errors import RunError, UserError
-from cispo.runtime.actors import Handle, LocalRuntime, Runtime
+from cispo.errors import ProcessDied, RunError, UserError
+from cispo.runtime.actors import Handle, LocalRuntime, Runtime, _RayHandle
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,3 +85,17 @@ check(RayRuntime(processes=1, activity=Activity()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_ray_ends_for_memory_is_one_sentence():
+    """Ray's error is no RayActorError, and its text lists the processes of the machine."""
+    from ray.exceptions import OutOfMemoryError
+
+    async def ended() -> object:
+        raise OutOfMemoryError("Task was killed due to the node running low on memory.\nPID\tMEM\n1\t9 GB")
+
+    handle = object.__new__(_RayHandle)
+    handle.name = "learner-0"
+    sentence = r"^the process of learner-0 ended unexpectedly \(Ray ended it because the machine has no memory left\)$"
+    with pytest.raises(ProcessDied, match=sentence):
+        asyncio.run(handle.wait(ended()))

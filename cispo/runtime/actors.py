@@ -272,7 +272,7 @@ class _RayHandle:
 
     async def wait(self, reference: Awaitable[object]) -> object:
         """The result of a call; raises the errors that `Handle.call` names."""
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         try:
             return await reference
@@ -287,6 +287,10 @@ class _RayHandle:
             detail = re.search(r"Worker exit detail: (.*?\.)(?:\s|$)", " ".join(str(error).split()))
             reason = f" ({detail[1]})" if detail else ""
             raise ProcessDied(f"the process of {self.name} ended unexpectedly{reason}") from None
+        except OutOfMemoryError:
+            # Not an error of actors to Ray, and its text is a page that lists the machine's processes.
+            reason = "Ray ended it because the machine has no memory left"
+            raise ProcessDied(f"the process of {self.name} ended unexpectedly ({reason})") from None
 
 
 class RayRuntime:

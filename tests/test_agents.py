@@ -11,7 +11,8 @@ import pytest
 from cispo.agents.contract import Reply, Step, ToolCall
 from cispo.agents.environment import BadStep, Identity, Session, open_session, rewards_of, used_tools
 from cispo.agents.parsing import compact, parser_of
-from cispo.agents.session_process import RemoteSession, SessionError, SessionPool, pool_of
+from cispo.agents.session_pool import RemoteSession, SessionPool, pool_of
+from cispo.agents.session_process import SessionError
 from cispo.agents.tools import tool_of
 from cispo.errors import UserError
 from tests import agent_code

@@ -11,7 +11,7 @@ import pytest
 from cispo.agents.contract import Reply, Step, ToolCall
 from cispo.agents.environment import Identity
 from cispo.agents.mcp_servers import McpServer
-from cispo.agents.session_process import RemoteSession, SessionPool, pool_of
+from cispo.agents.session_pool import RemoteSession, SessionPool, pool_of
 from cispo.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,8 @@ import pytest
 
 from cispo.agents.contract import Reply, Status, Step, ToolCall
 from cispo.agents.environment import Identity
-from cispo.agents.session_process import SessionError, pool_of
+from cispo.agents.session_pool import pool_of
+from cispo.agents.session_process import SessionError
 from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.types import Completion, Prompt, Sampling, Trajectory
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cispo.agents.contract import Reply, Step, ToolCall
 from cispo.agents.environment import Identity, Session, open_session, used_tools
-from cispo.agents.session_process import pool_of
+from cispo.agents.session_pool import pool_of
 from cispo.agents.tools import ToolError
 from cispo.errors import UserError
 from cispo.tools.calculator import calculator

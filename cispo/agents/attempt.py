@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cispo.agents.contract import Reply, Status
 from cispo.agents.conversations import Conversations
 from cispo.agents.ledger import Ledger, Place
-from cispo.agents.session_process import RemoteSession
+from cispo.agents.session_pool import RemoteSession
 from cispo.types import Completion, Message, Prompt, Turn
 
 

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 from cispo.agents.contract import Reply, Status
 from cispo.agents.tools import tool_of
@@ -105,14 +105,35 @@ def error_of(error: Exception) -> Literal["context", "turns", "refused"]:
 Send = Callable[[tuple[Ask, ...]], None]
 
 
-class AgentChat:
+_Open = TypeVar("_Open", asyncio.Future[Told], Future[Told])
+
+
+class _Requests(Generic[_Open]):
+    """Requests of one agent that wait for their answers."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._open: dict[int, _Open] = {}
+        self._numbers = itertools.count()
+
+    def tell(self, answers: Sequence[Told]) -> None:
+        for told in answers:
+            waiting = self._open.get(told.number)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(told)
+
+    def end(self) -> None:
+        """Ends all requests that are open."""
+        self.tell([Told(number, None, "ended", "the attempt is over") for number in list(self._open)])
+
+
+class AgentChat(_Requests[asyncio.Future[Told]]):
     """`Chat` of an agent whose event loop runs in a thread of its own."""
 
     def __init__(self, send: Send, loop: asyncio.AbstractEventLoop) -> None:
-        self._send, self._loop = send, loop
-        self._open: dict[int, asyncio.Future[Told]] = {}
+        super().__init__(send)
+        self._loop = loop
         self._unsent: list[Ask] = []
-        self._numbers = itertools.count()
 
     async def __call__(
         self, messages: Sequence[Message], *, tools: Sequence[ToolLike] = (), max_tokens: int | None = None
@@ -134,26 +155,11 @@ class AgentChat:
 
     def tell(self, answers: Sequence[Told]) -> None:
         """Delivers answers, those of one frame in one step; called from any thread."""
-        self._loop.call_soon_threadsafe(self._deliver, answers)
-
-    def _deliver(self, answers: Sequence[Told]) -> None:
-        for told in answers:
-            waiting = self._open.get(told.number)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(told)
-
-    def end(self) -> None:
-        """Ends all requests that are open."""
-        self.tell([Told(number, None, "ended", "the attempt is over") for number in list(self._open)])
+        self._loop.call_soon_threadsafe(super().tell, answers)
 
 
-class PlainChat:
+class PlainChat(_Requests[Future[Told]]):
     """The same for an agent that is a plain function: a call blocks."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._open: dict[int, Future[Told]] = {}
-        self._numbers = itertools.count()
 
     def __call__(
         self, messages: Sequence[Message], *, tools: Sequence[ToolLike] = (), max_tokens: int | None = None
@@ -165,16 +171,6 @@ class PlainChat:
             return waiting.result().result()
         finally:
             self._open.pop(ask.number, None)
-
-    def tell(self, answers: Sequence[Told]) -> None:
-        for told in answers:
-            waiting = self._open.get(told.number)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(told)
-
-    def end(self) -> None:
-        """Ends the request that is open."""
-        self.tell([Told(number, None, "ended", "the attempt is over") for number in list(self._open)])
 
 
 def ask_of(number: int, messages: Sequence[Message], tools: Sequence[ToolLike], max_tokens: int | None) -> Ask:

@@ -20,7 +20,8 @@ from cispo.agents.conversations import Conversations, Limits, Listener
 from cispo.agents.environment import Identity, Observation, rewards_of
 from cispo.agents.ledger import Ledger, begin
 from cispo.agents.rounds import Apart, Rounds, Sampler
-from cispo.agents.session_process import SessionError, SessionPool, pool_of
+from cispo.agents.session_pool import SessionPool, pool_of
+from cispo.agents.session_process import SessionError
 from cispo.errors import UserError
 from cispo.recipe.schema import Env, Recipe
 from cispo.rollout.prompts import distinct

@@ -26,15 +26,13 @@ from cispo.learner.experts import mark_shares, split_experts
 from cispo.learner.memory import layers_of
 from cispo.learner.parallel import Mesh
 from cispo.learner.rows import Rows, WidthShare, expert_range, extent, is_split, own_part, row_range, rows_of
+from cispo.ops.collectives import ALL_GATHER
 from cispo.policies.loading import WeightSlice, local_folder, policy_without_weights, weight_slices
 from cispo.policies.lora import adapt
 from cispo.policies.policy import Place, Policy
 from cispo.policies.value import ValueModel
 from cispo.recipe.schema import Lora
 from cispo.weights.buckets import Slot
-
-# The name from torch 2.13 on, else the one before.
-_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def sharded_policy(
@@ -275,7 +273,7 @@ class ShardedWeights:
             flat[low - start : high - start].copy_(rows.values.view(-1)[low - offset : high - offset])
         count, world = rows.shape[0], self.mesh.world
         if rows.share is None and stop - start == count * rows.width and count % world == 0:
-            return [_Pending(_GATHER(flat, flat[low - start : high - start], async_op=True))]
+            return [_Pending(ALL_GATHER(flat, flat[low - start : high - start], async_op=True))]
         # One expert's part, or rows that the ranks do not divide: each owner sends its own.
         works = []
         for rank in range(world):

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from cispo.ops.autograd import Context
 
 # The names from torch 2.13 on, else those before.
-_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
@@ -44,7 +44,7 @@ class Pending:
     def gather(self, x: Tensor, group: Group) -> Tensor:
         """Starts to fill the returned [size * n, ...] with x [n, ...] of each rank, in order."""
         self._given, self._result = x.contiguous(), x.new_empty(group.size * len(x), *x.shape[1:])
-        self._work = _GATHER(self._result, self._given, group=group.processes, async_op=True)
+        self._work = ALL_GATHER(self._result, self._given, group=group.processes, async_op=True)
         return self._result
 
     def reduce(self, x: Tensor, group: Group) -> None:

@@ -18,10 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cispo.ops.autograd import Context
-from cispo.ops.collectives import Counts, Group, exchange
-
-# The name from torch 2.13 on, else the one before.
-_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+from cispo.ops.collectives import ALL_GATHER, Counts, Group, exchange
 
 
 class _RowsContext(Context, Protocol):
@@ -75,7 +72,7 @@ def exchange_rows(x: Tensor, sent: Sequence[int], received: Sequence[int], group
 def gather_counts(counts: Tensor, group: Group) -> Tensor:
     """counts [n] of every rank to [size, n], without gradient."""
     whole = counts.new_empty(group.size * len(counts))
-    _GATHER(whole, counts, group=group.processes)
+    ALL_GATHER(whole, counts, group=group.processes)
     return whole.view(group.size, -1)
 
 
@@ -83,13 +80,13 @@ def _gathered(x: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
     most = max(*sizes, 1)
     if min(sizes) == most:
         whole = x.new_empty(sum(sizes), *x.shape[1:])
-        _GATHER(whole, x.contiguous(), group=group.processes)
+        ALL_GATHER(whole, x.contiguous(), group=group.processes)
         return whole
     # gloo takes no uneven parts: shorter ones are padded.
     padded = x.new_zeros(most, *x.shape[1:])
     padded[: len(x)] = x
     whole = x.new_empty(len(sizes) * most, *x.shape[1:])
-    _GATHER(whole, padded, group=group.processes)
+    ALL_GATHER(whole, padded, group=group.processes)
     return torch.cat([part[:size] for part, size in zip(whole.split(most), sizes, strict=True)])
 
 

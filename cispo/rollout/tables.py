@@ -8,6 +8,7 @@ A million rows of 300 bytes take 0.3 GB in either form, as dicts several times t
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
@@ -27,17 +28,17 @@ _BATCH = 1000
 class Table(Sequence[Row]):
     """Rows that are made when they are used; equal to any sequence of equal rows."""
 
+    @abstractmethod
     def row(self, index: int) -> Row:
         """The row at an index from 0 on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kinds(self) -> list[int]:
         """Positions of rows that show, between them, every set of columns, and null in every column that has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, start: int, stop: int) -> Table:
         """The rows of a range."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> Row: ...

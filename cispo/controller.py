@@ -21,7 +21,8 @@ from cispo.agents.episodes import Episodes
 from cispo.algorithms import Algorithm
 from cispo.algorithms.choice import overlong_buffer_of
 from cispo.algorithms.dropped_tokens import DroppedTokens
-from cispo.batch import informative, minibatches, pack_for, to_samples, unpack, with_advantages
+from cispo.batch.packing import pack_for, unpack
+from cispo.batch.samples import informative, minibatches, to_samples, with_advantages
 from cispo.buffer import Buffer
 from cispo.errors import Diverged
 from cispo.evaluate import HeldOut, evaluate_set, gaps, num_judged, num_right

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cispo.algorithms.advantages import is_constant, reaches
 from cispo.algorithms.dropped_tokens import would_drop
-from cispo.batch import informative
+from cispo.batch.samples import informative
 from cispo.learner.critic import CriticResult
 from cispo.learner.learner import UpdateResult
 from cispo.recipe.schema import Recipe

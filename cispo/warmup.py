@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cispo.algorithms.losses import NegativeLogLikelihood
 from cispo.algorithms.objective import Objective
-from cispo.batch import demonstration, pack_for
+from cispo.batch.packing import pack_for
+from cispo.batch.samples import demonstration
 from cispo.errors import UserError
 from cispo.learner.optim import learning_rate
 from cispo.output.folder import RunLog

@@ -115,7 +115,7 @@ def documents(work: Work) -> Any:
     """[ranks][micro-batches] of `world` documents, one a micro-batch."""
     import torch
 
-    from cispo.batch import pack
+    from cispo.batch.packing import pack
     from cispo.types import Sample
 
     generator = torch.Generator().manual_seed(0)

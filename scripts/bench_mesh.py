@@ -83,7 +83,7 @@ def batches(work: Work, axes: Axes, ranks: int) -> Any:
     """[ranks][micro-batches] of ragged samples, the longest split over cp, each token with experts drawn for it."""
     import torch
 
-    from cispo.batch import pack
+    from cispo.batch.packing import pack
     from cispo.policies.loading import shape_of
     from cispo.policies.replay import choices_of, routers_of
     from cispo.types import Sample

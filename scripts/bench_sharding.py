@@ -231,7 +231,7 @@ def batch(work: Work) -> Any:
     """[ranks][micro-batches] of equal sizes."""
     import torch
 
-    from cispo.batch import pack
+    from cispo.batch.packing import pack
     from cispo.types import Sample
 
     generator = torch.Generator().manual_seed(0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from cispo.algorithms import ALGORITHMS
 from cispo.algorithms.losses import Cispo
 from cispo.algorithms.objective import Objective
-from cispo.batch import pack
+from cispo.batch.packing import pack
 from cispo.learner import critic as critic_module
 from cispo.learner import learner as learner_module
 from cispo.learner import parallel

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cispo.batch import pack
+from cispo.batch.packing import pack
 from cispo.learner import critic as critic_module
 from cispo.learner import learner as learner_module
 from cispo.learner import parallel

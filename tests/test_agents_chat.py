@@ -15,7 +15,8 @@ from cispo.agents.contract import Reply
 from cispo.agents.episodes import episodes_of
 from cispo.agents.ledger import Ledger, reply_message
 from cispo.agents.parsing import compact
-from cispo.batch import pack, to_samples
+from cispo.batch.packing import pack
+from cispo.batch.samples import to_samples
 from cispo.commands.train import train
 from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine

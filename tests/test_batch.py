@@ -9,7 +9,7 @@ import torch
 
 from cispo.algorithms import ALGORITHMS
 from cispo.algorithms.choice import resolve
-from cispo.batch import informative, minibatches, to_samples, token_rewards, with_advantages
+from cispo.batch.samples import informative, minibatches, to_samples, token_rewards, with_advantages
 from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cispo.batch import pack_for, unpack
+from cispo.batch.packing import pack_for, unpack
 from cispo.commands.readings import by_sample
 from cispo.learner.learner import Learner
 from cispo.policies.costs import quadratic_length

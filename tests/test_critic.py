@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cispo.batch import pack, unpack
+from cispo.batch.packing import pack, unpack
 from cispo.learner.critic import Critic
 from cispo.policies.loading import init_policy, load_policy, save_policy
 from cispo.recipe.schema import Critic as CriticConfig

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cispo.algorithms import ALGORITHMS
 from cispo.algorithms.choice import resolve
-from cispo.batch import informative
+from cispo.batch.samples import informative
 from cispo.controller import Controller
 from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter
 from cispo.output.folder import RunLog

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cispo.agents.episodes import Episodes, episodes_of
-from cispo.batch import pack, to_samples
+from cispo.batch.packing import pack
+from cispo.batch.samples import to_samples
 from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.errors import UserError

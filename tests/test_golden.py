@@ -29,7 +29,7 @@ from cispo.algorithms.losses import (
     value_loss,
 )
 from cispo.algorithms.objective import Objective
-from cispo.batch import reduction_weights
+from cispo.batch.packing import reduction_weights
 from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.rollout.rollout import overlong_penalty
 from cispo.types import LossInputs, Sample

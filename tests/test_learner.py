@@ -18,7 +18,8 @@ from torch import Tensor
 from cispo.algorithms import Reduction
 from cispo.algorithms.losses import Cispo, ClippedSurrogate, NegativeLogLikelihood
 from cispo.algorithms.objective import Objective
-from cispo.batch import demonstration, pack, unpack
+from cispo.batch.packing import pack, unpack
+from cispo.batch.samples import demonstration
 from cispo.errors import UserError
 from cispo.learner.critic import Critic
 from cispo.learner.handle import CriticHandle, LearnerHandle, RankHandle

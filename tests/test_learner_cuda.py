@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cispo.algorithms.losses import Cispo, ClippedSurrogate, Gspo, LossOutput
 from cispo.algorithms.objective import Objective
-from cispo.batch import pack
+from cispo.batch.packing import pack
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.loss import micro_batch_loss
 from cispo.learner.optim import Optimizer

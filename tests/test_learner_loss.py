@@ -22,7 +22,7 @@ from cispo.algorithms.losses import (
 )
 from cispo.algorithms.objective import Objective
 from cispo.algorithms.presets import PRESETS
-from cispo.batch import pack
+from cispo.batch.packing import pack
 from cispo.learner.learner import Learner
 from cispo.policies.loading import init_policy, save_policy
 from cispo.recipe.schema import Learner as LearnerConfig

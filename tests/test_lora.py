@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cispo.batch import pack
+from cispo.batch.packing import pack
 from cispo.commands.export import export
 from cispo.commands.train import train
 from cispo.errors import UserError

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cispo.algorithms import Reduction
-from cispo.batch import demonstration, pack, reduction_weights, to_samples, unpack
+from cispo.batch.packing import pack, reduction_weights, unpack
+from cispo.batch.samples import demonstration, to_samples
 from cispo.types import Completion, FinishReason, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
 
 

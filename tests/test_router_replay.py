@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cispo.algorithms.losses import Cispo
 from cispo.algorithms.objective import Objective
-from cispo.batch import pack, to_samples
+from cispo.batch.packing import pack
+from cispo.batch.samples import to_samples
 from cispo.engines.drafts import start_drafts
 from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cispo.algorithms import ALGORITHMS, Algorithm
 from cispo.algorithms.presets import PRESETS
-from cispo.batch import pack
+from cispo.batch.packing import pack
 from cispo.errors import RunError, UserError
 from cispo.files import save_tensors, write_json
 from cispo.learner.learner import Learner

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cispo.agents.episodes import episodes_of
-from cispo.batch import to_samples
+from cispo.batch.samples import to_samples
 from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.policies.loading import init_policy, save_policy

@@ -11,7 +11,8 @@ import torch
 from cispo.algorithms import ALGORITHMS, Reduction
 from cispo.algorithms.advantages import RewardToGo, TokenRewards, TurnToGo
 from cispo.algorithms.choice import resolve
-from cispo.batch import informative, pack, reduction_weights, to_samples, with_advantages
+from cispo.batch.packing import pack, reduction_weights
+from cispo.batch.samples import informative, to_samples, with_advantages
 from cispo.learner.learner import Learner
 from cispo.policies.loading import init_policy, save_policy
 from cispo.recipe.schema import Algorithm as AlgorithmSection

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cispo.batch import minibatches, pack, to_samples
+from cispo.batch.packing import pack
+from cispo.batch.samples import minibatches, to_samples
 from cispo.commands.view.command import view
 from cispo.commands.view.page import page_data, script_json
 from cispo.commands.view.samples import DROPPED, KEPT, PPO_DROPS, read_samples, token_flags

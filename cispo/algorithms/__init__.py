@@ -1,6 +1,6 @@
 """Algorithms: a record of pure functions each, in one dict literal; a user names their own as module:NAME.
 
-    rewards --advantage--> advantages [L] --loss--> per-token loss --reduction (batch.py)--> the gradient
+    rewards --advantage--> advantages [L] --loss--> per-token loss --reduction (batch.packing)--> the gradient
 
 The learner knows none of the names. Other frameworks' conventions are in `presets`, the texts of `cispo show` in
 `describe`.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cispo.algorithms.losses import NegativeLogLikelihood
 from cispo.algorithms.objective import Objective
-from cispo.batch import pack_for
+from cispo.batch.packing import pack_for
 from cispo.commands.readings import (
     by_sample,
     golden_section,

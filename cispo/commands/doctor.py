@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from cispo.batch import pack_for, to_samples
+from cispo.batch.packing import pack_for
+from cispo.batch.samples import to_samples
 from cispo.commands.attribution import Case, Cause, find_causes, move_weights
 from cispo.commands.engine_variants import variant_causes
 from cispo.errors import UserError

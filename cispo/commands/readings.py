@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cispo.batch import pack, unpack
+from cispo.batch.packing import pack, unpack
 from cispo.files import read_json
 from cispo.learner.loss import read
 from cispo.policies.attention import Attention

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import torch
 from openai import NotFoundError
+from transformers import PreTrainedTokenizerBase, Qwen3Config
 
 from cispo.rollout.renderer import load_tokenizer
 from cispo.rollout.rewards import Attempts, RewardFunction, RewardRunner, Score
@@ -143,15 +144,8 @@ def test_a_wrong_address_or_template_is_an_error(server: Server) -> None:
         asyncio.run(judge("1", "2+2?", base_url=server.url, model="m", template="{completion} {nobody}"))
 
 
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3 with a head of one label, and the shipped character tokenizer."""
-    from transformers import Qwen3Config, Qwen3ForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("reward_model")
-    tokenizer = load_tokenizer(CHARS)
-    torch.manual_seed(1)
-    config = Qwen3Config(
+def tiny_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=48,
@@ -164,6 +158,17 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=int(str(tokenizer.pad_token_id)),
         eos_token_id=int(str(tokenizer.eos_token_id)),
     )
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 with a head of one label, and the shipped character tokenizer."""
+    from transformers import Qwen3ForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("reward_model")
+    tokenizer = load_tokenizer(CHARS)
+    torch.manual_seed(1)
+    config = tiny_config(tokenizer)
     config.num_labels = 1
     Qwen3ForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -231,22 +236,12 @@ def test_a_sequence_classifier_of_vllm(reward_model: Path) -> None:
 
 @pytest.mark.slow
 def test_the_judge_asks_a_server_of_vllm(tmp_path: Path) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     tokenizer = load_tokenizer(CHARS)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-        eos_token_id=int(str(tokenizer.eos_token_id)),
-    )
+    config = tiny_config(tokenizer)
     Qwen3ForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with Vllm(tmp_path) as url:

@@ -21,7 +21,7 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -78,6 +78,28 @@ class Signature:
     """Hash of the file that defines the function; "" where there is none."""
     shipped: bool = False
     """A judge of ours: text of the policy that it cannot read, for want of time too, is wrong and no error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFunction:
+    """A term of the reward.
+
+    Example: RewardFunction(fn="rewards.numeric:numeric", weight=0.5, args={"tolerance": 1e-3})
+    """
+
+    fn: str
+    weight: float = 1.0
+    args: Mapping[str, object] = field(default_factory=dict)
+    """Keyword arguments; they take precedence over dataset columns of the same name."""
+    timeout: float | None = None
+    """Seconds of one call; None: the runner's."""
+    concurrency: int | None = None
+    """Most calls at a time; None: no bound of its own."""
+    sources: tuple[str, ...] = ()
+    """Names of the prompts' sources that it applies to; all without one."""
+
+    def applies(self, source: str) -> bool:
+        return not self.sources or source in self.sources
 
 
 @dataclass(frozen=True, slots=True)

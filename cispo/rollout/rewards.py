@@ -2,30 +2,27 @@
 
     Attempts (prompt, G texts) --> worker processes (`cispo.rollout.reward_worker`) --> G Scores, or None: group dropped
 
-Plain functions run in a pool of workers, one group at a time each. Async functions of all groups run side by side on
-the event loop of one further worker. A worker that a function kills, or in which one exceeds its time, is replaced.
+`reward_pool` runs them; this file has their columns, sums, failures and counts.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import pickle
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Recipe
 from cispo.rollout.prompts import distinct
-from cispo.rollout.reward_function import FACTS, TRL_FACTS, Attempt, Failure, Signature, Value
-from cispo.rollout.reward_process import WorkerDied, WorkerProcess
-from cispo.rollout.reward_worker import START_SECONDS, Job, Reply, Setup
+from cispo.rollout.reward_function import FACTS, TRL_FACTS, Attempt, Failure, RewardFunction, Signature, Value
+from cispo.rollout.reward_pool import WorkerPool
+from cispo.rollout.reward_worker import Job
 from cispo.runtime.watchdog import Activity
 from cispo.types import Prompt
-from cispo.user_code import given
 
 KEPT_PROBLEMS = 100
 
@@ -36,28 +33,6 @@ _LARGEST = 3.4028234663852886e38
 
 _ONLY_TRL = (*TRL_FACTS, "environments")
 """Arguments of TRL's reward functions that are not passed to others, and one that is passed to none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardFunction:
-    """A term of the reward.
-
-    Example: RewardFunction(fn="rewards.numeric:numeric", weight=0.5, args={"tolerance": 1e-3})
-    """
-
-    fn: str
-    weight: float = 1.0
-    args: Mapping[str, object] = field(default_factory=dict)
-    """Keyword arguments; they take precedence over dataset columns of the same name."""
-    timeout: float | None = None
-    """Seconds of one call; None: the runner's."""
-    concurrency: int | None = None
-    """Most calls at a time; None: no bound of its own."""
-    sources: tuple[str, ...] = ()
-    """Names of the prompts' sources that it applies to; all without one."""
-
-    def applies(self, source: str) -> bool:
-        return not self.sources or source in self.sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,28 +128,16 @@ class RewardRunner:
         self.timeouts = 0
         self.seconds = 0.0
         self.problems: list[str] = []
-        self._timeout = timeout
-        self._workers = workers
         self._key = key
         self._activity = activity or Activity()
-        self._signatures: tuple[Signature, ...] = ()
-        self._job_ids = itertools.count()
-        self._processes: set[WorkerProcess] = set()
-        self._idle: list[WorkerProcess] = []
-        self._shared: WorkerProcess | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._slots: asyncio.Semaphore
-        self._starting: asyncio.Lock
-        self._one_suspect: asyncio.Lock
-        self._turns: Mapping[int, asyncio.Semaphore] = {}
+        self._pool = WorkerPool(self.functions, timeout=timeout, workers=workers, key=key, give_up=self._count)
 
     def check(self, columns: Collection[str] | None = None) -> None:
         """Imports every function in a worker, so that errors come before the run.
 
         UserError when a function does not import, is no reward function, or needs a column outside of `columns`.
         """
-        if not self._signatures:
-            self._idle.append(self._start_now(asynchronous=False))
+        self._pool.check()
         if columns is not None:
             self._check_columns(columns, "the dataset", "")
 
@@ -196,7 +159,7 @@ class RewardRunner:
     @property
     def code(self) -> list[str]:
         """Hashes of the files that define the functions, "" for a function without a file."""
-        return [signature.code for signature in self._signatures]
+        return [signature.code for signature in self._pool.signatures]
 
     def compare(self, code: Sequence[str] | None, say: Callable[[str], None]) -> None:
         """Warns of functions that are defined by another file than the one with the hash in `code`."""
@@ -212,10 +175,7 @@ class RewardRunner:
         With `on_error="raise"`, UserError naming function, prompt and error at the first failure.
         """
         started = time.perf_counter()
-        self._bind()
-        async with self._starting:
-            if not self._signatures:
-                await asyncio.to_thread(self.check)
+        await self._pool.ready()
         for group in groups:
             self._check_columns(group.prompt.columns, f"prompt {group.prompt.id}", group.prompt.source)
         outcomes = await asyncio.gather(*map(self._score_group, groups))
@@ -227,24 +187,7 @@ class RewardRunner:
 
     def close(self) -> None:
         """Ends all workers; if the runner is used again, it starts new ones."""
-        for worker in self._processes:
-            worker.kill()
-        self._processes.clear()
-        self._idle.clear()
-
-    def _bind(self) -> None:
-        """Moves to the running event loop: locks and jobs belong to the old one, only idle workers move along."""
-        loop = asyncio.get_running_loop()
-        if self._loop is loop:
-            return
-        for worker in self._processes.difference(self._idle):
-            worker.kill()
-        self._loop = loop
-        self._slots = asyncio.Semaphore(self._workers)
-        self._starting = asyncio.Lock()
-        self._one_suspect = asyncio.Lock()
-        bounds = {i: f.concurrency for i, f in enumerate(self.functions) if f.concurrency is not None}
-        self._turns = {i: asyncio.Semaphore(most) for i, most in bounds.items()}
+        self._pool.close()
 
     def _account(self, failure: Failure, prompt: Prompt) -> None:
         self._count(failure, prompt.id)
@@ -265,7 +208,7 @@ class RewardRunner:
         return next(names, self.names[0])
 
     def _signatures_for(self, source: str) -> list[tuple[RewardFunction, Signature]]:
-        pairs = zip(self.functions, self._signatures, strict=True)
+        pairs = zip(self.functions, self._pool.signatures, strict=True)
         return [(function, signature) for function, signature in pairs if function.applies(source)]
 
     def _check_columns(self, columns: Collection[str], owner: str, source: str) -> None:
@@ -290,21 +233,14 @@ class RewardRunner:
 
     async def _score(self, group: Attempts) -> Scores | Failure:
         taken = [i for i, function in enumerate(self.functions) if function.applies(group.prompt.source)]
-        plain = [i for i in taken if not self._signatures[i].asynchronous]
-        # A function with a bound of its own is a job of its own.
-        bounded = [i for i in plain if i in self._turns]
-        plain = [i for i in plain if i not in self._turns]
-        others = [i for i in taken if self._signatures[i].asynchronous]
-        replies = await asyncio.gather(
-            *([self._run_plain(self._job(group, plain))] if plain else []),
-            *(self._run_in_turn(self._job(group, [i])) for i in bounded),
-            *([self._run_async(self._job(group, others))] if others else []),
-        )
+        jobs = [self._job(group, functions) for functions in self._pool.jobs(taken)]
+        replies = await asyncio.gather(*map(self._pool.run, jobs))
         failures = [reply.failure for reply in replies if reply.failure is not None]
         if failures:
             return min(failures, key=lambda failure: failure.function)
-        values = [value for reply in replies for value in reply.values]
-        by_function = dict(zip(plain + bounded + others, values, strict=True))
+        by_function: dict[int, list[Value]] = {}
+        for job, reply in zip(jobs, replies, strict=True):
+            by_function |= zip(job.functions, reply.values, strict=True)
         # A function of other sources does not apply.
         absent: list[Value] = [(None, {})] * len(group.completions)
         values = [by_function.get(i, absent) for i in range(len(self.functions))]
@@ -325,111 +261,17 @@ class RewardRunner:
         return Score(total=sum((weights[n] * value for n, value in named.items()), 0.0), values=named, extra=extra)
 
     def _job(self, group: Attempts, functions: Sequence[int]) -> Job:
-        taken = [self._signatures[i].columns for i in functions]
+        taken = [self._pool.signatures[i].columns for i in functions]
         columns = {
             name: value
             for name, value in group.prompt.columns.items()
             if any(columns is None or name in columns for columns in taken)
         }
-        prompt = _prompt_of(group.prompt) if any(self._signatures[i].lists for i in functions) else None
-        asked = any(self._signatures[i].facts for i in functions)
+        prompt = _prompt_of(group.prompt) if any(self._pool.signatures[i].lists for i in functions) else None
+        asked = any(self._pool.signatures[i].facts for i in functions)
         facts = pickle.dumps([dict(own) for own in group.facts]) if asked and group.facts else b""
         attempt = Attempt(tuple(group.completions), _pickled(columns, prompt, group.prompt.id), facts)
-        return Job(next(self._job_ids), group.prompt.id, tuple(functions), attempt)
-
-    async def _run_plain(self, job: Job) -> Reply:
-        """The job's values; a call of a shipped function that ends its process gives 0 for its completion."""
-        async with self._slots:
-            while True:
-                reply = await self._run_in_a_worker(job)
-                failure = reply.failure
-                if failure is None or not failure.fatal or failure.completion < 0:
-                    return reply
-                if not self._signatures[failure.function].shipped:
-                    return reply
-                self._count(failure, job.prompt_id)
-                given_up = job.group.given_up | {(failure.function, failure.completion)}
-                job = replace(job, id=next(self._job_ids), group=replace(job.group, given_up=given_up))
-
-    async def _run_in_turn(self, job: Job) -> Reply:
-        async with self._turns[job.functions[0]]:
-            return await self._run_plain(job)
-
-    async def _run_in_a_worker(self, job: Job) -> Reply:
-        worker = self._idle.pop() if self._idle else await self._start(asynchronous=False)
-        try:
-            return await self._run_alone(worker, job)
-        except _Killed:
-            worker = await self._start(asynchronous=False)
-            return await self._run_alone(worker, job, again=True)
-        finally:
-            if worker.alive:
-                self._idle.append(worker)
-
-    async def _run_async(self, job: Job) -> Reply:
-        async with self._starting:
-            if self._shared is None or not self._shared.alive:
-                self._shared = await self._start(asynchronous=True)
-            worker = self._shared
-        try:
-            return await worker.run(job)
-        except WorkerDied as death:
-            if death.suspects == 1 and not death.killed:
-                return Reply(job.id, [], death.failure(job))
-        # The process ran other jobs as well, or was killed from outside. Alone in a process, one after the other, only
-        # the guilty job fails.
-        async with self._one_suspect:
-            worker = await self._start(asynchronous=True)
-            try:
-                return await self._run_alone(worker, job, again=True)
-            finally:
-                worker.kill()
-
-    async def _run_alone(self, worker: WorkerProcess, job: Job, *, again: bool = False) -> Reply:
-        """The job in a worker that runs nothing else, so that a death is this job's failure.
-
-        Raises _Killed where the worker was killed from outside. If that happens `again`, the job is to blame.
-        """
-        try:
-            return await worker.run(job)
-        except WorkerDied as death:
-            if death.killed and not again:
-                raise _Killed from None
-            return Reply(job.id, [], death.failure(job))
-        except asyncio.CancelledError:
-            # The worker is still busy with a job without a reader.
-            worker.kill()
-            raise
-
-    async def _start(self, *, asynchronous: bool) -> WorkerProcess:
-        return await asyncio.to_thread(self._start_now, asynchronous=asynchronous)
-
-    def _start_now(self, *, asynchronous: bool) -> WorkerProcess:
-        functions = tuple((f.fn, f.args, f"{self._key}.{i}.fn") for i, f in enumerate(self.functions))
-        setup = Setup(
-            functions,
-            limits=tuple(f.timeout or self._timeout for f in self.functions),
-            asynchronous=asynchronous,
-            concurrency=tuple(f.concurrency for f in self.functions),
-            given=given([f.fn for f in self.functions]),
-        )
-        try:
-            worker = self._started(setup)
-        except _Killed:
-            worker = self._started(setup, again=True)
-        self._signatures = worker.signatures
-        self._processes = {worker, *(process for process in self._processes if process.alive)}
-        return worker
-
-    def _started(self, setup: Setup, *, again: bool = False) -> WorkerProcess:
-        """A worker; raises _Killed as `_run_alone` does, for a death during the import."""
-        try:
-            return WorkerProcess(setup)
-        except WorkerDied as death:
-            if death.killed and not again:
-                raise _Killed from None
-            names = ", ".join(function.fn for function in self.functions)
-            raise UserError(f"{self._key}: importing {names} {death.how(START_SECONDS)}") from None
+        return Job(self._pool.next_job(), group.prompt.id, tuple(functions), attempt)
 
 
 def _prompt_of(prompt: Prompt) -> object:
@@ -462,10 +304,6 @@ def _can_be_sent(value: object) -> bool:
     except Exception:
         return False
     return True
-
-
-class _Killed(Exception):
-    """A worker got SIGKILL from outside: from a user, or from a system out of memory."""
 
 
 def _names(paths: Sequence[str]) -> tuple[str, ...]:

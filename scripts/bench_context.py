@@ -21,19 +21,15 @@ import argparse
 import contextlib
 import functools
 import json
-import multiprocessing
-import os
-import socket
 import statistics
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from bench_ranks import Cards, clock, kernels, run, slowest
 from bench_sharding import GIB, POLICIES, TINY, random_weights
 
 STEP_FORMS = ("one", "dp", "gather", "ring")
@@ -52,6 +48,7 @@ class Work:
     """Of a document."""
     world: int
     steps: int
+    profile: int = 0
 
     @property
     def ranks(self) -> int:
@@ -64,17 +61,6 @@ class Work:
     @property
     def config(self) -> Mapping[str, object]:
         return TINY if self.policy == "tiny" else POLICIES[self.policy]
-
-
-def clock(device: str) -> Callable[[], float]:
-    import torch
-
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return now
 
 
 def step(work: Work, rank: int, address: str) -> dict[str, Any]:
@@ -104,11 +90,13 @@ def step(work: Work, rank: int, address: str) -> dict[str, Any]:
             result = learner.update(own, objective, lr=1e-6)
             seconds.append(now() - before)
             assert result.taken, "a gradient is not finite"
-    peak = torch.cuda.max_memory_allocated() if work.device == "cuda" else 0
+        peak = torch.cuda.max_memory_allocated() if work.device == "cuda" else 0
+        profile = kernels(lambda: learner.update(own, objective, lr=1e-6), work.profile) if work.profile else None
     tokens = work.tokens * work.world
     median = statistics.median(seconds[1:] or seconds)
     learner.close()
-    return {"seconds": median, "tokens_per_s": tokens / median, "peak_gib": peak / GIB, "grad_norm": result.grad_norm}
+    done = {"seconds": median, "tokens_per_s": tokens / median, "peak_gib": peak / GIB, "grad_norm": result.grad_norm}
+    return done | ({"kernels_ms": profile} if profile else {})
 
 
 def documents(work: Work) -> Any:
@@ -194,53 +182,8 @@ def attention(work: Work, rank: int, address: str) -> dict[str, Any]:
     return {"ms": 1e3 * statistics.median(seconds[2:] or seconds)}
 
 
-def _rank(work: Work, rank: int, address: str, results: Any) -> None:
-    if work.device == "cuda":
-        # Before torch is imported: a rank sees its own card alone, as a Ray actor does.
-        cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(work.world)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = cards[rank]
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    try:
-        results.put((rank, {"steps": step, "attention": attention}[work.kind](work, rank, address)))
-    except BaseException as error:
-        memory = "out of memory" in str(error)
-        if not memory:
-            traceback.print_exc()
-        results.put((rank, {"failed": "out of memory" if memory else f"{type(error).__name__}: {error}"[:300]}))
-        results.close()
-        results.join_thread()
-        os._exit(1)  # other ranks may wait in a collective for ever
-
-
-def run(work: Work, limit: float) -> dict[str, Any]:
-    """The slowest rank's figures, or the reason of a failure."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_rank, args=(work, r, address, results)) for r in range(work.ranks)]
-    for process in processes:
-        process.start()
-    found: list[dict[str, Any]] = []
-    end = time.monotonic() + limit
-    try:
-        while len(found) < work.ranks and not any("failed" in figures for figures in found):
-            found.append(results.get(timeout=max(end - time.monotonic(), 0.1))[1])
-    except Exception:
-        found.append({"failed": f"no result within {limit:.0f} s"})
-    failed = next((figures for figures in found if "failed" in figures), None)
-    for process in processes:
-        process.join(timeout=0.1 if failed else 30)
-        process.kill()
-        process.join()
-    if failed is not None:
-        return failed
-    return {name: (min if "per_s" in name else max)(figures[name] for figures in found) for name in found[0]}
-
-
 def table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    names = list(dict.fromkeys(n for figures in results.values() for n in figures))
+    names = list(dict.fromkeys(n for figures in results.values() for n in figures if n != "kernels_ms"))
     yield f"| measurement | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for key, figures in results.items():
@@ -264,26 +207,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", choices=["steps", "attention", []], help="both where none is given")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    Cards.add_arguments(parser, limit=180.0)
     parser.add_argument("--policy", default="hybrid-1.4b")
     parser.add_argument("--forms", help="names of forms, separated by commas")
     parser.add_argument("--tokens", default="65536", help="lengths of documents, separated by commas")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=180.0, help="seconds that a measurement may take")
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     args = parser.parse_args()
     if args.check:
         return check()
-    results: dict[str, dict[str, Any]] = {}
+    cards, results = Cards.of(args), dict[str, dict[str, Any]]()
     for kind in args.kinds or ["steps", "attention"]:
         forms = STEP_FORMS if kind == "steps" else ATTENTION_FORMS
         for tokens in map(int, args.tokens.split(",")):
             for form in forms if args.forms is None else [f for f in forms if f in args.forms.split(",")]:
                 options = {"policy": args.policy, "device": args.device, "world": args.ranks, "steps": args.steps}
+                options["profile"] = args.profile
                 work = Work(kind=kind, form=form, tokens=tokens, **options)
                 key = f"{kind} {tokens} {form}"
-                results[key] = run(work, args.limit)
+                task = functools.partial({"steps": step, "attention": attention}[kind], work)
+                results[key] = slowest(run(task, cards, ranks=work.ranks))
                 print(f"{key}: {results[key]}", flush=True)
                 if args.out is not None:
                     args.out.write_text(json.dumps(results, indent=1))

@@ -16,13 +16,15 @@ in processes of its own, and one rank alone first where the policy fits.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench_sharding import GIB, POLICIES, TINY, Work, run
+from bench_ranks import Cards, run, slowest
+from bench_sharding import GIB, POLICIES, TINY, Work, measure
 
 HYBRID = POLICIES["hybrid-1.4b"]
 EXPERTS: dict[str, dict[str, object]] = {
@@ -98,7 +100,10 @@ def measure_all(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 shape=config,
             )
             started = time.monotonic()
-            found = run(work, args.limit) | {"sent_mib": sent_mib(config, keys, ranks, args.tokens)}
+            task = functools.partial(measure, work, args.profile)
+            found = slowest(run(task, Cards.of(args), ranks=ranks)) | {
+                "sent_mib": sent_mib(config, keys, ranks, args.tokens)
+            }
             results.setdefault(policy, {})[form] = found
             print(f"{policy} {form} ({time.monotonic() - started:.0f} s): {found}", flush=True)
             if args.out is not None:
@@ -114,14 +119,13 @@ def parameters(config: Mapping[str, object]) -> int:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    Cards.add_arguments(parser, limit=120.0)
     parser.add_argument("--policies", default="hybrid-1.4b,hybrid-16e")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches of a rank in a step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--memory", type=float, default=70.0, help="GiB of a card that one rank's state may take")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds that a form may take")
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     return parser
 

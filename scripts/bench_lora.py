@@ -14,9 +14,9 @@ smollm2_chain_sum and smollm2_lora run side by side, one a card, and differ in t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_ranks import Cards, clock, run, slowest
 from bench_sharding import GIB, POLICIES, Work, batch, random_weights, sync_seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ class Job:
     rank: int
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: Job, rank: int, address: str) -> dict[str, Any]:
     """Figures of a learner."""
     import torch
 
@@ -65,13 +66,7 @@ def measure(job: Job) -> dict[str, Any]:
     from cispo.recipe.schema import Learner as LearnerConfig
     from cispo.recipe.schema import Lora
 
-    cuda = job.work.device == "cuda"
-
-    def now() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
+    cuda, now = job.work.device == "cuda", clock(job.work.device)
     adapters = Adapters(lora=Lora(rank=job.rank, alpha=2.0 * job.rank), seed=0) if job.form == "adapter" else None
     with random_weights(job.work):
         config = LearnerConfig(gradient_checkpointing=True)
@@ -113,31 +108,6 @@ def _merged_gap(learner: Any, micro_batches: Sequence[Any]) -> dict[str, float]:
     with learner.policy.as_frozen():
         gap = (torch.cat(learner.logprobs(micro_batches)) - own)[mask].abs()
     return {"dlogp_mean": float(gap.mean()), "dlogp_max": float(gap.max())}
-
-
-def _process(job: Job, results: Any) -> None:
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    try:
-        results.put(measure(job))
-    except Exception as error:
-        memory = type(error).__name__ == "OutOfMemoryError"
-        results.put({"failed": "out of memory" if memory else f"{type(error).__name__}: {error}"[:300]})
-
-
-def run(job: Job, limit: float) -> dict[str, Any]:
-    """The figures of a process of its own, or the reason why there are none."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_process, args=(job, results))
-    process.start()
-    try:
-        return results.get(timeout=limit)
-    except Exception:
-        return {"failed": f"no result within {limit:.0f} s"}
-    finally:
-        process.join(timeout=30)
-        if process.is_alive():
-            process.kill()
 
 
 def memory_lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -213,13 +183,12 @@ def accuracy_lines(accuracies: Mapping[str, Sequence[float]]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    Cards.add_arguments(parser, limit=150.0)
     parser.add_argument("--policies", default="smollm2-135m,hybrid-1.4b,qwen3-1.7b,qwen3-8b", help="empty: none")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds that a form may take")
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct: measure accuracies too")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--gpus", type=int, default=1, help="cards for runs side by side")
@@ -233,7 +202,8 @@ def main() -> None:
         sizes = {"tokens": args.tokens, "micro_batches": args.micro_batches, "steps": args.steps}
         work = Work(policy=policy, form="one", device=args.device, **sizes)
         for form in FORMS:
-            results.setdefault(policy, {})[form] = run(Job(work=work, form=form, rank=args.rank), args.limit)
+            task = functools.partial(measure, Job(work=work, form=form, rank=args.rank))
+            results.setdefault(policy, {})[form] = slowest(run(task, Cards.of(args), ranks=1))
             print(f"{policy} {form}: {results[policy][form]}", flush=True)
             (args.out / "memory.json").write_text(json.dumps(results, indent=1))
     if results:

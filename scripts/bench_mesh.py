@@ -17,6 +17,7 @@ runs        a reinforcement learning run of the recipe long_context: learners an
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -31,7 +32,8 @@ from statistics import mean
 from typing import Any
 from unittest import mock
 
-from bench_sharding import POLICIES, TINY, Work, run
+from bench_ranks import Cards, run, slowest
+from bench_sharding import POLICIES, TINY, Work
 
 HERE = Path(__file__).parent
 FAMILIES: dict[str, dict[str, object]] = {
@@ -49,6 +51,38 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_local_experts": 16,
         "num_experts_per_tok": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "max_position_embeddings": 65536,
+        "tie_word_embeddings": False,
+    },
+    "hybrid-200m": {
+        **POLICIES["hybrid-1.4b"],
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    },
+    "qwen3-next-100m": {
+        "model_type": "qwen3_next",
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 8,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
         "max_position_embeddings": 65536,
         "tie_word_embeddings": False,
     },
@@ -208,7 +242,7 @@ def gradients(args: argparse.Namespace) -> dict[str, Any]:
                 learner={"folder": folder},
                 shape=FAMILIES[policy],
             )
-            results[policy] = run(work, args.limit, measure=errors)
+            results[policy] = slowest(run(functools.partial(errors, work), Cards.of(args), ranks=args.ranks))
         print(f"gradients {policy}: {results[policy]}", flush=True)
     return results
 
@@ -319,11 +353,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], help="all where none is given")
     parser.add_argument("--plan", action="store_true", help="print what would be run")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    Cards.add_arguments(parser, limit=540.0)
     parser.add_argument("--policies", default="hybrid-1.4b,minimax-m2", help="of the gradients")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048, help="longest sample of the gradients")
-    parser.add_argument("--limit", type=float, default=540.0, help="seconds that a policy's gradients may take")
     parser.add_argument("--folder", type=Path, default=Path("mesh"), help="of the other measurements' files")
     parser.add_argument("--out", type=Path, help="JSON file of the gradients' errors")
     args = parser.parse_args()

@@ -4,7 +4,7 @@
     python scripts/bench_sharding.py --device cpu --policies tiny --tokens 64
 
 Each line is a policy of random weights and a form: `one` rank, `copies` on every rank, or `shards`. A form runs in
-processes of its own, one a card, which end before the next form starts; one that does not fit says so. A step is
+processes of its own (`bench_ranks.py`), which end before the next form starts. A step is
 `Learner.update` on four micro-batches a rank of documents of 1,024 tokens, three quarters of them trained on, with
 gradient checkpointing and CISPO's loss, bfloat16 weights and float32 masters. The first step warms up and is left out.
 
@@ -15,18 +15,17 @@ gradient checkpointing and CISPO's loss, bfloat16 weights and float32 masters. T
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import multiprocessing
-import os
-import socket
 import statistics
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from bench_ranks import Cards, clock, kernels, run, slowest
 
 QWEN3: dict[str, object] = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6}
 POLICIES: dict[str, dict[str, object]] = {
@@ -118,7 +117,7 @@ class Work:
         return self.shape or (TINY if self.policy == "tiny" else POLICIES[self.policy])
 
 
-def measure(work: Work, rank: int, address: str) -> dict[str, Any]:
+def measure(work: Work, profile: int, rank: int, address: str) -> dict[str, Any]:
     """One rank's figures."""
     import torch
 
@@ -128,15 +127,9 @@ def measure(work: Work, rank: int, address: str) -> dict[str, Any]:
     from cispo.policies.loading import policy_on_meta
     from cispo.recipe.schema import Learner as LearnerConfig
 
-    cuda = work.device == "cuda"
+    cuda, now = work.device == "cuda", clock(work.device)
     if cuda:
         torch.cuda.set_device(0)
-
-    def synchronize() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     options = {"shard": work.shard, "ranks": work.ranks, "gradient_checkpointing": True, **work.learner}
     config = LearnerConfig.model_validate(options)
     place = {"rank": rank, "world": work.ranks, "address": address, "device": work.device}
@@ -144,24 +137,25 @@ def measure(work: Work, rank: int, address: str) -> dict[str, Any]:
     with random_weights(work):
         learner = Learner("", config, dtype="bfloat16", **place)  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in policy_on_meta(work.config, None, torch.bfloat16).parameters())
-    built = synchronize() - started
+    built = now() - started
     own = batch(work)[rank]
     objective = Objective(loss=Cispo(ratio_max=5.0))
     seconds = []
     for step in range(work.steps + 1):
         if cuda and step == 1:
             torch.cuda.reset_peak_memory_stats()
-        before = synchronize()
+        before = now()
         result = learner.update(own, objective, lr=1e-6)
-        seconds.append(synchronize() - before)
+        seconds.append(now() - before)
         assert result.taken, "a gradient is not finite"
     state, peak = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) if cuda else (0, 0)
-    sync = sync_seconds(learner, synchronize)
+    sync = sync_seconds(learner, now)
     tokens = work.ranks * sum(len(mb.tokens) for mb in own)
     done = {
         "parameters": parameters,
         "build_s": built,
         "tokens_per_s": tokens / statistics.median(seconds[1:]),
+        "steps_s": seconds,
         "state_gib": state / GIB,
         "peak_gib": peak / GIB,
         "sync_s": sync,
@@ -170,11 +164,13 @@ def measure(work: Work, rank: int, address: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": str(torch.__version__),
     }
+    if profile:
+        done["kernels_ms"] = kernels(lambda: learner.update(own, objective, lr=1e-6), profile)
     learner.close()
     return done
 
 
-def sync_seconds(learner: Any, synchronize: Any) -> float:
+def sync_seconds(learner: Any, now: Any) -> float:
     """The fastest of three transfers of all buckets: gathered or copied, then copied out as an engine does."""
     import torch
 
@@ -182,11 +178,11 @@ def sync_seconds(learner: Any, synchronize: Any) -> float:
     target = torch.empty_like(sender.buffer)
     found = []
     for _ in range(4):
-        before = synchronize()
+        before = now()
         for number, bucket in enumerate(sender.buckets):
             learner.stage_bucket(number, "broadcast", check=False)
             target[: bucket.bytes].copy_(sender.buffer[: bucket.bytes])
-        found.append(synchronize() - before)
+        found.append(now() - before)
     return min(found[1:])
 
 
@@ -255,56 +251,6 @@ def batch(work: Work) -> Any:
     return pack(samples, reduction="token", **options)  # type: ignore[arg-type]
 
 
-Measure = Callable[[Work, int, str], dict[str, Any]]
-
-
-def _rank(work: Work, rank: int, address: str, results: Any, measure: Measure) -> None:
-    if work.device == "cuda":
-        # Before torch is imported: a rank sees its own card alone, as a Ray actor does.
-        every = ",".join(map(str, range(work.ranks)))
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")[rank]
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    try:
-        results.put((rank, measure(work, rank, address)))
-    except BaseException as error:
-        memory = type(error).__name__ == "OutOfMemoryError"
-        if not memory:
-            traceback.print_exc()
-        results.put((rank, {"failed": "out of memory" if memory else f"{type(error).__name__}: {error}"[:300]}))
-        results.close()
-        results.join_thread()
-        os._exit(1)  # other ranks may wait in a collective for ever
-
-
-def run(work: Work, limit: float, measure: Measure = measure) -> dict[str, Any]:
-    """The figures of rank 0, memory as the most of all ranks; or the reason of a failure."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_rank, args=(work, r, address, results, measure)) for r in range(work.ranks)]
-    for process in processes:
-        process.start()
-    found: dict[int, dict[str, Any]] = {}
-    end = time.monotonic() + limit
-    try:
-        while len(found) < work.ranks and not any("failed" in figures for figures in found.values()):
-            rank, figures = results.get(timeout=max(end - time.monotonic(), 0.1))
-            found[rank] = figures
-    except Exception:
-        found[-1] = {"failed": f"no result within {limit:.0f} s"}
-    for process in processes:
-        process.join(timeout=0.1 if any("failed" in f for f in found.values()) else 30)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    failed = next((f for f in found.values() if "failed" in f), None)
-    if failed is not None:
-        return failed
-    return found[0] | {k: max(f[k] for f in found.values()) for k in ("state_gib", "peak_gib") if k in found[0]}
-
-
 def lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """A table of all forms, with ratios to one rank's memory and to copies' speed."""
     yield "| policy | form | state GiB | of one rank | peak GiB | tokens/s | of copies | sync GB/s |"
@@ -326,15 +272,15 @@ def lines(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    Cards.add_arguments(parser, limit=120.0)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches of a rank in a step")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds that a form may take")
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     args = parser.parse_args()
+    cards = Cards.of(args)
     results: dict[str, dict[str, Any]] = {}
     for policy in args.policies.split(","):
         for form in args.forms.split(","):
@@ -347,7 +293,8 @@ def main() -> None:
                 steps=args.steps,
             )
             started = time.monotonic()
-            results.setdefault(policy, {})[form] = run(work, args.limit)
+            found = run(functools.partial(measure, work, args.profile), cards, ranks=work.ranks)
+            results.setdefault(policy, {})[form] = slowest(found)
             print(f"{policy} {form} ({time.monotonic() - started:.0f} s): {results[policy][form]}", flush=True)
             if args.out is not None:
                 args.out.write_text(json.dumps(results, indent=1))

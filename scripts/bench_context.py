@@ -8,7 +8,7 @@
 
 steps       one      1 rank, one document a micro-batch          dp       ranks with a document each, sharded weights
             gather   ranks that share each document, keys and values all-gathered      ring     the same in a ring
-            A step is `Learner.update` on `ranks` documents, gradient checkpointing, CISPO's loss, bfloat16 weights and
+            A step is `Learner.update` on as many documents, gradient checkpointing, CISPO's loss, bfloat16 weights and
             float32 masters; tokens/s are those of all ranks. One that does not fit says so.
 attention   whole    all tokens on one rank                      lasp, heads      lightning: LASP+, heads by all-to-all
             gather, ring                                         softmax
@@ -49,6 +49,8 @@ class Work:
     world: int
     steps: int
     profile: int = 0
+    documents: int = 0
+    """Of a step; 0 for one a rank."""
 
     @property
     def ranks(self) -> int:
@@ -92,7 +94,7 @@ def step(work: Work, rank: int, address: str) -> dict[str, Any]:
             assert result.taken, "a gradient is not finite"
         peak = torch.cuda.max_memory_allocated() if work.device == "cuda" else 0
         profile = kernels(lambda: learner.update(own, objective, lr=1e-6), work.profile) if work.profile else None
-    tokens = work.tokens * work.world
+    tokens = work.tokens * (work.documents or work.world)
     median = statistics.median(seconds[1:] or seconds)
     learner.close()
     done = {"seconds": median, "tokens_per_s": tokens / median, "peak_gib": peak / GIB, "grad_norm": result.grad_norm}
@@ -100,7 +102,7 @@ def step(work: Work, rank: int, address: str) -> dict[str, Any]:
 
 
 def documents(work: Work) -> Any:
-    """[ranks][micro-batches] of `world` documents, one a micro-batch."""
+    """[ranks][micro-batches], a document in each."""
     import torch
 
     from cispo.batch.packing import pack
@@ -119,7 +121,7 @@ def documents(work: Work) -> Any:
             group_id=number,
             index=0,
         )
-        for number in range(work.world)
+        for number in range(work.documents or work.world)
     ]
     return pack(
         samples,
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--forms", help="names of forms, separated by commas")
     parser.add_argument("--tokens", default="65536", help="lengths of documents, separated by commas")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--documents", type=int, default=0, help="of a step; one a rank where it is left out")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     args = parser.parse_args()
@@ -223,7 +226,7 @@ def main() -> None:
         for tokens in map(int, args.tokens.split(",")):
             for form in forms if args.forms is None else [f for f in forms if f in args.forms.split(",")]:
                 options = {"policy": args.policy, "device": args.device, "world": args.ranks, "steps": args.steps}
-                options["profile"] = args.profile
+                options |= {"profile": args.profile, "documents": args.documents}
                 work = Work(kind=kind, form=form, tokens=tokens, **options)
                 key = f"{kind} {tokens} {form}"
                 task = functools.partial({"steps": step, "attention": attention}[kind], work)

@@ -210,7 +210,9 @@ def main() -> None:
         print("\n".join(memory_lines(results)), flush=True)
     if args.model is not None:
         seeds = [int(seed) for seed in args.seeds.split(",")]
-        accuracies = learn(args.model, args.out, seeds, [*range(args.gpus)] * args.runs_per_gpu, args.keys)
+        accuracies = learn(
+            args.model, args.out, seeds, [*range(args.card, args.card + args.gpus)] * args.runs_per_gpu, args.keys
+        )
         (args.out / "accuracy.json").write_text(json.dumps(accuracies, indent=1))
         print("\n".join(accuracy_lines(accuracies)))
 

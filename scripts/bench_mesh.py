@@ -268,7 +268,7 @@ class Command:
     name: str
     words: Sequence[str]
     run_name: str = ""
-    """Of a training run, to read its metrics."""
+    """Folder of a training run in that of all files, to read its metrics."""
 
 
 def commands(kind: str, args: argparse.Namespace) -> list[Command]:
@@ -291,31 +291,22 @@ def commands(kind: str, args: argparse.Namespace) -> list[Command]:
     if kind == "experts":
         words = [python, str(HERE / "bench_experts.py"), "--ranks", str(args.ranks), "--out", str(out / "experts.json")]
         return [Command("experts", [*words, "--policies", "hybrid-16e,hybrid-64e"])]
-    keys = [
-        "rollout.placement=separate",
-        "rollout.max_context=32896",
-        "rollout.max_tokens=32768",
-        "curriculum.length_stages=[]",
-        "control.max_staleness=1",
-        "train.steps=20",
-        "train.save_every=10",
-        f"output_dir={out / 'runs'}",
-    ]
+    keys = ["control.max_staleness=1", "rollout.placement=separate", "train.save_every=10"]
     found = []
     for learners in dict.fromkeys((args.ranks // 2, args.ranks - 1, 1)):
-        engines = args.ranks - learners
-        title, name = f"{learners} learners, {engines} engines", f"mesh_{learners}_{engines}"
-        own = [f"name={name}", f"learner.ranks={learners}", f"learner.context_parallel={learners}"]
-        found.append(Command(title, _train([*keys, *own, f"rollout.engines={engines}"]), name))
-    name, tensor = "mesh_tensor", f"rollout.tensor_parallel={args.ranks}"
-    own = [f"name={name}", f"learner.ranks={args.ranks}", f"learner.context_parallel={args.ranks}", tensor]
-    shared = [key for key in keys if not key.startswith(("rollout.placement", "control."))]
-    found.append(Command(f"an engine over {args.ranks} cards", _train([*shared, *own, "rollout.engines=1"]), name))
+        engines, name = args.ranks - learners, f"runs/{learners}_{args.ranks - learners}"
+        own = [f"learner.ranks={learners}", f"learner.context_parallel={learners}", f"rollout.engines={engines}"]
+        found.append(Command(f"{learners} learners, {engines} engines", _long_run(out / name, [*keys, *own]), name))
+    own = [f"learner.ranks={args.ranks}", f"learner.context_parallel={args.ranks}"]
+    own += ["rollout.engines=1", f"rollout.tensor_parallel={args.ranks}"]
+    name = "runs/tensor"
+    found.append(Command(f"an engine over {args.ranks} cards", _long_run(out / name, own), name))
     return found
 
 
-def _train(keys: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "cispo.cli", "train", "long_context", *keys]
+def _long_run(out: Path, keys: Sequence[str]) -> list[str]:
+    words = [sys.executable, str(HERE / "bench_long_run.py"), "--out", str(out)]
+    return [*words, "--tokens", "32768", "--steps", "20", "--prompts", "4", *keys]
 
 
 def run_lines(folder: Path, name: str) -> str:
@@ -339,8 +330,9 @@ def execute(kind: str, args: argparse.Namespace) -> None:
         started = time.monotonic()
         done = subprocess.run(command.words, cwd=HERE.parent, env={**os.environ}, check=False)
         print(f"{command.name}: exit code {done.returncode} after {time.monotonic() - started:.0f} s", flush=True)
-        if command.run_name and (args.folder / "runs" / command.run_name / "metrics.jsonl").exists():
-            rows.append(run_lines(args.folder / "runs" / command.run_name, command.name))
+        run_folder = args.folder / command.run_name / "long"
+        if command.run_name and (run_folder / "metrics.jsonl").exists():
+            rows.append(run_lines(run_folder, command.name))
     if rows:
         print("| cards | tokens/s | s a step | learning | waiting for rollouts | mismatch |\n|---|---|---|---|---|---|")
         print("\n".join(rows))

@@ -98,7 +98,10 @@ def kernels(run: Callable[[], object], count: int) -> dict[str, float]:
         whole = now() - before
     found = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
     found = [event for event in found if event.self_device_time_total > 0]
-    times = {event.key[:80]: event.self_device_time_total / 1e3 for event in found[:count]}
+    times: Figures = {}
+    for event in found[:count]:
+        name = event.key[:80]
+        times[name] = times.get(name, 0.0) + event.self_device_time_total / 1e3
     return times | {"other kernels": sum(e.self_device_time_total for e in found[count:]) / 1e3, "wall": 1e3 * whole}
 
 

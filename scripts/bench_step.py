@@ -38,7 +38,7 @@ import statistics
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -89,9 +89,14 @@ class Limited:
     def __init__(self, remote: Handle, lengths: Sequence[int]) -> None:
         self.remote, self.lengths = remote, lengths
 
+    @property
+    def parts(self) -> Mapping[str, float]:
+        return self.remote.parts
+
     async def call(self, method: str, *args: object, **kwargs: object) -> object:
         if method == "generate":
-            kwargs["limits"] = self.lengths
+            prompts, sampling, seed, _, cache = args
+            args = (prompts, sampling, seed, self.lengths, cache)
         return await self.remote.call(method, *args, **kwargs)
 
     async def ask(self, method: str) -> object:
@@ -356,7 +361,9 @@ def main() -> None:
 
         sides["TRL"] = Side(run_peer)
     if args.device == "cpu":
-        os.environ.update(_CPU_ENV)  # both sides inherit it
+        # As an actor has it; both sides inherit it.
+        malloc = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+        os.environ.update(_CPU_ENV | malloc)
     count = args.prompts * args.group
     for name in [str(args.model)] if args.model else args.policies.split(","):
         for lengths in [args.tokens] if args.tokens else args.lengths.split(","):

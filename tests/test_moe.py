@@ -11,6 +11,7 @@ from cispo.policies.moe import (
     Experts,
     MoE,
     Router,
+    _Spread,
     aux_loss,
     expert_counts,
     grouped_linear,
@@ -89,6 +90,22 @@ def test_grouped_linear_in_bfloat16_and_float32(counts: list[int]) -> None:
     assert coarse.dtype == torch.bfloat16
     # Three roundings to 8 bits of values near 5.
     torch.testing.assert_close(coarse.float(), expected, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_rows_of_experts_have_the_gradient_of_index_select(k: int) -> None:
+    """The form for GPUs, in float64: `_Spread` against torch's own operation, exactly equal but for sums of k rows."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(17, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    order = torch.randperm(17 * k, generator=generator)
+    weights = torch.randn(17 * k, 5, dtype=torch.float64, generator=generator)
+    expected = x.index_select(0, order // k)
+    found = _Spread.apply(x, order, order.argsort(), k)
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, expected)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    (exact,) = torch.autograd.grad((expected * weights).sum(), x)
+    torch.testing.assert_close(gradient, exact, rtol=1e-15, atol=1e-15)
 
 
 def test_a_plain_sum_of_the_output_has_a_gradient() -> None:

@@ -116,12 +116,13 @@ def check(name: str, dtype: str, found: Comparison) -> None:
     print(f"{name} {dtype}: {found.differ:.4f} differ; mean, max {figures[:2]}; replayed {figures[2:]}")
     assert found.alone.isfinite().all() and found.replayed.isfinite().all()
     if dtype == "float32":
-        # A flip in float32 has been seen once in 1,440 tokens.
-        assert found.differ <= 0.002 and found.replayed.max() <= 1e-4
+        # A flip in float32 has been seen once in 1,440 tokens. States add up rounding: lightning layers came to 1.0e-4.
+        assert found.differ <= 0.002 and found.replayed.max() <= 2e-4
     else:
-        # Random experts are orders of magnitude above: 16 choose 2 agree once in 120.
+        # Random experts are orders of magnitude above: 16 choose 2 agree once in 120. The largest of thousands of
+        # tokens is one whose probability is small: 1.1 was seen with lightning layers, .04 without.
         assert 0 < found.differ <= 0.4
-        assert found.replayed.max() <= 1.0 and found.replayed.mean() <= found.alone.mean()
+        assert found.replayed.max() <= 2.0 and found.replayed.mean() <= found.alone.mean()
 
 
 @pytest.fixture(params=[(name, dtype) for name in FAMILIES for dtype in ("float32", "bfloat16")], ids="-".join)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cispo.ops.autograd import Context
 from cispo.policies.layers import SwiGLU
 
 # Keeps the sum of sigmoid scores above zero where all of them underflow.
@@ -173,9 +174,9 @@ class Experts(nn.Module):
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         experts = torch.arange(len(self.gate_up_proj), device=x.device)
         ends = torch.searchsorted(expert_of_row, experts, right=True, out_int32=True)
-        gate, up = grouped_linear(x.index_select(0, order // k), self.gate_up_proj, ends).chunk(2, dim=-1)
+        gate, up = grouped_linear(_spread(x, order, place, k), self.gate_up_proj, ends).chunk(2, dim=-1)
         rows = grouped_linear(F.silu(gate) * up, self.down_proj, ends)
-        return (rows.index_select(0, place).view(tokens, k, x.shape[-1]) * weights[..., None]).sum(1).to(x.dtype)
+        return (_spread(rows, place, order, 1).view(tokens, k, x.shape[-1]) * weights[..., None]).sum(1).to(x.dtype)
 
     def _every_expert(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The same from two products with all experts, where those not chosen have the weight 0."""
@@ -184,6 +185,32 @@ class Experts(nn.Module):
         gate, up = F.linear(x, self.gate_up_proj.flatten(0, 1)).unflatten(1, (experts, -1)).chunk(2, dim=-1)
         inner = (F.silu(gate) * up * shares[..., None]).flatten(1).to(x.dtype)
         return F.linear(inner, self.down_proj.transpose(0, 1).flatten(1))
+
+
+class _SpreadContext(Context, Protocol):
+    k: int
+
+
+class _Spread(torch.autograd.Function):
+    """`_spread` whose gradient reads rows too: adding them up by index is slower on a GPU, and its order is chance."""
+
+    @staticmethod
+    def forward(ctx: _SpreadContext, x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.k = k
+        return x.index_select(0, order // k if k > 1 else order)
+
+    @staticmethod
+    def backward(ctx: _SpreadContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows = grads[0].index_select(0, ctx.saved_tensors[0])
+        return (rows if ctx.k == 1 else rows.unflatten(0, (-1, ctx.k)).sum(1)), None, None, None
+
+
+def _spread(x: Tensor, order: Tensor, place: Tensor, k: int) -> Tensor:
+    """Row order[r] // k of x [T, d] for every r, [T k, d]; `place` is the inverse of the permutation `order`."""
+    if x.is_cuda:
+        return cast(Tensor, _Spread.apply(x, order, place, k))
+    return x.index_select(0, order // k if k > 1 else order)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

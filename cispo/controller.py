@@ -44,6 +44,7 @@ from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, RolloutSetup, roll_out
 from cispo.runtime.interrupts import Interrupts
+from cispo.runtime.start_parts import StartParts
 from cispo.seeds import seed_of
 from cispo.types import Prompt, Sample, Sampling, TrajectoryGroup
 from cispo.workers import Workers
@@ -85,6 +86,8 @@ class Controller:
     interrupts: Interrupts
     episodes: Episodes | None = None
     """Tools or an environment, of a recipe that has one."""
+    start: StartParts = field(default_factory=StartParts)
+    """Seconds of the run's start so far; the first step's metrics have them all."""
     buffer: Buffer = field(init=False)
     recorder: TokenRecorder = field(init=False)
     totals: Totals = field(default_factory=Totals)
@@ -95,6 +98,8 @@ class Controller:
     accuracy: float | None = None
     warned: set[str] = field(default_factory=set)
     """Kinds of warnings already printed: one sentence a kind and run."""
+    _of_start: dict[str, float] = field(default_factory=dict)
+    """Metrics of the start, until the first step has them."""
 
     def __post_init__(self) -> None:
         control, batch = self.recipe.control, self.recipe.rollout.prompts_per_step
@@ -116,6 +121,7 @@ class Controller:
             await self.begin()
         else:
             await self.resume(checkpoint)
+        self._of_start = self.start.metrics(self.workers.start_parts())
         steps = self.recipe.train.steps
         self.screen.phase("train", steps, done=self.finished)
         try:
@@ -149,15 +155,18 @@ class Controller:
                 await self.workers.save(self._reference)
                 self.renderer.save(self._reference)
                 seal(self._reference, {})
-        await self.sync_weights()
-        self.log.metrics(0, self.totals.metrics() | await self.evaluate(0))
+        with self.start.timed("weights"):
+            await self.sync_weights()
+        with self.start.timed("eval"):
+            self.log.metrics(0, self.totals.metrics() | await self.evaluate(0))
         if self.recipe.sft is not None and self.recipe.train.save_every:
             await self.save(0)
 
     async def next_step(self, step: int) -> None:
         """A step with its metrics, and the evaluation and checkpoint that are due."""
         keys, before = self.recipe.train, self.totals.prompts
-        metrics = await self.step(step)
+        metrics = await self.step(step) | self._of_start
+        self._of_start = {}
         last = step == keys.steps or self.prompts_left == 0
         if last or self._evaluation_due(before):
             metrics |= await self.evaluate(step)
@@ -186,18 +195,20 @@ class Controller:
             samples = with_advantages(groups, samples, self.algorithm)
             self.recorder.begin(groups, samples)
             updates = await self.learn(groups, samples, step, position)
-            learned = time.perf_counter()
-            metrics = self.metrics(rollouts, samples, updates)
-            for kind, sentence in alarms(self.recipe, metrics, rollouts, self.rewards, step=step):
-                self._warn(kind, sentence)
+            learned, version = time.perf_counter(), self.workers.version
             await self.sync_weights()
         synced = time.perf_counter()
+        # After the weights: engines that sample ahead go on meanwhile.
+        metrics = self.metrics(rollouts, samples, updates, version=version)
+        for kind, sentence in alarms(self.recipe, metrics, rollouts, self.rewards, step=step):
+            self._warn(kind, sentence)
+        ended = time.perf_counter()
         if self.episodes is not None:
             metrics["time/env"] = self.episodes.take_seconds()
         if self.recipe.curriculum.length_stages:
             metrics["curriculum/max_tokens"] = max_tokens_of(self.recipe, step)
         self.log.samples(step, rollouts.groups, tokens=self.recorder.rows(rollouts.groups))
-        self.totals.seconds += synced - started
+        self.totals.seconds += ended - started
         return (
             metrics
             | self.train_prompts.metrics()
@@ -207,8 +218,10 @@ class Controller:
                 "time/reward": rollouts.seconds_scoring,
                 "time/learn": learned - sampled,
                 "time/sync": synced - learned,
-                "time/step": synced - started,
-                "rollout/tokens_per_s": rollouts.tokens / (synced - started),
+                **{f"time/sync/{part}": seconds for part, seconds in self.workers.sync_parts.items()},
+                "time/metrics": ended - synced,
+                "time/step": ended - started,
+                "rollout/tokens_per_s": rollouts.tokens / (ended - started),
             }
         )
 
@@ -372,11 +385,14 @@ class Controller:
             self.accuracy = metrics.get(best_metric(self.recipe))
         return metrics
 
-    def metrics(self, rollouts: Rollouts, samples: Sequence[Sample], updates: Updates) -> dict[str, float]:
+    def metrics(
+        self, rollouts: Rollouts, samples: Sequence[Sample], updates: Updates, *, version: int
+    ) -> dict[str, float]:
+        """Metrics of the updates of the policy `version`."""
         tokens = updates.tokens()
         if tokens is not None:
             self.dropped_tokens.add(tokens)
-        version, balanced = self.workers.version, self.recipe.learner.router_aux_coef > 0
+        balanced = self.recipe.learner.router_aux_coef > 0
         metrics = sampling_metrics(rollouts, self.rewards, version=version)
         metrics |= update_metrics(samples, updates, tokens, version=version, balanced=balanced)
         if self.recipe.control.on_update == "abort":
@@ -407,6 +423,7 @@ class Controller:
             "renderer": self.renderer.fingerprint,
             "prompts": self.train_prompts.state_dict(),
             "buffer": self.buffer.state(),
+            **({} if self.checkpoints.full else {"optimizers": False}),
         }
 
     async def resume(self, checkpoint: Path) -> None:
@@ -426,7 +443,13 @@ class Controller:
             self.rewards.compare(state["rewards"].get("code"), self.screen.warn)
             self.train_prompts.load_state_dict(state["prompts"])
             version, waiting = state["version"], state["buffer"]
-        await self.workers.restore(checkpoint)
+        full = bool(state.get("optimizers", True))
+        if not full:
+            self.screen.warn(
+                f"checkpoint {checkpoint.name} holds weights alone (train.checkpoint: weights): AdamW's moments start "
+                "again from zero, so the steps to come are not those of an undisturbed run"
+            )
+        await self.workers.restore(checkpoint, full=full)
         if self.algorithm.needs_reference:
             check_sealed(self._reference, "reference policy")
             await self.workers.load_reference(self._reference)

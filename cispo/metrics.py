@@ -5,7 +5,7 @@
 
 Names are grouped by a prefix: reward/ adv/ is/ (importance weights) kl/ correction/ critic/ mismatch/ (engine against
 learner) router/ (replayed experts) length/ source/ (of one data source) data/ agent/ staleness/ learner/ curriculum/
-time/ total/ (since the start) eval/; principal ones have none.
+time/ (seconds; time/sync/PART and time/start/PART are parts) total/ (since the start) eval/; principal ones have none.
 Fractions are shares of the trained tokens (is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac)
 or of the groups (zero_variance_*).
 """
@@ -350,7 +350,13 @@ def alarms(
             f"{rollouts.dropped} groups of step {step} are left out of the training and its means, because a reward "
             f"failed (reward/dropped_groups counts them): {rewards.last_problem}",
         )
-    if rollouts.unscored:
+    if rollouts.problems:
+        yield (
+            "failed",
+            f"attempts failed in {len(rollouts.problems)} groups of step {step} (with env.on_error: raise the run ends "
+            f"instead): {rollouts.problems[-1]}",
+        )
+    elif rollouts.unscored:
         yield (
             "unscored",
             f"no reward function applied to {rollouts.unscored} completions of step {step}, each gave None: they are "
@@ -363,7 +369,7 @@ def alarms(
             f"{skipped:.0f} updates of step {step} were skipped, because their gradients are not finite: rewards reach "
             f"{largest:.3g} (scale them down if that is large), else learner.lr is too high",
         )
-    dtype, control = recipe.policy.dtype, recipe.control
+    dtype, control = recipe.policy.number_format, recipe.control
     name, limit = MISMATCH_LIMITS[dtype]
     mismatch = metrics.get(name, 0.0)
     # Tokens after keys and values of older weights differ by more than rounding.

@@ -22,7 +22,7 @@ from cispo.agents.episodes import episodes_of
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import warnings
 from cispo.controller import Controller
-from cispo.errors import Diverged, RunError, UserError
+from cispo.errors import Diverged, MissingPackage, RunError, UserError
 from cispo.evaluate import HeldOut, held_out_sets
 from cispo.files import disk_errors, read_json, write_text
 from cispo.output.checkpoint import CheckpointFolder, CheckpointWriter, step_of
@@ -40,9 +40,13 @@ from cispo.rollout.prompts import prompts_of
 from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rewards import rewards_of
 from cispo.rollout.rollout import sampling_of
+from cispo.runtime.ahead import Ahead
 from cispo.runtime.cluster import check_settings
 from cispo.runtime.interrupts import Interrupts
+from cispo.runtime.placement import settled
 from cispo.runtime.ship_code import check_output_dir
+from cispo.runtime.start_parts import StartParts
+from cispo.runtime.together import together
 from cispo.runtime.watchdog import Activity, guarded
 from cispo.start import (
     check_adapter,
@@ -120,18 +124,22 @@ class Run:
         checkpoint: Path | None = None,
         alone: bool = True,
         group: str = "",
+        ahead: Ahead | None = None,
+        start: StartParts | None = None,
     ) -> None:
         """Writes the resolved recipe and, without a `checkpoint` to resume from, the first policy.
 
         A run that is not `alone` is an arm of a comparison: it ends without a summary. Trackers show the runs of a
-        `group` together.
+        `group` together. `ahead` has the run's processes under way, `start` the seconds of its start so far.
         """
+        recipe = settled(recipe)
         self.group = group
         self.recipe, self.task, self.screen = recipe, task, screen
         self._claim, self.folder = folder, folder.path
         self.interrupts, self.checkpoint, self.alone = interrupts, checkpoint, alone
         self.algorithm = algorithm_of(recipe)
-        self.activity = Activity()
+        self._ahead, self.start = ahead, start or StartParts()
+        self.activity = Activity() if ahead is None else ahead.activity
         self.activity.checks.append(folder.check)
         self.checkpoints = CheckpointFolder(self.folder, recipe.train.keep, best_metric(recipe))
         self.started = time.perf_counter()
@@ -146,7 +154,8 @@ class Run:
             at_home = recipe.model_copy(update={"output_dir": os.path.abspath(recipe.output_dir)})
             write_text(self.folder / "recipe.yaml", dump_yaml(at_home))
             initial = self.checkpoints.folder / "initial"
-            self.policy = str(checkpoint or policy_folder(recipe, task.renderer, initial))
+            with self.start.timed("policy"):
+                self.policy = str(checkpoint or policy_folder(recipe, task.renderer, initial))
 
     def announce(self) -> None:
         self.screen.print(f": {self.algorithm.name}, run folder {self.folder}", title=self.recipe.name)
@@ -182,7 +191,8 @@ class Run:
                 stack.callback(episodes.close)
             async with self._workers(critic=self.algorithm.critic) as (workers, engines):
                 # Together: an engine that cannot start ends the warm-up at once.
-                await asyncio.gather(engines, self._warm_up(workers))
+                with self.start.timed("engines"):
+                    await together(engines, self._warm_up(workers))
                 controller = Controller(
                     recipe=recipe,
                     algorithm=self.algorithm,
@@ -198,9 +208,11 @@ class Run:
                         folder=self.checkpoints,
                         workers=workers,
                         save_tokenizer=task.renderer.save,
+                        full=recipe.train.checkpoint == "full",
                     ),
                     interrupts=self.interrupts,
                     episodes=episodes,
+                    start=self.start,
                 )
                 try:
                     await controller.train(self.checkpoint)
@@ -243,14 +255,28 @@ class Run:
         await guarded(run, self.activity, silence=self.recipe.control.watchdog, say=self.screen.warn)
 
     def _workers(self, **which: bool) -> AbstractAsyncContextManager[tuple[Workers, asyncio.Task[None]]]:
-        return running_workers(self.recipe, self.policy, activity=self.activity, say=self.screen.warn, **which)
+        return running_workers(
+            self.recipe,
+            self.policy,
+            activity=self.activity,
+            say=self.screen.warn,
+            ahead=self._ahead,
+            parts=self.start,
+            weights_follow=True,
+            **which,
+        )
 
     async def _warm_up(self, workers: Workers) -> None:
         if self.recipe.sft is None or self.checkpoint is not None:
             return
         board = TENSORBOARD in self.recipe.logging
+        started = time.perf_counter()
         with contextlib.closing(RunLog(self.folder, name="sft", board=board)) as log:
             await warm_up(self.recipe, workers, self.task.demonstrations, log, self.screen)
+        # Engines start meanwhile: their part is what is left of them after it.
+        seconds = time.perf_counter() - started
+        self.start["warm_up"] = seconds
+        self.start["engines"] = -seconds
 
     def _finish(self, log: RunLog, controller: Controller) -> None:
         """The summary and the picture, of interrupted runs too."""
@@ -261,16 +287,22 @@ class Run:
         log.dropped_tokens(dropped)
         picture = self.folder / "learning_curve.png"
         title = f"{self.recipe.name}: {self.algorithm.name}, seed {self.recipe.seed}"
-        with disk_errors(picture):
-            learning_curve(log.history, picture, title=title)
+        found = f"learning curve: {picture}"
+        try:
+            with disk_errors(picture):
+                learning_curve(log.history, picture, title=title)
+        except MissingPackage as error:
+            found = f"no picture: {error}"
         if not self.alone:
             return
         self.screen.console.print(summary(log.history, seconds=time.perf_counter() - self.started))
         if dropped:
             most = ", ".join(f"{row['token']!r} {row['ppo_dropped']}" for row in dropped[:5])
             self.screen.print(f"PPO's clip would have dropped, most often: {most}")
-        self.screen.print(f"learning curve: {picture}")
+        self.screen.print(found)
         saved, best = self.checkpoints.last(), self.checkpoints.best()
         if saved is not None:
             better = f" (best: {best.name})" if best is not None and best != saved else ""
             self.screen.print(f"checkpoint:     {saved}{better}")
+            if self.interrupts.requested:
+                self.screen.print("                the same command with --resume goes on from it")

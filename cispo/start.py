@@ -27,6 +27,7 @@ from cispo.learner.parallel import shards
 from cispo.output.checkpoint import check_checkpoint
 from cispo.policies.adapter_files import adapter_in, merged_policy
 from cispo.policies.loading import (
+    count_parameters,
     init_policy,
     initial_std,
     local_folder,
@@ -40,7 +41,9 @@ from cispo.policies.policy import Policy
 from cispo.recipe.schema import Recipe
 from cispo.rollout.renderer import Renderer
 from cispo.runtime.actors import Closable, Handle, LocalRuntime, RayRuntime, Resources, Runtime
-from cispo.runtime.placement import Placement, placement_of
+from cispo.runtime.ahead import Ahead, engines_wait
+from cispo.runtime.placement import Placement, pick_device, placement_of
+from cispo.runtime.start_parts import StartParts
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
 from cispo.weights.buckets import Transport
@@ -49,6 +52,9 @@ from cispo.workers import Workers
 
 # More concurrent sequences gain nothing on one engine and cost cache memory.
 _MAX_SEQUENCES = 512
+
+# Parameters from which a new policy is drawn on the GPU, if there is one: a CPU draws some 200 million a second.
+_LARGE = 500_000_000
 
 # Shorter contexts have two blocks of a hybrid's cache at most, and find next to nothing in it.
 _CACHED_CONTEXT = 256
@@ -65,7 +71,16 @@ def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
     if recipe.policy.model is not None:
         return str(local_folder(recipe.policy.model))
     check_new_policy(recipe, renderer)
-    save_policy(init_policy(new_config(recipe, renderer), seed=seed_of(recipe.seed, "policy")), folder)
+    config = new_config(recipe, renderer)
+    large = count_parameters(None, config) >= _LARGE
+    device = pick_device(recipe.device) if large else torch.device("cpu")
+    # An adapter may be merged into the weights that the file holds: they stay as they were drawn.
+    dtype = torch.float32 if recipe.policy.lora is not None else getattr(torch, recipe.policy.number_format)
+    policy = init_policy(config, seed_of(recipe.seed, "policy"), dtype, device)
+    save_policy(policy, folder)
+    if device.type == "cuda":
+        del policy
+        torch.cuda.empty_cache()  # learners and engines share the GPU
     renderer.save(folder)
     return str(folder)
 
@@ -217,7 +232,7 @@ async def _start_ranks(
         for rank in range(recipe.learner.ranks)
     ]
     return await runtime.start_ranks(
-        build, name=name, resources=resources, dtype=recipe.policy.dtype, device=placement.device
+        build, name=name, resources=resources, dtype=recipe.policy.number_format, device=placement.device
     )
 
 
@@ -233,12 +248,18 @@ def engine_args_of(recipe: Recipe) -> Mapping[str, object]:
     return {"enable_prefix_caching": True, **rollout.engine_args}
 
 
-async def start_engine(
-    recipe: Recipe, runtime: Runtime, folder: str, placement: Placement, number: int
-) -> EngineHandle:
+def sequences_of(recipe: Recipe) -> int:
+    """Concurrent sequences of one engine."""
     rollout = recipe.rollout
     prompts = rollout.prompts_per_step * (1 + recipe.control.max_staleness)
-    sequences = math.ceil(prompts / rollout.engines) * rollout.group_size
+    return min(math.ceil(prompts / rollout.engines) * rollout.group_size, _MAX_SEQUENCES)
+
+
+async def start_engine(
+    recipe: Recipe, runtime: Runtime, folder: str, placement: Placement, number: int, *, weights_follow: bool = False
+) -> EngineHandle:
+    """With `weights_follow` the learner's weights arrive before the first prompt, and a GPU is spared the folder's."""
+    rollout = recipe.rollout
     engine = await runtime.start(
         make_engine,
         rollout.engine,
@@ -246,14 +267,15 @@ async def start_engine(
         name=f"engine-{number}",
         resources=Resources(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number)),
         concurrent=True,
-        dtype=recipe.policy.dtype,
+        dtype=recipe.policy.number_format,
         max_context=rollout.max_context,
-        max_sequences=min(sequences, _MAX_SEQUENCES),
+        max_sequences=sequences_of(recipe),
         tensor_parallel=rollout.tensor_parallel,
         memory=placement.cache_share,
         sleeps=placement.sleeps,
         engine_args=engine_args_of(recipe),
         record_routes=recipe.policy.router_replay == "rollout",
+        read_weights=not (weights_follow and placement.device == "cuda"),
     )
     return EngineHandle(engine)
 
@@ -285,14 +307,30 @@ async def running_workers(
     engines: bool = True,
     learners: bool = True,
     critic: bool = False,
+    ahead: Ahead | None = None,
+    parts: StartParts | None = None,
+    weights_follow: bool = False,
 ) -> AsyncIterator[tuple[Workers, asyncio.Task[None]]]:
-    """Workers with started learners, and the task that starts the engines meanwhile; all end with the block."""
-    runtime = make_runtime(recipe, num_processes(recipe, learners=learners, critic=critic, engines=engines), activity)
+    """Workers with started learners, and the task that starts the engines meanwhile; all end with the block.
+
+    Their processes are those of `ahead`, if it has any. `weights_follow` promises `sync_weights` before any prompt. The
+    seconds until there is a cluster, and until the learners are built, are left in `parts`.
+    """
+    parts = StartParts() if parts is None else parts
     tasks: list[asyncio.Task[None]] = []
     with contextlib.ExitStack() as stack:
-        stack.callback(runtime.close)
-        placement = placement_of(recipe, available=runtime.gpus(), critic=critic, learners=learners, engines=engines)
-        await runtime.reserve([placement.rank_bundles, placement.engine_bundles])
+        with parts.timed("cluster"):
+            started = None if ahead is None else await ahead.take()
+            if started is None:
+                processes = num_processes(recipe, learners=learners, critic=critic, engines=engines)
+                runtime: Runtime = make_runtime(recipe, processes, activity)
+                stack.callback(runtime.close)
+                gpus = runtime.gpus()
+                placement = placement_of(recipe, available=gpus, critic=critic, learners=learners, engines=engines)
+                await runtime.reserve([placement.rank_bundles, placement.engine_bundles])
+            else:
+                runtime, placement = started
+                stack.callback(runtime.close)
         home, policy = runtime.is_home(), str(Path(policy).absolute())
         # Engines of an adapter start from its policy alone: weights arrive before the first prompt.
         adapter = adapter_in(policy)
@@ -306,7 +344,9 @@ async def running_workers(
             learners=[],
             critics=[],
             engines=[],
-            start_engine=partial(start_engine, recipe, runtime, engine_policy, placement),
+            start_engine=partial(
+                start_engine, recipe, runtime, engine_policy, placement, weights_follow=weights_follow
+            ),
             weights_folder=str(weights),
             group_size=recipe.rollout.group_size,
             transport=transport_of(recipe, placement, home=home),
@@ -326,14 +366,24 @@ async def running_workers(
         )
         activity.details.append(workers.waiting_in)
         try:
-            starting = asyncio.create_task(workers.start_engines(recipe.rollout.engines if engines else 0))
+            ready = asyncio.Event()
+            if not engines_wait(recipe, num_processes(recipe, critic=critic)):
+                ready.set()
+
+            async def start_engines() -> None:
+                await ready.wait()
+                await workers.start_engines(recipe.rollout.engines if engines else 0)
+
+            starting = asyncio.create_task(start_engines())
             tasks.append(starting)
             if recipe.control.watchdog:
                 tasks.append(asyncio.create_task(workers.report_progress(activity, every=recipe.control.watchdog / 10)))
-            if learners:
-                workers.learners = await start_learners(recipe, runtime, policy, placement)
-            if critic:
-                workers.critics = await start_critics(recipe, runtime, policy, placement)
+            with parts.timed("ranks"):
+                if learners:
+                    workers.learners = await start_learners(recipe, runtime, policy, placement)
+                if critic:
+                    workers.critics = await start_critics(recipe, runtime, policy, placement)
+            ready.set()
             yield workers, starting
         finally:
             activity.details.remove(workers.waiting_in)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -21,6 +21,8 @@ from cispo.errors import Diverged, ProcessDied, RunError, UserError
 from cispo.learner.critic import CriticResult
 from cispo.learner.handle import CriticHandle, LearnerHandle, RankHandle
 from cispo.learner.learner import UpdateResult
+from cispo.runtime.start_parts import Parts
+from cispo.runtime.together import together
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
 from cispo.types import Completion, Home, MicroBatch, OnUpdate, RankBatches, Sampling
@@ -77,6 +79,11 @@ class Workers:
     _weights: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the learner's weights change or travel."""
     _published: str = ""
+    _buckets: int = 0
+    """Buckets of one transfer of the weights; 0 until the first."""
+    sync_parts: Parts = field(default_factory=Parts)
+    """Seconds of the last `sync_weights` by its parts: wake, gather, drain, join, install and finish. The checksums
+    of `verify` belong to gather and install."""
 
     async def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
         """Splits the prompts over the engines, groups whole, so that prefix caching can share a group's prompt.
@@ -154,7 +161,7 @@ class Workers:
 
     async def start_engines(self, count: int) -> None:
         """Starts the engines side by side, again where a start fails."""
-        self.engines = await asyncio.gather(*map(self._started, range(count)))
+        self.engines = await together(*map(self._started, range(count)))
 
     async def _started(self, number: int) -> EngineHandle:
         while True:
@@ -180,6 +187,11 @@ class Workers:
         self.engines[number].kill()
         self.engines[number] = await self._started(number)
         self.joined = False
+
+    def start_parts(self) -> dict[str, list[Mapping[str, float]]]:
+        """Kind -> the seconds of each process's start by its parts, of those that run now."""
+        kinds = {"learner": self.learners, "critic": self.critics, "engine": self.engines}
+        return {kind: [one.remote.parts for one in processes] for kind, processes in kinds.items() if processes}
 
     async def report_progress(self, activity: Activity, *, every: float) -> None:
         """Reports sampled tokens as activity to the watchdog; never returns."""
@@ -232,12 +244,15 @@ class Workers:
     async def sync_weights(self, version: int) -> None:
         """Copies the learner's weights into every engine, under the lock of `learning`; returns when all have them."""
         self.version = version
+        self.sync_parts.clear()
         if self.asleep:
-            await asyncio.gather(*(rank.release_memory() for rank in self._ranks))
-            await asyncio.gather(*(engine.wake() for engine in self.engines))
+            with self.sync_parts.timed("wake"):
+                await asyncio.gather(*(rank.release_memory() for rank in self._ranks))
+                await asyncio.gather(*(engine.wake() for engine in self.engines))
             self.asleep = False
         if self.transport == "shared_memory":
-            self._published = await self.publish(version)
+            with self.sync_parts.timed("gather"):
+                self._published = await self.publish(version)
         await self._deliver(range(len(self.engines)))
 
     async def _deliver(self, numbers: Sequence[int]) -> None:
@@ -258,26 +273,34 @@ class Workers:
                     await self._start_again(number, error)
 
     async def _send(self, engines: Sequence[EngineHandle]) -> None:
-        self.lost_tokens += sum(await _all(engine.begin_update(self.on_update) for engine in engines))
+        with self.sync_parts.timed("drain"):
+            self.lost_tokens += sum(await _all(engine.begin_update(self.on_update) for engine in engines))
         if self.transport == "shared_memory":
-            await _all(engine.load_weights(self._published) for engine in engines)
+            with self.sync_parts.timed("install"):
+                await _all(engine.load_weights(self._published) for engine in engines)
         else:
             await self._send_buckets(self.transport, engines)
-        await _all(engine.finish_update(self.version) for engine in engines)
+        with self.sync_parts.timed("finish"):
+            await _all(engine.finish_update(self.version) for engine in engines)
 
     async def _send_buckets(self, transport: Transport, engines: Sequence[EngineHandle]) -> None:
         """One bucket after another: staged, copied by every engine, and only then overwritten."""
         if transport == "broadcast" and not self.joined:
-            await self._join()
+            with self.sync_parts.timed("join"):
+                await self._join()
         # By broadcast rank 0 sends; otherwise each rank offers its own GPU's copy to the engines there. A bucket is
         # gathered by all ranks before any sends it: collectives of two groups at once could wait for each other.
         senders = self._exporters if transport == "broadcast" else self.learners
-        for number in range(await self.learners[0].num_buckets()):
-            staged = await _together(sender.stage_bucket(number, transport, check=self.verify) for sender in senders)
+        if not self._buckets:
+            self._buckets = await self.learners[0].num_buckets()
+        for number in range(self._buckets):
+            with self.sync_parts.timed("gather"):
+                staged = await _together(s.stage_bucket(number, transport, check=self.verify) for s in senders)
             receive = [engine.receive_weights(merged(staged)) for engine in engines]
             if transport == "broadcast":
                 receive.append(self.learners[0].broadcast_bucket(number))
-            await _all(receive)
+            with self.sync_parts.timed("install"):
+                await _all(receive)
 
     async def _join(self) -> None:
         world = 1 + len(self.engines) * self.tensor_parallel
@@ -302,17 +325,19 @@ class Workers:
         """Writes the policy in Hugging Face form."""
         await _together(learner.save(str(folder.absolute())) for learner in self._exporters)
 
-    async def start_save(self, folder: Path) -> None:
-        """Copies policy, critic and optimizers and starts writing them; of ranks that hold the same, rank 0 does."""
-        await _together(rank.start_save(str(folder.absolute())) for rank in self._ranks)
+    async def start_save(self, folder: Path, *, full: bool) -> None:
+        """Copies policy, critic and, of a `full` checkpoint, optimizers and starts writing them; of ranks that hold the
+        same, rank 0 does.
+        """
+        await _together(rank.start_save(str(folder.absolute()), full=full) for rank in self._ranks)
 
     async def saved(self, *, wait: bool) -> bool:
         """Whether the files of `start_save` are on the disk."""
         return all(await _together(rank.saved(wait=wait) for rank in self._ranks))
 
-    async def restore(self, checkpoint: Path) -> None:
-        """Reads optimizers and critic from a checkpoint; its policy was loaded at the start."""
-        await _together(rank.restore(str(checkpoint.absolute())) for rank in self._ranks)
+    async def restore(self, checkpoint: Path, *, full: bool) -> None:
+        """Reads critic and, of a `full` checkpoint, optimizers; its policy was loaded at the start."""
+        await _together(rank.restore(str(checkpoint.absolute()), full=full) for rank in self._ranks)
 
     async def waiting_in(self) -> str:
         """The steps with collectives in which ranks are, as a clause: a rank without one is missing in them."""

@@ -177,6 +177,8 @@ def test_alarms():
     lost = kinds({"learner/updates": 0}, groups=[], dropped=4)
     assert set(lost) == {"dropped"} and "4 groups of step 2" in lost["dropped"] and "OSError" in lost["dropped"]
     assert "no reward function applied to 3 completions of step 2" in kinds({}, unscored=3)["unscored"]
+    broken = kinds({}, unscored=2, problems=("env: my_envs:Game raised OSError (prompt 3, turn 0)",))
+    assert set(broken) == {"failed"} and "1 groups of step 2" in broken["failed"] and "OSError" in broken["failed"]
     skipped = kinds({"learner/skipped": 1}, groups=[group([1e38, 0], [4, 2])])["skipped"]
     assert "1 updates of step 2 were skipped" in skipped and "rewards reach 1e+38" in skipped
     assert "skipped" in kinds({"critic/skipped": 1})

@@ -174,6 +174,30 @@ def test_what_would_be_the_same_in_a_new_engine_ends_the_run() -> None:
         assert group.restarts == 0
 
 
+def test_bad_input_found_by_one_engine_ends_the_start_of_the_others() -> None:
+    """Their processes are killed next, which is no reason to start them again."""
+
+    async def run() -> None:
+        group, _ = workers([[], []])
+        ended = asyncio.Event()
+
+        async def start(number: int) -> EngineHandle:
+            if number == 0:
+                raise UserError("head_dim 16 cannot be sampled")
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+            raise AssertionError("the start goes on")
+
+        group.start_engine = start
+        with pytest.raises(UserError, match="head_dim 16"):
+            await group.start_engines(2)
+        assert ended.is_set() and group.restarts == 0
+
+    asyncio.run(run())
+
+
 def test_restarts_are_bounded() -> None:
     async def run(error: Exception) -> None:
         group, _ = workers([[{"generate": error}] * 4], max_restarts=2)

@@ -12,13 +12,16 @@ two steps and never meet one half-way.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Literal, ParamSpec
 
 from cispo.engines.drafts import Draft, start_drafts
@@ -103,6 +106,11 @@ class ServedEngine:
         self._stepping: asyncio.Task[None] | None = None
         self._arrivals = 0
         """Calls since the start."""
+
+    @property
+    def start_parts(self) -> Mapping[str, float]:
+        """Seconds of the engine's start by its parts, where it counts them."""
+        return getattr(self.engine, "start_parts", {})
 
     @property
     def version(self) -> int:
@@ -321,6 +329,19 @@ class ServedEngine:
             raise self._error
 
 
+def prepare(kind: Literal["vllm", "torch"], dtype: str, model: str | None) -> None:
+    """The imports of an engine's process, before there is a policy to load; `model` is its folder, if it is known."""
+    if kind == "torch":
+        importlib.import_module("cispo.engines.torch_engine")
+        return
+    from cispo.engines.vllm_start import import_vllm
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # vLLM's, while it scans torch
+        importlib.import_module("cispo.engines.vllm_engine")
+        import_vllm(exact=dtype == "float32", folder=None if model is None else Path(model))
+
+
 def make_engine(
     kind: Literal["vllm", "torch"],
     model: str,
@@ -333,8 +354,9 @@ def make_engine(
     sleeps: bool,
     engine_args: Mapping[str, object],
     record_routes: bool = False,
+    read_weights: bool = True,
 ) -> ServedEngine:
-    """The engine named by a recipe's rollout.engine."""
+    """The engine named by a recipe's rollout.engine. Without `read_weights` those of vLLM's are undefined at first."""
     if kind == "torch":
         from cispo.engines.torch_engine import TorchEngine
 
@@ -353,5 +375,6 @@ def make_engine(
         sleeps=sleeps,
         engine_args=engine_args,
         record_routes=record_routes,
+        read_weights=read_weights,
     )
     return ServedEngine(engine)

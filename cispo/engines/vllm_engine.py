@@ -22,6 +22,7 @@ from cispo.engines.random_stream import seeded
 from cispo.engines.vllm_logprobs import PendingLogprobs, SampledTokens
 from cispo.engines.vllm_routes import RouteTable
 from cispo.engines.vllm_start import start_vllm
+from cispo.runtime.start_parts import Parts
 from cispo.types import Sampling
 from cispo.weights.buckets import tensor_checksum
 from cispo.weights.publish import WeightMessage
@@ -38,7 +39,7 @@ class VLLMEngine:
     sequences at a time, `memory` the share of a GPU's memory that the cache may take; with `sleeps` it can be given
     back. `engine_args` are vLLM's own engine arguments and win over ours. With prefix caching, which is off by default,
     blocks that earlier calls left in the cache change the last bits of a log-probability. With `record_routes`
-    completions carry the experts of their tokens.
+    completions carry the experts of their tokens. Without `read_weights` the weights are undefined until an update.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class VLLMEngine:
         sleeps: bool = False,
         engine_args: Mapping[str, object] | None = None,
         record_routes: bool = False,
+        read_weights: bool = True,
     ) -> None:
         check_model(model, max_context)
         self.max_context, self.max_sequences = max_context, max_sequences
@@ -73,7 +75,7 @@ class VLLMEngine:
             "tensor_parallel_size": tensor_parallel,
             "seed": seed,
             "skip_tokenizer_init": True,
-            "load_format": "safetensors",
+            "load_format": "safetensors" if read_weights else "dummy",
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
             "mamba_cache_dtype": "float32",
@@ -86,7 +88,9 @@ class VLLMEngine:
         with warnings.catch_warnings(), seeded(seed):
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's, while it scans torch
             arguments |= dict(engine_args or {})
-            self._engine = start_vllm(arguments, memory=memory, record_routes=record_routes)
+            self.start_parts = Parts()
+            """Seconds of the start by its parts."""
+            self._engine = start_vllm(arguments, memory=memory, record_routes=record_routes, parts=self.start_parts)
         from vllm.v1.engine.core_client import InprocClient
 
         core = self._engine.engine_core

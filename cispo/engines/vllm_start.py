@@ -5,7 +5,9 @@ Imports vLLM when called, which takes about 9 s in a new process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import logging
 import math
 import os
@@ -21,11 +23,13 @@ from cispo.errors import UserError
 from cispo.files import read_json
 from cispo.policies.families import FAMILIES, PARSED, family_of
 from cispo.policies.replay import ROUTES_KEY
+from cispo.runtime.start_parts import Parts
 from cispo.weights.vllm_receiver import TRANSFER_BACKEND, register_transfer_backend
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
     from vllm.config import VllmConfig
+    from vllm.v1.executor import Executor
 
 # Read when vLLM and torch are imported. One process holds the whole engine: the two that vLLM would spawn import it
 # again, 20 s. Without compilation the sampler's helpers start 2 s sooner and run as fast.
@@ -40,48 +44,114 @@ _ENVIRONMENT = {
 _EXTENSION = "cispo.engines.vllm_logprobs.RecorderExtension"
 
 
-def start_vllm(arguments: Mapping[str, Any], *, memory: float, record_routes: bool = False) -> LLMEngine:
-    """Builds the engine; `memory` is the share of a GPU's memory that its cache may take. With `record_routes` the
-    worker has the methods of `vllm_routes`.
+# Modules that an engine of one process loads for its device, beside those that `vllm` brings.
+_OF_A_WORKER = ("vllm.v1.engine.core", "vllm.v1.engine.core_client", "vllm.v1.executor.uniproc_executor")
+_OF_A_GPU = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner")
+_OF_A_CPU = ("vllm.v1.worker.cpu_worker",)
 
-    Raises UserError where vLLM refuses the model or an argument.
+
+def import_vllm(*, exact: bool, folder: Path | None = None) -> None:
+    """Imports vLLM with our settings, and registers our models and weight transfer; a second call does little.
+
+    `exact`: float32 products in Triton's kernels are true float32. The class of the model in `folder` is imported too.
     """
     import torch._dynamo
 
-    exact = arguments["dtype"] == "float32"
     for name, value in (_ENVIRONMENT | ({"TRITON_F32_DEFAULT": "ieee"} if exact else {})).items():
         os.environ.setdefault(name, value)
     torch._dynamo.config.disable = True  # the environment is read once, perhaps before this call
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # says that a CPU has no Triton
 
-    from vllm import EngineArgs, LLMEngine
-    from vllm.config import WeightTransferConfig
+    from vllm import LLMEngine  # noqa: F401
     from vllm.platforms import current_platform
 
-    device = current_platform.device_type
     _register_models()
     _leave_classes_alone()
     register_transfer_backend()
+    if folder is not None:
+        _import_model(read_json(folder / "config.json").get("architectures"))
+    for module in (*_OF_A_WORKER, *(_OF_A_GPU if current_platform.device_type == "cuda" else _OF_A_CPU)):
+        # One that this machine lacks may not be needed; vLLM says so when it is.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+
+
+def start_vllm(
+    arguments: Mapping[str, Any], *, memory: float, record_routes: bool = False, parts: Parts | None = None
+) -> LLMEngine:
+    """Builds the engine; `memory` is the share of a GPU's memory that its cache may take. With `record_routes` the
+    worker has the methods of `vllm_routes`. The seconds of the start are left in `parts`: import, config, load (of
+    weights, on a device), profile, cache, warm_up and graphs, which is a part of warm_up.
+
+    Raises UserError where vLLM refuses the model or an argument.
+    """
+    parts = Parts() if parts is None else parts
+    exact = arguments["dtype"] == "float32"
+    with parts.timed("import"):
+        # A class may touch CUDA, which workers that are forked could not use then.
+        alone = arguments["tensor_parallel_size"] == 1
+        import_vllm(exact=exact, folder=Path(arguments["model"]) if alone else None)
+
+    from vllm import EngineArgs, LLMEngine
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+    from vllm.v1.executor import Executor
+
+    device = current_platform.device_type
     transfer = WeightTransferConfig(backend=TRANSFER_BACKEND)
     unknown = arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)}
     if unknown:
         raise UserError(f"rollout.engine_args: vLLM's engine has no argument {min(unknown)!r}")
     by_device = _cuda_arguments(arguments["max_num_seqs"], exact) if device == "cuda" else {"enforce_eager": True}
-    own = _own_arguments(Path(arguments["model"]), arguments)
-    recorded = _recording(arguments) if record_routes else {}
-    settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **own, **arguments, **recorded})
-    try:
-        config = settings.create_engine_config()
-    except ValueError as error:
-        raise UserError(f"vLLM refuses {arguments['model']}: {_reason(error)}") from error
+    with parts.timed("config"):
+        own = _own_arguments(Path(arguments["model"]), arguments)
+        recorded = _recording(arguments) if record_routes else {}
+        settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **own, **arguments, **recorded})
+        try:
+            config = settings.create_engine_config()
+        except ValueError as error:
+            raise UserError(f"vLLM refuses {arguments['model']}: {_reason(error)}") from error
     if device == "cpu":
         _check_cpu(config)
     if config.cache_config.kv_cache_memory_bytes is None and "gpu_memory_utilization" not in arguments:
         config.cache_config.kv_cache_memory_bytes = min(_cache_bytes(config), _free_bytes(device, memory))
     try:
-        return LLMEngine.from_vllm_config(config, disable_log_stats=settings.disable_log_stats)
+        # As LLMEngine.from_vllm_config, in this process.
+        return LLMEngine(
+            vllm_config=config,
+            executor_class=_timed(Executor.get_class(config), parts),
+            log_stats=not settings.disable_log_stats,
+        )
     except SafetensorError as error:
         raise UserError(f"{arguments['model']}: a weight file is broken or cut short: {error}") from error
+
+
+def _timed(executor: type[Executor], parts: Parts) -> type[Executor]:
+    """The class of executors, with the seconds of each phase of their start left in `parts`."""
+    base: Any = executor
+
+    class Timed(base):
+        def _init_executor(self) -> None:
+            with parts.timed("load"):
+                super()._init_executor()
+            worker: Any = getattr(getattr(self, "driver_worker", None), "worker", None)
+            runner: Any = getattr(worker, "model_runner", None)
+            if hasattr(runner, "capture_model"):
+                runner.capture_model = parts.counted("graphs", runner.capture_model)
+
+        def determine_available_memory(self) -> list[int]:
+            with parts.timed("profile"):
+                return super().determine_available_memory()
+
+        def initialize_from_config(self, kv_cache_configs: Any) -> None:
+            with parts.timed("cache"):
+                super().initialize_from_config(kv_cache_configs)
+
+        def compile_or_warm_up_model(self) -> None:
+            with parts.timed("warm_up"):
+                super().compile_or_warm_up_model()
+
+    return Timed
 
 
 def _register_models() -> None:
@@ -95,6 +165,18 @@ def _register_models() -> None:
         if family.vllm is not None:
             for architecture in family.vllm.architectures:
                 ModelRegistry.register_model(architecture, resolve_name(family.vllm.model))
+
+
+def _import_model(architectures: object) -> None:
+    """Registers vLLM's own model as a class, for the reason of `_register_models`."""
+    from vllm import ModelRegistry
+
+    for name in architectures if isinstance(architectures, list) else ():
+        lazy: Any = ModelRegistry.models.get(name)
+        if hasattr(lazy, "class_name"):
+            # Whatever its import breaks, vLLM says when it is told to load it.
+            with contextlib.suppress(Exception):
+                ModelRegistry.register_model(name, resolve_name(f"{lazy.module_name}:{lazy.class_name}"))
 
 
 def _own_arguments(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,6 +212,8 @@ def _cuda_arguments(sequences: int, exact: bool) -> dict[str, Any]:
     """
     common = {
         "worker_extension_cls": _EXTENSION,
+        # FlashInfer tunes kernels of quantised and fused layers, which no policy has: it is imported in vain.
+        "kernel_config": {"enable_flashinfer_autotune": False},
         # The cache has a size of its own, and several engines may start on one GPU at a time.
         "gpu_memory_utilization": 0.01,
     }

@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import inspect
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, Protocol, TypeAlias
 
 from cispo.errors import ProcessDied, RunError, UserError
@@ -26,15 +30,12 @@ from cispo.runtime.network import free_port, in_url, listen_on
 from cispo.runtime.watchdog import Activity
 
 # One thread a process: an engine and a learner of two threads each on two cores wait at one another's barriers, and one
-# thread each was 10 times faster on a busy machine. The malloc thresholds keep freed memory in the process, which
-# spares an engine most of its page faults. The last entry hides torch's warning about NUMA.
-_CPU_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": "1000000000",
-    "MALLOC_MMAP_THRESHOLD_": "33554432",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-}
+# thread each was 10 times faster on a busy machine. The last entry hides torch's warning about NUMA.
+_CPU_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+# Parameters of glibc's mallopt (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) that keep freed memory in the process, which spares
+# an engine most of its page faults.
+_CPU_MALLOC = {-1: 1_000_000_000, -3: 1 << 25}
 
 # Ray's name for the calls of `look`.
 _LOOKS = "looks"
@@ -63,8 +64,30 @@ class Resources:
 _NO_GPU = Resources()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A process that `Runtime.prepare` starts before its object can be built.
+
+    Example: Planned(name="engine-0", concurrent=True, imports="cispo.engines.serving:prepare", args=("vllm",))
+    """
+
+    name: str
+    """As later given to `start`; of a rank with its number."""
+    resources: Resources = _NO_GPU
+    concurrent: bool = False
+    """Whether it is for `start` with `concurrent`; otherwise for `start_ranks`."""
+    imports: str = ""
+    """"module:function" that the process calls with `args`: its imports are the point of it."""
+    args: tuple[object, ...] = ()
+
+
 class Handle(Protocol):
     """An object in this or another process, called by method name."""
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """Seconds of the object's start: process, import and build, and parts of these that the object names itself."""
+        ...
 
     async def call(self, method: str, *args: object, **kwargs: object) -> Any:
         """Runs a method of the object; UserError and RunError are raised here as they were raised there.
@@ -115,6 +138,10 @@ class Runtime(Protocol):
         """`paths` is key -> path. Raises UserError where a machine with a reserved bundle does not see a path."""
         ...
 
+    def prepare(self, planned: Sequence[Planned]) -> None:
+        """Starts processes ahead of their objects, without waiting; `start` and `start_ranks` then take them."""
+        ...
+
     async def start(
         self,
         build: Callable[..., Closable],
@@ -142,9 +169,15 @@ async def _result(value: object) -> object:
     return await value if inspect.isawaitable(value) else value
 
 
+def _named_parts(target: object) -> Mapping[str, float]:
+    """Parts of its start that an object names itself."""
+    return getattr(target, "start_parts", {})
+
+
 class _LocalHandle:
-    def __init__(self, target: Closable) -> None:
+    def __init__(self, target: Closable, seconds: float) -> None:
         self.target = target
+        self.parts = {"build": seconds, **_named_parts(target)}
 
     async def call(self, method: str, *args: object, **kwargs: object) -> object:
         return await _result(getattr(self.target, method)(*args, **kwargs))
@@ -182,6 +215,9 @@ class LocalRuntime:
     async def check_paths(self, paths: Mapping[str, str]) -> None:
         pass
 
+    def prepare(self, planned: Sequence[Planned]) -> None:
+        pass
+
     async def start(
         self,
         build: Callable[..., Closable],
@@ -191,16 +227,18 @@ class LocalRuntime:
         concurrent: bool = False,
         **kwargs: object,
     ) -> Handle:
-        return self._hold(build(*args, **kwargs))
+        return self._hold(build, *args, **kwargs)
 
     async def start_ranks(
         self, build: Callable[..., Closable], *args: object, name: str, resources: Sequence[Resources], **kwargs: object
     ) -> list[Handle]:
         assert len(resources) == 1, "one process holds one rank"
-        return [self._hold(build(*args, **kwargs))]
+        return [self._hold(build, *args, **kwargs)]
 
-    def _hold(self, target: Closable) -> Handle:
-        self._handles.append(_LocalHandle(target))
+    def _hold(self, build: Callable[..., Closable], *args: object, **kwargs: object) -> Handle:
+        started = time.perf_counter()
+        target = build(*args, **kwargs)
+        self._handles.append(_LocalHandle(target, time.perf_counter() - started))
         return self._handles[-1]
 
     def close(self) -> None:
@@ -213,14 +251,38 @@ class _Host:
     """The Ray actor. It builds its object in a call, so that an error of the constructor arrives whole."""
 
     def __init__(self) -> None:
+        import psutil
         import ray
 
         self._address: str = ray.util.get_node_ip_address()
         listen_on(self._address)
         self._target: object = None
+        self._parts = {"process": time.time() - psutil.Process().create_time(), "import": 0.0}
 
-    def build(self, build: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def prepare(self, gpu: bool, imports: str, args: tuple[object, ...]) -> None:
+        """Settings that libraries read when they are imported, and the imports. A failure is left to `build`."""
+        if not gpu:
+            os.environ.update(_CPU_ENV)
+            _keep_freed_memory()
+        started = time.perf_counter()
+        if imports:
+            with contextlib.suppress(Exception):
+                resolve_name(imports)(*args)
+        self._parts["import"] = time.perf_counter() - started
+
+    def build(
+        self, build: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Mapping[str, float]:
+        """Returns the seconds of the start by its parts."""
+        started = time.perf_counter()
         self._target = build(*args, **kwargs)
+        # Of the libraries' half a million objects none ends before the process does: without them a full collection,
+        # in the middle of some step, takes no time instead of 0.2 s and more.
+        gc.collect()
+        gc.freeze()
+        self._parts["build"] = time.perf_counter() - started
+        named = _named_parts(self._target)
+        return {part: self._parts.get(part, 0.0) + named.get(part, 0.0) for part in (*self._parts, *named)}
 
     def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         return getattr(self._target, method)(*args, **kwargs)
@@ -237,15 +299,26 @@ class _ConcurrentHost(_Host):
         return await _result(super().call(method, args, kwargs))
 
 
+def _keep_freed_memory() -> None:
+    """Applies `_CPU_MALLOC`; another C library has no such call."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in _CPU_MALLOC.items():
+            mallopt(parameter, value)
+
+
 class _RayHandle:
     def __init__(self, actor: RayActor, name: str, activity: Activity, *, concurrent: bool) -> None:
         """Ray can cancel a call that a `concurrent` actor has begun; in any other actor only a kill ends it."""
         self.actor, self.name, self.activity = actor, name, activity
         self._concurrent = concurrent
+        self.parts: Mapping[str, float] = {}
 
     async def build(self, build: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         with self.activity.doing(f"{self.name} to start"):
-            await self.wait(self.actor.build.remote(build, args, kwargs))
+            parts = await self.wait(self.actor.build.remote(build, args, kwargs))
+        assert isinstance(parts, dict)
+        self.parts = parts
 
     async def call(self, method: str, *args: object, **kwargs: object) -> object:
         import ray
@@ -306,6 +379,7 @@ class RayRuntime:
         # By default Ray hides the GPUs from actors that ask for none, in a way that it announces to abandon.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self._actors: list[RayActor] = []
+        self._prepared: dict[str, _RayHandle] = {}
         self._reservation = cluster.Reservation()
         self._leave = cluster.connect(processes)
         self._activity = activity
@@ -327,6 +401,12 @@ class RayRuntime:
     async def check_paths(self, paths: Mapping[str, str]) -> None:
         await cluster.check_paths(self._reservation, paths)
 
+    def prepare(self, planned: Sequence[Planned]) -> None:
+        for one in planned:
+            handle = self._actor(one.name, one.resources, one.concurrent, looks=not one.concurrent)
+            handle.actor.prepare.remote(bool(one.resources.gpus), one.imports, one.args)
+            self._prepared[one.name] = handle
+
     async def start(
         self,
         build: Callable[..., object],
@@ -336,14 +416,14 @@ class RayRuntime:
         concurrent: bool = False,
         **kwargs: object,
     ) -> Handle:
-        handle = self._actor(name, resources, concurrent)
+        handle = self._process(name, resources, concurrent)
         await handle.build(build, args, kwargs)
         return handle
 
     async def start_ranks(
         self, build: Callable[..., object], *args: object, name: str, resources: Sequence[Resources], **kwargs: object
     ) -> list[Handle]:
-        handles = [self._actor(f"{name}-{rank}", own, looks=True) for rank, own in enumerate(resources)]
+        handles = [self._process(f"{name}-{rank}", own, looks=True) for rank, own in enumerate(resources)]
         address = await handles[0].wait(handles[0].actor.free_address.remote())
         await asyncio.gather(
             *(
@@ -353,11 +433,19 @@ class RayRuntime:
         )
         return list(handles)
 
+    def _process(self, name: str, resources: Resources, concurrent: bool = False, *, looks: bool = False) -> _RayHandle:
+        """The prepared process of that name, or a new one; a restarted object gets a new one."""
+        handle = self._prepared.pop(name, None)
+        if handle is None:
+            handle = self._actor(name, resources, concurrent, looks=looks)
+            handle.actor.prepare.remote(bool(resources.gpus), "", ())
+        return handle
+
     def _actor(self, name: str, resources: Resources, concurrent: bool = False, *, looks: bool = False) -> _RayHandle:
         import ray
 
-        environment = {"env_vars": {} if resources.gpus else _CPU_ENV}
-        options: dict[str, object] = {"num_cpus": 1, "num_gpus": resources.gpus, "runtime_env": environment}
+        # Without a runtime environment of its own an actor takes a process that Ray has started with the cluster.
+        options: dict[str, object] = {"num_cpus": 1, "num_gpus": resources.gpus}
         if resources.bundle is not None:
             options["scheduling_strategy"] = self._reservation.strategy(resources.bundle)
         if concurrent:
@@ -383,6 +471,7 @@ class RayRuntime:
                     ray.kill(actor)
                 cluster.release(self._reservation)
         self._actors.clear()
+        self._prepared.clear()
         self._reservation = cluster.Reservation()
         if self._leave is not None:
             self._leave()

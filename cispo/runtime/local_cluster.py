@@ -96,9 +96,10 @@ class LocalCluster:
 def _starting(note: Callable[[str, int], None]) -> Iterator[None]:
     """A block in which Ray starts its servers: each in a session of its own, with SIGTERM, SIGHUP and SIGUSR1 off.
 
-    They hand both on to the actors that they start. Ray itself does so for SIGINT alone.
+    They hand both on to the actors that they start. Ray itself does so for SIGINT alone. Left out are the servers that
+    scale a cluster and send its logs to the driver: a processor's second at the start, another at the end.
     """
-    from ray._private import services, worker
+    from ray._private import node, services, worker
 
     original = services.ConsolePopen
 
@@ -120,10 +121,15 @@ def _starting(note: Callable[[str, int], None]) -> Iterator[None]:
     # Ray's report of a raylet that died, with 20 lines of its log: `check` says it in a sentence.
     worker.print_to_stdstream = lambda *args, **kwargs: None
     services.ConsolePopen = Apart
+    left_out = {name: getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor")}
+    for name in left_out:
+        setattr(node.Node, name, lambda _: None)
     try:
         yield
     finally:
         services.ConsolePopen = original
+        for name, method in left_out.items():
+            setattr(node.Node, name, method)
 
 
 def root_folder() -> Path:

@@ -126,6 +126,21 @@ def device_of(recipe: Recipe, available: int) -> Literal["cpu", "cuda"]:
     return "cuda" if pick_device(recipe.device).type == "cuda" else "cpu"
 
 
+def settled(recipe: Recipe, device: Literal["cpu", "cuda"] | None = None) -> Recipe:
+    """The recipe with its automatic choices made for a device, by default this machine's for the recipe.
+
+    A policy that is given and runs on a GPU is bfloat16 and recomputes its layers.
+    """
+    kind = device or pick_device(recipe.device).type
+    lean = kind == "cuda" and recipe.policy.model is not None
+    policy, learner = recipe.policy, recipe.learner
+    if policy.dtype == "auto":
+        policy = policy.model_copy(update={"dtype": "bfloat16" if lean else "float32"})
+    if learner.gradient_checkpointing == "auto":
+        learner = learner.model_copy(update={"gradient_checkpointing": lean or learner.recomputes})
+    return recipe.model_copy(update={"policy": policy, "learner": learner})
+
+
 def pick_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device of a recipe's `device` key; `auto` takes a GPU where this machine has one."""
     if device == "auto":

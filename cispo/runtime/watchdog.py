@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import faulthandler
 import itertools
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -24,6 +23,8 @@ _GRACE = 60.0
 _DETAIL_TIMEOUT = 5.0
 # Seconds between two rounds of `Activity.checks`.
 _CHECK_EVERY = 2.0
+# File descriptor: a notebook's sys.stderr has none.
+_STDERR = 2
 
 
 class Activity:
@@ -122,7 +123,7 @@ async def _watch(activity: Activity, silence: float, say: Callable[[str], None])
     said_at = 0.0
     while True:
         # Re-armed at every look, so it fires only where the event loop is blocked.
-        faulthandler.dump_traceback_later(2 * silence + _GRACE, exit=True, file=sys.stderr)
+        faulthandler.dump_traceback_later(2 * silence + _GRACE, exit=True, file=_STDERR)
         await asyncio.sleep(min(silence / 10, 5.0))
         if activity.silence > 2 * silence:
             raise RunError(await activity.report())

@@ -1,0 +1,155 @@
+"""The processes of a run on this machine, started in a thread while the driver still imports and reads its inputs.
+
+    recipe --Ahead--> cluster, bundles, processes that import their libraries   (thread)
+           ---------> tokenizer, data, rewards, first policy                    (driver)   --> take: objects are built
+
+A start is mostly imports: three seconds in a learner, ten and more in an engine of vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from cispo.recipe.schema import Recipe
+from cispo.runtime.actors import Planned, RayRuntime, Resources
+from cispo.runtime.interrupts import EXIT_CODE
+from cispo.runtime.start_parts import StartParts
+from cispo.runtime.watchdog import Activity
+
+if TYPE_CHECKING:
+    from cispo.runtime.placement import Placement
+
+# Functions that import the libraries of a rank and of an engine.
+_OF_RANKS = "cispo.learner.learner:prepare"
+_OF_ENGINES = "cispo.engines.serving:prepare"
+
+
+class Started(NamedTuple):
+    """A cluster with the bundles of a run, whose processes are under way."""
+
+    runtime: RayRuntime
+    placement: Placement
+
+
+class Ahead:
+    """The processes of a run from before its inputs are read; a context that ends those that no run has taken."""
+
+    def __init__(self, recipe: Recipe, activity: Activity, *, critic: Callable[[], bool], engines: bool = True) -> None:
+        """`critic` says whether the algorithm has one; it is called in the thread, since it imports torch."""
+        self.activity = activity
+        self._recipe, self._critic, self._engines = recipe, critic, engines
+        self._started: Future[Started] = Future()
+        self._taken = False
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        if can_start(recipe):
+            self._thread = threading.Thread(target=self._run, name="start of processes", daemon=True)
+            self._thread.start()
+
+    async def take(self) -> Started | None:
+        """The processes, which end with their runtime from here on; None where none were started ahead.
+
+        Raises the error of the start.
+        """
+        if self._thread is None or self._taken:
+            return None
+        # A cancelled wait leaves them to the end of this context.
+        started = await asyncio.shield(asyncio.wrap_future(self._started))
+        self._taken = True
+        return started
+
+    def _run(self) -> None:
+        try:
+            self._started.set_result(self._start())
+        # `take` raises it where the run begins, as if the processes were started there.
+        except BaseException as error:
+            self._started.set_exception(error)
+        # Ray's servers are told of the end of the thread that started them, and end with it.
+        self._end.wait()
+
+    def _start(self) -> Started:
+        recipe, engines = self._recipe, self._engines
+        if ":" in recipe.algorithm.name:
+            self._critic()  # the user's module first: the processes get the search path of this one
+        count = 2 * recipe.learner.ranks + (recipe.rollout.engines if engines else 0)
+        runtime = RayRuntime(processes=count, activity=self.activity)
+        try:
+            # Imports torch, while Ray's servers begin to run.
+            from cispo.runtime.placement import placement_of
+
+            critic = self._critic()
+            placement = placement_of(recipe, available=runtime.gpus(), critic=critic, engines=engines)
+            asyncio.run(runtime.reserve([placement.rank_bundles, placement.engine_bundles]))
+            runtime.prepare(planned(recipe, placement, critic=critic, engines=engines))
+        except BaseException:
+            runtime.close()
+            raise
+        return Started(runtime, placement)
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if (
+            kind is KeyboardInterrupt
+            and StartParts.of_command
+            and self._thread is not None
+            and not self._started.done()
+        ):
+            # Neither thread nor imports can be broken off. Ray's servers end with this process, the rest soon after it.
+            print("cispo: interrupted", file=sys.stderr, flush=True)
+            os._exit(EXIT_CODE)
+        try:
+            if self._thread is not None and not self._taken:
+                with contextlib.suppress(Exception):
+                    self._started.result().runtime.close()
+        finally:
+            self._end.set()
+
+
+def can_start(recipe: Recipe) -> bool:
+    """Whether a run has a cluster of this machine to itself. Code for another one is shipped once it is loaded."""
+    running = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return recipe.runtime == "ray" and os.environ.get("RAY_ADDRESS", "local") in ("", "local") and not running
+
+
+def engines_wait(recipe: Recipe, processes: int) -> bool:
+    """Whether engines start once the learners are there: a warm-up needs none of them, and has no processor to spare
+    on a machine with fewer than there are `processes` and the driver."""
+    return recipe.sft is not None and (os.cpu_count() or 1) <= processes
+
+
+def planned(recipe: Recipe, placement: Placement, *, critic: bool, engines: bool) -> list[Planned]:
+    """The processes of a run that start at once."""
+    from cispo.runtime.placement import settled
+
+    recipe = settled(recipe, placement.device)
+    ranks, gpu, rollout = range(recipe.learner.ranks), placement.device == "cuda", recipe.rollout
+    model = recipe.policy.model
+    folder = str(Path(model).absolute()) if model is not None and (Path(model) / "config.json").is_file() else None
+    found = [
+        Planned(
+            name=f"{name}-{rank}",
+            resources=Resources(gpus=placement.rank_gpus, bundle=placement.bundle_of_rank(rank)),
+            imports=_OF_RANKS,
+            args=(gpu, folder, recipe.policy.config),
+        )
+        for name in ("learner", *(("critic",) if critic else ()))
+        for rank in ranks
+    ]
+    waiting = engines_wait(recipe, len(found) + rollout.engines)
+    for number in range(rollout.engines if engines and not waiting else 0):
+        own = Resources(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number))
+        arguments = (rollout.engine, recipe.policy.number_format, folder if rollout.tensor_parallel == 1 else None)
+        found.append(
+            Planned(name=f"engine-{number}", resources=own, concurrent=True, imports=_OF_ENGINES, args=arguments)
+        )
+    return found

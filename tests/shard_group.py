@@ -77,6 +77,7 @@ CASES = [
     Case("hybrid float32", "untied", dtype="float32", aux=0.5),
     Case("tied, sequences, shared prompts", "tied", objective=SEQUENCE, share_prompts=True, aux=0.5),
     Case("tied float32, sequences", "tied", dtype="float32", objective=SEQUENCE, checkpointing=True),
+    Case("layers gathered together", "deep", aux=0.5, checkpointing=True, worlds=(2,)),
     Case("rows that ranks do not divide", "uneven", aux=0.5),
     Case("ranks without a micro-batch", "untied", aux=0.5, share_prompts=True, count=1),
     Case("stored buffers", "minimax_m2", aux=0.5, share_prompts=True, worlds=(2,)),

@@ -103,6 +103,14 @@ def test_paths_beside_the_recipe(tmp_path: Path):
             "algorithm: {overlong_buffer: 200}\ncurriculum: {length_stages: [[0, 100], [9, 1000]]}",
             r"algorithm.overlong_buffer 200 is longer than the 100 tokens of a stage in curriculum.length_stages",
         ),
+        (
+            "rollout: {engine_args: {quantization: fp8}}",
+            r"engine_args.quantization must stay unset: .*quantised engine",
+        ),
+        (
+            "rollout: {engine_args: {hf_overrides: {quantization_config: {quant_method: fp8}}}}",
+            r"engine_args.hf_overrides.quantization_config must stay unset",
+        ),
         ("data: {split: a}", r"key data.source is missing"),
         ("name: a/b", r"name = 'a/b'"),
         ("seed: [1", r"not valid YAML"),
@@ -126,6 +134,20 @@ def test_refusals_name_the_key(tmp_path: Path, text: str, message: str):
 def test_policy_needs_one_origin(tmp_path: Path, policy: str, message: str):
     with pytest.raises(UserError, match=message):
         load_recipe(write(tmp_path, policy + "\n"))
+
+
+def test_a_file_takes_no_arguments_of_the_function_before(tmp_path: Path):
+    """A user's data in the place of a shipped recipe's problems; another function still takes over seed and size."""
+    base = "data: {source: 'rewards.sorting:problems', args: {size: 9}, limit: 5}\nsft: {data: {source: a.jsonl}}\n"
+    write(tmp_path, MINIMAL + base, "base.yaml")
+    (tmp_path / "rows.jsonl").touch()
+    file = write(tmp_path, "base: base.yaml\n")
+    data = load_recipe(file, ["data.source=rows.jsonl"]).data
+    assert data is not None and (data.args, data.limit) == ({}, 5)
+    data = load_recipe(file, ["data={source: 'rewards.sorting:worked'}"]).data
+    assert data is not None and data.args == {"size": 9}
+    data = load_recipe(file, ["data={source: owner/name, args: {revision: main}}"]).data
+    assert data is not None and data.args == {"revision": "main"}
 
 
 @pytest.mark.parametrize(("override", "message"), [("x", "key=value"), ("learner.lrr=2", "did you mean learner.lr")])

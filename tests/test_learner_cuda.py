@@ -6,6 +6,7 @@ every layer: the bounds are twice the error of the same policies in bfloat16 on 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from cispo.batch.packing import pack
 from cispo.learner.learner import BatchLoss, Learner
 from cispo.learner.loss import micro_batch_loss
 from cispo.learner.optim import Optimizer
+from cispo.learner.optimizer_moments import decoded, encoded
 from cispo.learner.parallel import to_device
 from cispo.policies.attention import Documents, causal_attention
 from cispo.policies.layers import RMSNorm
@@ -348,3 +350,126 @@ def test_logprobs_of_a_gpu(folder: Path):
     for expected, actual in zip(cpu.logprobs(micro_batches()), gpu.logprobs(micro_batches()), strict=True):
         assert actual.device.type == "cpu" and actual.shape == expected.shape
         assert float((actual - expected).abs().max()) <= 1e-4
+
+
+# Host memory
+
+OFFLOADED = LearnerConfig(offload=["optimizer", "activations", "reference"], gradient_checkpointing=True)
+ON_DEVICE = LearnerConfig(gradient_checkpointing=True)
+
+
+def allocated() -> int:
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_from_host_memory_is_the_same_step(dtype: Dtype):
+    """Weights, masters and moments bit for bit, in pieces of one parameter and of all; the host's are pinned."""
+    number = torch.float32 if dtype == "float32" else torch.bfloat16
+    states = []
+    for keys in ({}, {"offload": True, "piece": 1}, {"offload": True}):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(256, 512), (512,), (70, 64), (3, 4, 128)]
+        parameters = [torch.nn.Parameter(torch.randn(s, generator=generator).to(GPU, number)) for s in shapes]
+        named = [(str(n), p) for n, p in enumerate(parameters)]
+        optimizer = Optimizer(named, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.1, **keys)  # type: ignore[arg-type]
+        for _ in range(4):
+            for parameter in parameters:
+                parameter.grad = (0.01 * torch.randn(parameter.shape, generator=generator)).to(GPU, number)
+            optimizer.collect()
+            optimizer.gradients()
+            assert optimizer.step(1e-3, max_grad_norm=1.0)[1]
+        resting = [v for own in optimizer.adam.state.values() for name, v in own.items() if name != "step"]
+        assert all(v.is_pinned() == bool(keys) for v in resting)
+        states.append(optimizer.state() | {f"{n}/weight": p.detach().cpu() for n, p in named})
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(state[name], states[0][name]) for name in state)
+
+
+def test_moments_in_8_bits_are_those_of_a_cpu():
+    """The same codes but for ties: a GPU divides and takes roots to the last bit or two."""
+    values = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)) ** 3
+    for signed in (True, False):
+        given = values if signed else values.abs()
+        cpu, gpu = encoded(given, signed=signed), encoded(given.to(GPU), signed=signed)
+        assert torch.equal(cpu.scale, gpu.scale.cpu())
+        different = (cpu.codes.int() - gpu.codes.cpu().int()).abs()
+        assert int(different.max()) <= 1 and float((different > 0).float().mean()) < 1e-4
+        error = (decoded(gpu, signed=signed).cpu() - given).view(-1, 64).abs()
+        assert bool((error <= 0.0072 * given.view(-1, 64).abs().amax(1, keepdim=True)).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_offloads_change_no_bit_of_a_gpu(folder: Path, dtype: Dtype):
+    """Two updates and the reference's log-probabilities; kernels whose sums have no fixed order are left out of it."""
+    results = []
+    for config in (ON_DEVICE, ON_DEVICE, OFFLOADED):
+        learner = Learner(str(folder), config, dtype=dtype, device=GPU)
+        learner.freeze_reference()
+        updates = [learner.update(micro_batches(), OBJECTIVES["fused"], lr=1e-2) for _ in range(2)]
+        reference, policy = (torch.cat(learner.logprobs(micro_batches(), reference=r)) for r in (True, False))
+        state = learner.rank.optimizer.state()
+        results.append([torch.tensor([u.batch.loss for u in updates]), reference, policy, *state.values()])
+    plain, again, offloaded = results
+    assert torch.equal(offloaded[1], plain[1]), "the reference is the same"
+    if all(map(torch.equal, again, plain)):
+        assert all(map(torch.equal, offloaded, plain))
+    else:
+        # Two equal runs differ by the order of sums: offloads by no more than ten times that.
+        for a, b, c in zip(plain, again, offloaded, strict=True):
+            spread = float((a.double() - b.double()).norm())
+            assert float((a.double() - c.double()).norm()) <= 10 * spread + 1e-6 * float(a.double().norm())
+
+
+def test_offloads_free_the_gpu(tmp_path: Path):
+    """A policy of 28 M numbers in bfloat16: at rest 2 bytes each of 16; saved inputs of layers leave the device."""
+    shape = {**SHAPE, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 320}
+    save_policy(init_policy({**shape, "model_type": "qwen3", "tie_word_embeddings": True}, seed=0), tmp_path)
+    resting, peaks = [], []
+    # Enough tokens that inputs of layers outweigh gradients, which grow while inputs are freed.
+    (mbs,) = pack(samples(400, 400), reduction="token", max_tokens=400, tokens_per_micro_batch=1 << 18)
+    for config in (ON_DEVICE, OFFLOADED):
+        gc.collect()
+        before = allocated()
+        learner = Learner(str(tmp_path), config, dtype="bfloat16", device=GPU)
+        learner.freeze_reference()
+        learner.update(mbs, OBJECTIVES["fused"], lr=1e-4)
+        resting.append(allocated() - before)
+        count = sum(p.numel() for p in learner.policy.parameters())
+        torch.cuda.reset_peak_memory_stats()
+        learner.forward_backward(mbs, OBJECTIVES["fused"])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del learner
+    assert resting[0] >= 16 * count and resting[1] <= 2.2 * count
+    inputs = 4 * len(mbs[0].tokens) * 512 * 2
+    assert peaks[0] - peaks[1] >= 13.5 * count + inputs, "half of the eight inputs"
+
+
+def test_activations_go_to_the_host_without_waiting(folder: Path):
+    learner = Learner(str(folder), OFFLOADED, dtype="bfloat16", device=GPU)
+    (mbs,) = pack(samples(500, 40), reduction="token", max_tokens=500, tokens_per_micro_batch=16384)
+    batches = learner.rank.to_device(mbs)
+    for attempt in range(2):
+        torch.cuda.synchronize()
+        with no_waiting() if attempt else nullcontext():
+            learner.rank.backward(batches, lambda mb: learner._loss(mb, OBJECTIVES["fused"], None))
+
+
+def test_a_gpu_goes_on_from_moments_in_8_bits(folder: Path, tmp_path: Path):
+    """A checkpoint of a learner with all on the device, read by one with its moments on the host."""
+    first = Learner(str(folder), LearnerConfig(optimizer="adamw8bit"), dtype="bfloat16", device=GPU)
+    first.update(micro_batches(), OBJECTIVES["fused"], lr=1e-3)
+    first.start_save(str(tmp_path))
+    assert first.saved(wait=True)
+    config = LearnerConfig(optimizer="adamw8bit", offload=["optimizer"])
+    second = Learner(str(tmp_path), config, dtype="bfloat16", device=GPU)
+    second.restore(str(tmp_path))
+    saved, restored = first.rank.optimizer.state(), second.rank.optimizer.state()
+    assert saved.keys() == restored.keys() and all(torch.equal(saved[k], restored[k]) for k in saved)
+    assert any(name.endswith("exp_avg_codes") for name in saved)
+    for learner in (first, second):
+        assert learner.update(micro_batches(), OBJECTIVES["fused"], lr=1e-3).taken
+    one, other = first.rank.optimizer.state(), second.rank.optimizer.state()
+    assert error(*(torch.cat([s[k].float().flatten() for k in s if k.endswith("master")]) for s in (other, one))) < 1e-5

@@ -18,7 +18,7 @@ from cispo.batch.packing import pack
 from cispo.errors import RunError, UserError
 from cispo.files import save_tensors, write_json
 from cispo.learner.learner import Learner
-from cispo.learner.memory import rank_memory
+from cispo.learner.memory import layers_of, rank_memory, units_of
 from cispo.learner.parallel import Mesh, shards
 from cispo.learner.sharding import Rows, extent, row_range, rows_of
 from cispo.learner.state import StoredState, state_path, write_state
@@ -48,6 +48,11 @@ WORLDS = (2, 4)
 CONFIGS = {
     "untied": TINY,
     "tied": {**TINY, "tie_word_embeddings": True},
+    "deep": {
+        **TINY,
+        "num_hidden_layers": 9,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 3,
+    },
     "uneven": {**TINY, "vocab_size": 41, "num_local_experts": 3},
     "dense": {"model_type": "qwen3", **DENSE},
     "dense tied": {"model_type": "qwen3", **DENSE, "tie_word_embeddings": True},
@@ -335,6 +340,15 @@ def test_too_little_memory_names_the_keys_that_help(root: Path, monkeypatch: pyt
     ) as raised:
         learner.update(pack(samples(1), reduction="token", max_tokens=16, tokens_per_micro_batch=40)[0], TOKEN, lr=LR)
     assert "learner.shard=true" in str(raised.value) and "policy.lora" in str(raised.value)
+
+
+def test_units_of_layers_by_hand():
+    """FSDP gathers at most a quarter of the layers at a time, and at most half a GiB in bfloat16."""
+    deep = shape_of(CONFIGS["deep"])
+    assert [len(unit) for unit in units_of(deep)] == [2, 2, 2, 2, 1]
+    assert [layer for unit in units_of(deep) for layer in unit] == layers_of(deep)
+    wide = {**CONFIGS["deep"], "hidden_size": 4096, "intermediate_size": 6144, "head_dim": 512}
+    assert [len(unit) for unit in units_of(shape_of(wide))] == [1] * 9
 
 
 def test_the_choice_of_shards():

@@ -164,7 +164,7 @@ async def find_causes(
         model=model,
         weights=weights,
         before=before,
-        dtype=recipe.policy.dtype,
+        dtype=recipe.policy.number_format,
     )
     with exact_policy(case) as policy:
         plain = read_alone(policy, fixed, temperature=case.temperature)

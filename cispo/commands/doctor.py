@@ -35,6 +35,7 @@ from cispo.recipe.schema import Recipe
 from cispo.rollout.prompts import prompts_of
 from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rollout import sampling_of
+from cispo.runtime.placement import settled
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
 from cispo.start import check_vocabulary, merged_folder, policy_folder, running_workers
@@ -78,7 +79,7 @@ def doctor(path: Path | None, overrides: Sequence[str], checkpoint: str | None, 
     failures = [text for ok, text in _lightning_checks(console) if not ok]
     if path is not None:
         console.print("\nsampler against learner", style="bold")
-        failures += _parity(console, load_recipe(path, overrides), checkpoint, explain=explain)
+        failures += _parity(console, settled(load_recipe(path, overrides)), checkpoint, explain=explain)
     if failures:
         raise UserError("doctor found: " + "; ".join(failures))
     console.print("\nall checks passed", style="green")
@@ -138,7 +139,7 @@ def _parity(console: Console, recipe: Recipe, checkpoint: str | None, *, explain
     prompts = [prompt for prompt in loaded[: 64 + len(long)] if prompt.id not in long][:64]
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         policy = checkpoint or policy_folder(recipe, renderer, Path(temporary))
-        policy = stack.enter_context(merged_folder(policy, recipe.policy.dtype))
+        policy = stack.enter_context(merged_folder(policy, recipe.policy.number_format))
         check_vocabulary(policy, renderer)
         # Experts are recorded for the table of causes; the learner replays them only where the recipe does.
         records = shape_of(config_of(policy)).router_shape[0] > 0
@@ -244,7 +245,7 @@ def _first(causes: Sequence[Cause]) -> list[str]:
 
 def _report_gap(console: Console, recipe: Recipe, gap: Tensor, when: str, speed: float) -> list[str]:
     assert bool(gap.isfinite().all()), "log-probabilities are not finite"
-    limit = _PARITY_LIMIT_BF16 if recipe.policy.dtype == "bfloat16" else _PARITY_LIMIT
+    limit = _PARITY_LIMIT_BF16 if recipe.policy.number_format == "bfloat16" else _PARITY_LIMIT
     largest, mean = float(gap.abs().max()), float(gap.abs().mean())
     text = f"{when}: {len(gap):,} tokens, |dlogp| max {largest:.1e} mean {mean:.1e} (limit {limit:.0e})"
     text += f", {speed:,.0f} tokens/s"

@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.table import Table
 
 from cispo.agents.episodes import Episodes, episodes_of
-from cispo.errors import UserError
+from cispo.errors import MissingPackage, UserError
 from cispo.evaluate import HeldOut, evaluate_set, gaps, held_out_sets, measures
 from cispo.output.checkpoint import CheckpointFolder, step_of
 from cispo.output.estimates import Share
-from cispo.output.evaluation import Measured, evaluation_table, write_evaluation
+from cispo.output.evaluation import Measured, draw, evaluation_table, write_numbers
 from cispo.output.screen import new_console, visible
 from cispo.recipe.load import load_recipe, need
 from cispo.recipe.schema import Recipe
@@ -27,6 +27,7 @@ from cispo.rollout.prompts import prompt_ids, warn
 from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rewards import RewardRunner, rewards_of
 from cispo.rollout.rollout import RolloutSetup, sample, sampling_of, score
+from cispo.runtime.placement import settled
 from cispo.runtime.watchdog import Activity
 from cispo.seeds import seed_of
 from cispo.start import check_vocabulary, chosen_policy, merged_folder, running_workers
@@ -86,9 +87,9 @@ def evaluate_checkpoint(path: Path, overrides: Sequence[str], checkpoint: str | 
         if not (path / "recipe.yaml").is_file():
             raise UserError(f"{path} is no run folder: it holds no recipe.yaml")
         if checkpoint is None:
-            return _evaluate_run(path, load_recipe(path / "recipe.yaml", overrides))
+            return _evaluate_run(path, settled(load_recipe(path / "recipe.yaml", overrides)))
         path = path / "recipe.yaml"
-    recipe = load_recipe(path, overrides)
+    recipe = settled(load_recipe(path, overrides))
     need(recipe, "eval", "reward")
     policy = chosen_policy(recipe, checkpoint)
     with _task_of(recipe) as task:
@@ -133,14 +134,17 @@ def _evaluate_run(folder: Path, recipe: Recipe) -> dict[str, float]:
     for name in dict.fromkeys(row.name for row in rows):
         console.print(f"\n{name or 'held-out'}: mean over prompts, 95 % interval", style="bold")
         console.print(evaluation_table(rows, name))
-    for file in write_evaluation(folder, rows, title=folder.name):
-        console.print(str(file))
+    console.print(str(write_numbers(folder, rows)), soft_wrap=True)
+    try:
+        console.print(str(draw(folder, rows, title=folder.name)), soft_wrap=True)
+    except MissingPackage as error:
+        console.print(f"no picture: {error}", soft_wrap=True)
     return last
 
 
 @contextlib.asynccontextmanager
 async def _engines_only(recipe: Recipe, policy: str) -> AsyncIterator[Workers]:
-    with merged_folder(policy, recipe.policy.dtype) as whole:
+    with merged_folder(policy, recipe.policy.number_format) as whole:
         async with running_workers(recipe, whole, activity=Activity(), learners=False) as (workers, engines):
             await engines
             yield workers
@@ -155,7 +159,7 @@ def generate(
     """
     if not prompt:
         raise UserError("generate needs --prompt TEXT")
-    recipe = load_recipe(path, overrides)
+    recipe = settled(load_recipe(path, overrides))
     recipe = recipe.model_copy(
         update={"rollout": recipe.rollout.model_copy(update={"prompts_per_step": 1, "group_size": number})}
     )

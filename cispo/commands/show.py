@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from cispo.agents.thinking import describe_thinking, thinking_warnings
 from cispo.algorithms import Algorithm
 from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import describe, warnings
 from cispo.algorithms.losses import Gspo
-from cispo.learner.memory import RankMemory, rank_memory
+from cispo.commands.card import CARDS, Planner, card_here
+from cispo.learner.memory import RankMemory, gib, rank_memory
 from cispo.learner.parallel import Mesh, shards
 from cispo.learner.traffic import draw, traffic
 from cispo.output.screen import new_console, table_of, warn
@@ -22,16 +25,20 @@ from cispo.recipe.load import dump_yaml, load_recipe
 from cispo.recipe.schema import Env, Learner, Recipe
 from cispo.rollout.curriculum import describe_curriculum
 from cispo.rollout.renderer import renderer_of
-from cispo.runtime.placement import gpus_of, pick_device
+from cispo.runtime.placement import gpus_of, pick_device, settled
 from cispo.start import check_experts, new_config
 
 # Below so many parameters vLLM's fixed cost of a step is most of it (docs/performance.md has the figures).
 _SMALL_POLICY = 2_000_000
 
+# A learner of less memory fits any GPU.
+_LARGE = 2**30
+
 
 def show(path: Path, overrides: Sequence[str]) -> None:
     """`cispo show`: the resolved recipe, the algorithm in words, the process and memory plan."""
-    recipe = load_recipe(path, overrides)
+    given = load_recipe(path, overrides)
+    recipe = settled(given)
     algorithm = algorithm_of(recipe)
     console = new_console()
     console.print("recipe", style="bold")
@@ -52,20 +59,25 @@ def show(path: Path, overrides: Sequence[str]) -> None:
         console.print(table_of(curriculum))
     console.print("\nprocesses and memory", style="bold")
     console.print(table_of(_plan(recipe, algorithm)))
+    cards = list(_cards(given, algorithm, on_gpu=pick_device(recipe.device).type == "cuda"))
+    if cards:
+        console.print(table_of(cards))
 
 
 def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
     rollout, learner = recipe.rollout, recipe.learner
     model = recipe.policy.model
     parameters = count_parameters(model, new_config(recipe, renderer_of(recipe)) if model is None else None)
-    half = recipe.policy.dtype == "bfloat16"
+    half = recipe.policy.number_format == "bfloat16"
     trained = parameters if recipe.policy.lora is None else _adapter_size(recipe)
     engine_bytes = parameters * (2 if half else 4)
     device = pick_device(recipe.device)
     sharded = shards(learner.shard, ranks=learner.ranks, device=device.type, expert_ranks=learner.expert_ranks)
     adapter = trained if recipe.policy.lora is not None else 0
-    memory = rank_memory(_shape(recipe), learner, dtype=recipe.policy.dtype, sharded=sharded, adapter=adapter)
-    extra = [("critic memory", f"{_gib(memory.peak)} a rank, as the learner")] if algorithm.critic else []
+    reference = algorithm.needs_reference and not adapter
+    options = {"dtype": recipe.policy.number_format, "sharded": sharded, "adapter": adapter, "reference": reference}
+    memory = rank_memory(_shape(recipe), learner, **options)
+    extra = [("critic memory", f"{gib(memory.peak)} a rank, as the learner")] if algorithm.critic else []
     if recipe.policy.lora is not None:
         share = f"{trained:,} trained parameters, {trained / parameters:.2%} of the policy's"
         extra.append(("adapter", f"rank {recipe.policy.lora.rank}, {share}"))
@@ -73,7 +85,8 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
         extra.append(("reference policy", "the policy without its adapter, no memory of its own"))
     elif algorithm.needs_reference:
         share = engine_bytes / learner.ranks if sharded else engine_bytes
-        extra.append(("reference policy", f"{_gib(share)} a learner rank for weights"))
+        where = "in host memory" if "reference" in learner.offload else "for weights"
+        extra.append(("reference policy", f"{gib(share)} a learner rank {where}"))
     if recipe.policy.router_replay != "off":
         extra.append(("router replay", _replay(recipe)))
     if recipe.env is not None:
@@ -94,11 +107,12 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
     return [
         ("device", str(device)),
         ("runtime", f"{where}: 1 driver, {learner.ranks} learner{critic}, {rollout.engines} {rollout.engine} engine"),
-        ("policy", f"{parameters:,} parameters, {recipe.policy.dtype}, LM head in float32"),
+        ("policy", f"{parameters:,} parameters, {recipe.policy.number_format}, LM head in float32"),
         ("learner memory", _rank_memory(memory, learner, sharded=sharded)),
         *_mesh(recipe, sharded=sharded),
         *extra,
-        ("engine memory", f"{_gib(engine_bytes)} an engine for weights, plus the cache"),
+        ("engine memory", f"{gib(engine_bytes)} an engine for weights, plus the cache"),
+        ("checkpoints", _checkpoint(recipe, parameters, trained, critic=algorithm.critic)),
         (
             "batch",
             f"{rollout.prompts_per_step} prompts x {rollout.group_size} = {completions} completions of at most "
@@ -116,12 +130,39 @@ def _turns(env: Env, *, apart: bool) -> str:
 
 def _rank_memory(memory: RankMemory, learner: Learner, *, sharded: bool) -> str:
     form = f"split over {learner.ranks} ranks" if sharded else "a whole copy"
-    layers = "layers recomputed" if learner.gradient_checkpointing else "layers kept"
+    layers = "layers recomputed" if learner.recomputes else "layers kept"
+    host = f"; {gib(memory.host)} in host memory ({', '.join(learner.offload)})" if memory.host else ""
     return (
-        f"about {_gib(memory.peak)} a rank: weights and AdamW {_gib(memory.state)} ({form}), gradients and gathered "
-        f"weights {_gib(memory.during_pass)}, activations of {learner.tokens_per_micro_batch:,} tokens "
-        f"{_gib(memory.activations)} ({layers})"
+        f"about {gib(memory.peak)} a rank: weights and AdamW {gib(memory.state)} ({form}), gradients and gathered "
+        f"weights {gib(memory.during_pass)}, activations of {learner.tokens_per_micro_batch:,} tokens "
+        f"{gib(memory.activations)} ({layers}){host}"
     )
+
+
+def _cards(recipe: Recipe, algorithm: Algorithm, *, on_gpu: bool) -> Iterator[tuple[str, str]]:
+    """The fullest GPU of the run against the card here, or against usual ones where a GPU might be meant."""
+    card = card_here() if on_gpu else None
+    planner = Planner(_shape(recipe), algorithm, gpus=torch.cuda.device_count() if on_gpu else 0)
+    need = planner.need(recipe, card or CARDS[-1])
+    if card is not None:
+        yield "memory of a GPU", planner.verdict(recipe, card)
+    elif recipe.device == "auto" and need.total - need.cache - need.rest > _LARGE:
+        yield "memory of a GPU", planner.smallest(recipe)
+    else:
+        return
+    yield "its parts", ", ".join(f"{name} {gib(size)}" for name, size in need.parts() if size)
+
+
+def _checkpoint(recipe: Recipe, parameters: int, trained: int, *, critic: bool) -> str:
+    """Bytes of a checkpoint on the disk: the policy or its adapter, and the optimizer of what is trained."""
+    width = 2 if recipe.policy.number_format == "bfloat16" else 4
+    lora, full = recipe.policy.lora is not None, recipe.train.checkpoint == "full"
+    moments = 2.125 if recipe.learner.optimizer == "adamw8bit" else 8
+    optimizer = trained * (moments + (4 if width < 4 else 0)) if full else 0
+    own = (trained if lora else parameters) * width + optimizer
+    size = own + (parameters * width + optimizer if critic else 0)
+    what = "all state" if full else "weights alone, no optimizer"
+    return f"about {gib(size)} each ({what}), {recipe.train.keep} kept beside the best"
 
 
 def _mesh(recipe: Recipe, *, sharded: bool) -> Iterator[tuple[str, str]]:
@@ -135,11 +176,11 @@ def _mesh(recipe: Recipe, *, sharded: bool) -> Iterator[tuple[str, str]]:
     mesh = Mesh(world=learner.ranks, cp=axes[0], ep=axes[1], etp=axes[2])
     if max(axes) > 1:
         yield from (("mesh" if n == 0 else "", f"{name} {text}") for n, (name, text) in enumerate(draw(mesh)))
-    width = 2 if recipe.policy.dtype == "bfloat16" else 4
+    width = 2 if recipe.policy.number_format == "bfloat16" else 4
     sent = traffic(policy, mesh, tokens=learner.tokens_per_micro_batch, width=width, sharded=sharded)
     parts = [("weights", sent.weights), ("experts' tokens", sent.experts), ("split documents", sent.context)]
     if any(size for _, size in parts):
-        sizes = ", ".join(f"{_gib(size)} of {name}" for name, size in parts if size)
+        sizes = ", ".join(f"{gib(size)} of {name}" for name, size in parts if size)
         yield (
             "sent by a rank",
             f"at most {sizes} in a layer's forward pass, as much again backward, gradients in float32",
@@ -157,7 +198,7 @@ def _replay(recipe: Recipe) -> str:
     check_experts(recipe, policy)
     size = bytes_per_token(policy)
     most = size * rollout.prompts_per_step * rollout.group_size * rollout.max_context
-    return f"{size} bytes a token, at most {_gib(most)} a batch, and every router's product twice in the learner"
+    return f"{size} bytes a token, at most {gib(most)} a batch, and every router's product twice in the learner"
 
 
 def _shape(recipe: Recipe) -> Policy:
@@ -178,7 +219,3 @@ def _sampling(recipe: Recipe) -> str:
     }
     bound = f"ahead of learning, at most {control.max_staleness} version(s) old"
     return f"{bound}; unfinished completions {updates[control.on_update]}"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size > 2**28 else f"{size / 2**20:.1f} MiB"

@@ -38,6 +38,7 @@ from cispo.compare.results import OverviewResults, Results, assert_equal
 from cispo.errors import Diverged, RunError, UserError
 from cispo.files import disk_errors, read_json, write_json
 from cispo.output.checkpoint import CheckpointFolder
+from cispo.output.drawing import new_figure
 from cispo.output.folder import logged_steps, read_metrics
 from cispo.output.integrity import damage
 from cispo.output.run_folder import RunFolder, no_run_above, only_user_of
@@ -79,6 +80,7 @@ def compare(
     equal: Path | None,
 ) -> dict[str, Results]:
     """Runs the arms that have not ended, and reports; returns setting -> results."""
+    new_figure("cispo compare")
     stored = _stored(equal)
     plan = make_plan(items, algorithms=algorithms, seeds=seeds, metric=metric, updates=updates, name=name)
     console = new_console()

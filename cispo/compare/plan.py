@@ -14,6 +14,7 @@ from cispo.errors import UserError
 from cispo.recipe.load import changed, load_recipe, need
 from cispo.recipe.schema import MAX_NAME, NAME, Recipe
 from cispo.recipe.text import read_value
+from cispo.runtime.placement import settled
 
 # Keys that are no part of an algorithm: an arm of another algorithm keeps the recipe's.
 _SHARED_KEYS = ("updates_per_batch", "epochs", "overlong_penalty")
@@ -58,7 +59,7 @@ def make_plan(
         raise UserError("compare needs at least one recipe")
     if not metric:
         raise UserError("--metric is empty")
-    recipes = [load_recipe(path, overrides) for path in paths]
+    recipes = [settled(load_recipe(path, overrides)) for path in paths]
     for recipe in recipes:
         need(recipe, "data", "reward")
     if metric.startswith("eval/"):

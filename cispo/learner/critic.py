@@ -62,7 +62,7 @@ class Critic:
             self.model = sharded_value_model(base, mesh, getattr(torch, dtype), lora)
             if adapters is not None:
                 start_adapter(self.model.backbone, folder, adapters)
-            self.model.backbone.gradient_checkpointing = learner.gradient_checkpointing
+            self.model.backbone.gradient_checkpointing = learner.recomputes
         else:
             self.model = ValueModel(trainable_policy(folder, learner, mesh, dtype, adapters)).to(mesh.device)
         self.model.train()
@@ -89,16 +89,16 @@ class Critic:
         norm, taken = self.rank.step(lr)
         return CriticResult(loss=total(losses), grad_norm=norm, taken=taken)
 
-    def start_save(self, folder: str) -> None:
-        """Copies value model and optimizer; a thread writes them."""
-        self.rank.start_save(folder)
+    def start_save(self, folder: str, *, full: bool = True) -> None:
+        """Copies value model and, of a `full` checkpoint, optimizer; a thread writes them."""
+        self.rank.start_save(folder, full=full)
 
     def saved(self, *, wait: bool) -> bool:
         return self.rank.saved(wait=wait)
 
-    def restore(self, checkpoint: str) -> None:
-        """Reads value model and optimizer from a checkpoint."""
-        self.rank.restore(checkpoint)
+    def restore(self, checkpoint: str, *, full: bool = True) -> None:
+        """Reads value model and, of a `full` checkpoint, optimizer."""
+        self.rank.restore(checkpoint, full=full)
 
     def waiting_in(self) -> str:
         """The step with collectives that is open, with its age; may be called while another call runs."""
@@ -113,7 +113,9 @@ class Critic:
     def _loss(self, mb: MicroBatch) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, with and without gradient."""
         assert mb.values is not None and mb.returns is not None, "values and returns are not attached"
-        losses = value_loss(self._values(mb), mb.values, mb.returns, mb.loss_mask, clip=self.value_clip)
+        with self.rank.activations():
+            values = self._values(mb)
+        losses = value_loss(values, mb.values, mb.returns, mb.loss_mask, clip=self.value_clip)
         loss = (losses * mb.loss_weights).sum()
         return loss, loss.detach()
 

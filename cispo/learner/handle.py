@@ -21,17 +21,17 @@ class RankHandle:
 
     remote: Handle
 
-    async def start_save(self, folder: str) -> None:
-        """Starts writing the rank's state into a checkpoint's folder."""
-        await self.remote.call("start_save", folder)
+    async def start_save(self, folder: str, *, full: bool = True) -> None:
+        """Starts writing the rank's state into a checkpoint's folder, without the optimizer if that is not `full`."""
+        await self.remote.call("start_save", folder, full=full)
 
     async def saved(self, *, wait: bool) -> bool:
         """Whether the files of `start_save` are complete. Raises RunError where the disk refused them."""
         return await self.remote.call("saved", wait=wait)
 
-    async def restore(self, checkpoint: str) -> None:
-        """Reads the rank's state from a checkpoint."""
-        await self.remote.call("restore", checkpoint)
+    async def restore(self, checkpoint: str, *, full: bool = True) -> None:
+        """Reads the rank's state from a checkpoint, without the optimizer if that is not `full`."""
+        await self.remote.call("restore", checkpoint, full=full)
 
     async def waiting_in(self) -> str:
         """The step with collectives in which the rank is, answered while it is in it; "" without one."""

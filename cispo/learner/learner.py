@@ -8,7 +8,9 @@ It knows no algorithm: the objective is a function it is given, the reduction is
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +25,14 @@ from cispo.files import disk_errors
 from cispo.learner.adapters import Adapters, freeze_adapter
 from cispo.learner.export import Export
 from cispo.learner.loss import micro_batch_loss, read, read_for_loss, spread, trained_logprobs
+from cispo.learner.offload import HostPolicy
 from cispo.learner.parallel import join, shards
 from cispo.learner.rank import Rank, total, trainable_policy
 from cispo.learner.sharding import copy_rows, fill_from, sharded_policy
-from cispo.policies.loading import load_policy, save_policy
+from cispo.policies.loading import config_of, load_policy, save_policy, shape_of
 from cispo.policies.lora import AdaptedPolicy
 from cispo.policies.moe import balance_biases, correction_biases, expert_counts, router_aux_loss
-from cispo.policies.policy import Policy, RouterOutput
+from cispo.policies.policy import HFConfig, Policy, RouterOutput
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch, TokenStats
 from cispo.weights.buckets import BucketMessage, Transport, WeightSender
@@ -76,6 +79,17 @@ class MicroBatchLoss(NamedTuple):
     """[layers, E]: (token, slot) pairs of each expert, where correction biases are balanced."""
 
 
+def prepare(gpu: bool, folder: str | None, config: HFConfig | None) -> None:
+    """The imports of a rank, those of the family of the policy in `folder` or of `config` included."""
+    importlib.import_module("torch._dynamo")  # torch's optimizers import it when they are made
+    if gpu:
+        torch.zeros(1, device="cuda")  # makes the context
+    if folder is not None:
+        config = config_of(folder)
+    if config is not None:
+        shape_of({"vocab_size": 1, **config})
+
+
 class Learner:
     """One rank: the policy or its rows of it, its optimizer, and the verbs of the training loop."""
 
@@ -98,6 +112,7 @@ class Learner:
         mesh = join(rank=rank, world=world, device=torch.device(device), address=address, shard=shard, **axes)
         self.policy = trainable_policy(folder, config, mesh, dtype, adapters)
         self.reference: Policy | None = None
+        self._reference_home: HostPolicy | None = None
         self.export = Export(self.policy, mesh, dtype, folder)
         self._folder = folder
         if config.router_aux_coef > 0 and self.policy.router_shape == (0, 0):
@@ -147,7 +162,8 @@ class Learner:
 
     def _loss(self, mb: MicroBatch, objective: Objective, load: ExpertLoad | None) -> tuple[Tensor, MicroBatchLoss]:
         """One micro-batch's loss, the balancing loss included, and its parts."""
-        output, extra = read_for_loss(self.policy, mb, self.rank.mesh.context)
+        with self.rank.activations():
+            output, extra = read_for_loss(self.policy, mb, self.rank.mesh.context)
         head = self.policy.lm_head_weight
         loss, tokens = micro_batch_loss(
             output.hidden, head, mb, objective, temperature=self.temperature, group=self.rank.mesh.context
@@ -201,9 +217,10 @@ class Learner:
         assert policy is not None, "freeze_reference comes first"
         if reference:
             micro_batches = [replace(mb, routes=None) for mb in micro_batches]
-        return self.rank.forward(
-            self.rank.to_device(micro_batches), lambda mb: self._logprobs(policy, mb), model=policy
-        )
+        batches = self.rank.to_device(micro_batches)
+        home = self._reference_home if reference else None
+        with nullcontext() if home is None else home.on_device():
+            return self.rank.forward(batches, lambda mb: self._logprobs(policy, mb), model=policy)
 
     def _logprobs(self, policy: Policy, mb: MicroBatch) -> Tensor:
         """[T]: 0 where masked."""
@@ -218,22 +235,31 @@ class Learner:
             reference = self._empty_reference()
             copy_rows(self.policy, reference, self.rank.mesh)
         else:
-            reference = copy.deepcopy(self.policy)
-            for parameter in reference.parameters():
-                parameter.requires_grad_(False)
-        self.reference = reference
+            reference = self._frozen_copy()
+        self._keep_reference(reference)
 
     def load_reference(self, folder: str) -> None:
         """Reads the reference policy from a folder that `save` wrote."""
         if isinstance(self.policy, AdaptedPolicy):
             return freeze_adapter(self.policy, folder)
         if self.rank.sharded:
-            self.reference = self._empty_reference()
-            fill_from(self.reference, folder, self.rank.mesh, self.rank.number_format)
-            return
-        self.freeze_reference()
-        assert self.reference is not None
-        self.reference.load_hf(load_policy(folder, dtype=next(self.policy.parameters()).dtype).to_hf().items())
+            reference = self._empty_reference()
+            fill_from(reference, folder, self.rank.mesh, self.rank.number_format)
+        else:
+            reference = self._frozen_copy()
+            reference.load_hf(load_policy(folder, dtype=next(self.policy.parameters()).dtype).to_hf().items())
+        self._keep_reference(reference)
+
+    def _keep_reference(self, reference: Policy) -> None:
+        self.reference, self.rank.has_reference = reference, True
+        offloaded = "reference" in self.config.offload
+        self._reference_home = HostPolicy(reference, self.rank.mesh.device) if offloaded else None
+
+    def _frozen_copy(self) -> Policy:
+        reference = copy.deepcopy(self.policy)
+        for parameter in reference.parameters():
+            parameter.requires_grad_(False)
+        return reference
 
     def _empty_reference(self) -> Policy:
         """A split policy without gradient, with undefined weights: FSDP's modules cannot be copied."""
@@ -277,21 +303,21 @@ class Learner:
         with disk_errors(Path(folder)):
             save_policy(self.policy, folder)
 
-    def start_save(self, folder: str) -> None:
-        """Copies policy (in Hugging Face form) and optimizer; a thread writes them while training goes on.
+    def start_save(self, folder: str, *, full: bool = True) -> None:
+        """Copies policy (in Hugging Face form) and, of a `full` checkpoint, optimizer; a thread writes them meanwhile.
 
         A rank that holds the same as rank 0 writes nothing.
         """
         if self.rank.writes:
-            self.rank.start_save(folder, partial(self.export.copy(), Path(folder)))
+            self.rank.start_save(folder, partial(self.export.copy(), Path(folder)), full=full)
 
     def saved(self, *, wait: bool) -> bool:
         """Whether the files of `start_save` are complete. Raises RunError where the disk refused them."""
         return self.rank.saved(wait=wait)
 
-    def restore(self, checkpoint: str) -> None:
-        """Reads the optimizer from a checkpoint; its policy is loaded by the constructor."""
-        self.rank.restore(checkpoint)
+    def restore(self, checkpoint: str, *, full: bool = True) -> None:
+        """Reads the optimizer from a `full` checkpoint; its policy is loaded by the constructor."""
+        self.rank.restore(checkpoint, full=full)
 
     def waiting_in(self) -> str:
         """The step with collectives that is open, with its age; may be called while another call runs."""

@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cispo.errors import UserError
+from cispo.learner.offload import HostCopy, finish_copies
+from cispo.learner.optimizer_moments import Moments
 from cispo.learner.rows import is_split, local
+
+# Bytes of masters that a step brings to the device at a time, where something rests elsewhere or in 8 bits.
+PIECE = 1 << 28
 
 
 def learning_rate(
@@ -42,6 +47,9 @@ class Optimizer:
     Gradients are summed in float32 over micro-batches. Weights of a lower precision are copies of float32 masters: a
     learning rate of 1e-6 is far below the spacing of bfloat16 numbers and would change nothing. Of a parameter that is
     split over the ranks the master is this rank's rows: FSDP keeps them in float32 and sums their gradients.
+
+    Masters that are copies, and all moments, may rest in host memory, moments in 8 bits too. A step then goes through
+    the parameters piece by piece; in float32 it is the same step, bit for bit.
     """
 
     def __init__(
@@ -54,11 +62,15 @@ class Optimizer:
         over_ranks: Callable[[Sequence[Tensor]], None] | None = None,
         ranks: int = 1,
         keep_masters: bool = False,
+        low_bit: bool = False,
+        offload: bool = False,
+        piece: int = PIECE,
     ) -> None:
         """`parameters` are (name, parameter) pairs; the state is saved under the names.
 
         For split parameters `over_ranks` sums tensors over the `ranks` in place; `keep_masters` adds the masters to the
-        state, where the weights in a model folder are rounded.
+        state, where the weights in a model folder are rounded. `low_bit` keeps moments in 8 bits, `offload` what rests
+        in host memory; `piece` is the number of bytes of masters that come to the device at a time.
         """
         named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
         self.names = [name for name, _ in named]
@@ -80,12 +92,21 @@ class Optimizer:
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         # Fused is one kernel for all tensors on a GPU, and on a CPU one pass over each instead of a dozen.
         self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+        self._moments = Moments(self.adam.state, betas=betas, low_bit=low_bit, host=offload)
+        self._pieces = _pieces(held, piece) if low_bit or offload else None
+        self._on_host = {id(m): HostCopy(m) for _, m in self.copies if m.numel()} if offload else {}
+        finish_copies(self.masters[0].device)
 
     @torch.no_grad()
     def reload_masters(self) -> None:
         """Copies the parameters into their masters, after new weights were loaded into the parameters."""
         if self.copies:
-            torch._foreach_copy_([m for _, m in self.copies], [p for p, _ in self.copies])
+            torch._foreach_copy_([self._values(m) for _, m in self.copies], [p for p, _ in self.copies])
+
+    def _values(self, master: Parameter) -> Tensor:
+        """A master's values where they are between two steps."""
+        copy = self._on_host.get(id(master))
+        return master if copy is None else copy.values
 
     def state(self) -> dict[str, Tensor]:
         """Moments, step counts and float32 masters under "parameter/entry": copies on the CPU.
@@ -95,24 +116,29 @@ class Optimizer:
         found: dict[str, Tensor] = {}
         copied = {id(m) for _, m in (self.shards if self.keep_masters else self.copies)}
         for name, master in zip(self.names, self.masters, strict=True):
-            found |= {f"{name}/{entry}": value for entry, value in self.adam.state[master].items()}
+            found |= {f"{name}/{entry}": value for entry, value in self._moments.stored(master).items()}
             if id(master) in copied:
-                found[f"{name}/master"] = master
+                found[f"{name}/master"] = self._values(master)
         return {name: value.detach().to("cpu", copy=True) for name, value in found.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Sets moments, step counts and masters from a result of `state`. Raises UserError for other parameters'."""
         masters = dict(zip(self.names, self.masters, strict=True))
+        entries: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             name, _, entry = key.rpartition("/")
-            if name not in masters or (entry != "step" and value.shape != masters[name].shape):
-                raise UserError(f"the checkpoint's optimizer has {key} {list(value.shape)}, which this policy has not")
-            master = masters[name]
-            if entry == "master":
-                master.copy_(value)
-            else:
-                self.adam.state[master][entry] = value.to(master.device, copy=True)
+            entries.setdefault(name, {})[entry] = value
+        for name, own in entries.items():
+            values = own.pop("master", None)
+            master = masters.get(name)
+            wrong = master is None or (values is not None and values.shape != master.shape)
+            if wrong or master is None or not self._moments.restore(master, own):
+                shapes = ", ".join(f"{entry} {list(value.shape)}" for entry, value in own.items())
+                raise UserError(f"the checkpoint's optimizer has {name} with {shapes}, which this policy has not")
+            if values is not None:
+                self._values(master).copy_(values)
+        finish_copies(self.masters[0].device)
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -150,12 +176,39 @@ class Optimizer:
         if taken:
             for group in self.adam.param_groups:
                 group["lr"] = lr
-            self.adam.step()
-            if self.copies:
-                with torch.no_grad():
-                    torch._foreach_copy_([p for p, _ in self.copies], [m for _, m in self.copies])
+            if self._pieces is None:
+                self._step(self.copies)
+            else:
+                self._step_in(self._pieces)
         self.adam.zero_grad(set_to_none=True)
         return norm, taken
+
+    def _step(self, copies: Sequence[tuple[Parameter, Parameter]]) -> None:
+        """AdamW on all masters with a gradient, and the weights that are `copies` of them."""
+        self.adam.step()
+        if copies:
+            with torch.no_grad():
+                torch._foreach_copy_([p for p, _ in copies], [m for _, m in copies])
+
+    def _step_in(self, pieces: Sequence[Sequence[Parameter]]) -> None:
+        """`_step` of one piece of the masters after the other: AdamW leaves those without a gradient alone."""
+        gradients = {id(m): m.grad for piece in pieces for m in piece}
+        weights = {id(m): p for p, m in self.copies}
+        self.adam.zero_grad(set_to_none=True)
+        for piece in pieces:
+            homes = [self._on_host[id(m)] for m in piece if id(m) in self._on_host]
+            for home in homes:
+                home.fetch()
+            with self._moments.in_use(piece):
+                for m in piece:
+                    m.grad = gradients.pop(id(m))
+                self._step([(weights[id(m)], m) for m in piece if id(m) in weights])
+            for home in homes:
+                home.stow()
+            for m in piece:
+                m.grad = None
+        # The host may read its part after the step.
+        finish_copies(self.masters[0].device)
 
     def _clip(self, max_grad_norm: float) -> float:
         """Scales the gradients down to the norm over all parameters; returns the norm before."""
@@ -173,6 +226,20 @@ class Optimizer:
         scale = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         return float(norm)
+
+
+def _pieces(masters: Sequence[Parameter], size: int) -> list[list[Parameter]]:
+    """The masters in order, in pieces of at most `size` bytes or one master."""
+    pieces: list[list[Parameter]] = []
+    filled = size
+    for master in masters:
+        own = master.numel() * master.element_size()
+        if filled + own > size:
+            pieces.append([])
+            filled = 0
+        pieces[-1].append(master)
+        filled += own
+    return pieces
 
 
 def _own(parameter: Parameter) -> Parameter:

@@ -8,8 +8,9 @@ sum, which FSDP has taken for rows, in the norm, and in the part of the state th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from cispo.errors import RunError
 from cispo.files import BackgroundSave
 from cispo.learner.adapters import Adapters, base_folder, start_adapter
-from cispo.learner.memory import relief
+from cispo.learner.memory import saving
+from cispo.learner.offload import HostActivations
 from cispo.learner.optim import Optimizer
 from cispo.learner.parallel import Mesh, to_device
 from cispo.learner.rows import Rows, rows_of, state_rows
@@ -57,7 +59,7 @@ def trainable_policy(
         policy = policy if adapters is None else adapt(policy, adapters.lora)
     if adapters is not None:
         start_adapter(policy, folder, adapters)
-    policy.gradient_checkpointing = config.gradient_checkpointing
+    policy.gradient_checkpointing = config.recomputes
     policy.train()
     return policy
 
@@ -80,7 +82,10 @@ class Rank:
         `dtype` is the number format of the weights that engines and model folders get.
         """
         self.model, self.config, self.mesh = model, config, mesh
-        self.state, self.dtype, self.with_model = state, dtype, with_model
+        self.state, self.with_model = state, with_model
+        self.dtype: Literal["float32", "bfloat16"] = dtype
+        self.has_reference = False
+        """Whether a second policy is kept beside the model."""
         self._save: BackgroundSave | None = None
         # From before the first pass: FSDP shows gathered weights under the same names during and after one.
         self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -115,6 +120,8 @@ class Rank:
             over_ranks=self.mesh.sum if self.sharded else None,
             ranks=self.mesh.world,
             keep_masters=self.sharded and not self.with_model and self.dtype == "bfloat16",
+            low_bit=self.config.optimizer == "adamw8bit",
+            offload="optimizer" in self.config.offload,
         )
 
     @contextmanager
@@ -124,10 +131,35 @@ class Rank:
             with self.mesh.doing(step):
                 yield
         except torch.OutOfMemoryError as error:
-            lora = any(not parameter.requires_grad for parameter in self.model.parameters())
-            ways = relief(self.config, sharded=self.sharded, lora=lora)
             reason = str(error).split(". ")[0]
-            raise RunError(f"learner rank {self.mesh.rank}, {step}: {reason}; less is used with {ways}") from None
+            sizes = re.findall(r"(?:allocate|of which) ([\d.]+ \w+)", str(error))
+            asked = f"; {' asked for, '.join(sizes)} {'free' if len(sizes) > 1 else 'asked for'}" if sizes else ""
+            raise RunError(
+                f"learner rank {self.mesh.rank}, {step}: {reason}; less is used with {self._ways_to_save()}{asked}"
+            ) from None
+
+    def _ways_to_save(self) -> str:
+        """Keys of the recipe that save memory, with the number of GiB of this rank's plan."""
+        sizes = [parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad]
+        adapted = any(not parameter.requires_grad for parameter in self.model.parameters())
+        return saving(
+            self._policy,
+            self.config.model_copy(update={"ranks": self.mesh.world}),
+            dtype=self.dtype,
+            sharded=self.sharded,
+            adapter=sum(sizes) if adapted else 0,
+            reference=self.has_reference,
+        )
+
+    def activations(self) -> AbstractContextManager[object]:
+        """A block in which a pass keeps its activations where the recipe wants them."""
+        kept = "activations" in self.config.offload
+        return HostActivations(self._policy.lm_head_weight.shape[1]) if kept else nullcontext()
+
+    @property
+    def _policy(self) -> Policy:
+        """The model, or a critic's backbone."""
+        return next(module for module in self.model.modules() if isinstance(module, Policy))
 
     def to_device(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches as `forward` and `backward` take them."""
@@ -179,30 +211,32 @@ class Rank:
         with self.doing("the optimizer step"):
             return self.optimizer.step(lr, max_grad_norm=self.config.max_grad_norm)
 
-    def start_save(self, folder: str, write_model: Callable[[], None] | None = None) -> None:
+    def start_save(self, folder: str, write_model: Callable[[], None] | None = None, *, full: bool = True) -> None:
         """Copies the state to the host; a thread runs `write_model` and writes the state while training goes on.
 
-        A rank with the state of rank 0 writes nothing.
+        Without `full` the optimizer is left out. A rank with the state of rank 0 writes nothing.
         """
         if not self.writes:
             return
-        state = self._rows_of_state()
+        state = self._rows_of_state(full=full)
         file = state_path(folder, self.state, self.mesh.rank, self.parts)
 
         def write() -> None:
             if write_model is not None:
                 write_model()
-            write_state(state, file)
+            if full or self.with_model:
+                write_state(state, file)
 
         self._save = BackgroundSave(write)
 
-    def _rows_of_state(self) -> dict[str, Rows]:
-        """Copies on the host of this rank's part: the model's rows if it is in the state, and the optimizer's."""
+    def _rows_of_state(self, *, full: bool) -> dict[str, Rows]:
+        """Copies on the host of this rank's part: rows of the model, if the state has it, and of a `full` optimizer."""
         rows = {name: rows_of(parameter, self.mesh) for name, parameter in self._named}
         state: dict[str, Rows] = {}
         if self.with_model:
             state = {f"{_MODEL}{name}": r.on_host() for name, r in rows.items()}
-        state |= state_rows(self.optimizer.state(), rows)
+        if full:
+            state |= state_rows(self.optimizer.state(), rows)
         # Step counts and the like are equal on all ranks.
         return {key: r for key, r in state.items() if r.split or self.mesh.rank == 0}
 
@@ -211,8 +245,13 @@ class Rank:
         return self._save is None or self._save.done(wait=wait)
 
     @torch.no_grad()
-    def restore(self, checkpoint: str) -> None:
-        """Reads the optimizer's state, and the model where the files have it; any number of ranks may have saved it."""
+    def restore(self, checkpoint: str, *, full: bool = True) -> None:
+        """Reads the optimizer's state, and the model where the files have it; any number of ranks may have saved it.
+
+        A checkpoint that is not `full` has no optimizer, which then stays as it is.
+        """
+        if not full and not self.with_model:
+            return
         stored = StoredState(checkpoint, self.state)
         state = {key: self._own_part(stored, key) for key in stored.shapes}
         if self.with_model:

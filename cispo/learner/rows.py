@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 from cispo.learner.parallel import Mesh
 from cispo.policies.policy import Place
@@ -95,12 +95,23 @@ class Rows:
 
 def is_split(tensor: Tensor | None) -> bool:
     """Whether ranks hold rows of a tensor."""
-    return isinstance(tensor, DTensor)
+    return tensor is not None and _rows_in(tensor) is not None
 
 
 def local(tensor: Tensor) -> Tensor:
     """The rows of a split tensor that this rank holds, in their own memory and without gradient; else the tensor."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    rows = _rows_in(tensor)
+    return (tensor if rows is None else rows).detach()
+
+
+def _rows_in(tensor: Tensor) -> Tensor | None:
+    """This rank's rows of a split tensor, None of any other."""
+    if type(tensor) in (Tensor, Parameter):
+        return None
+    # Takes a second to import, which a rank with whole parameters need not wait for.
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else None
 
 
 # Attribute of a parameter of distributed experts.
@@ -151,10 +162,19 @@ def own_part(rows: Rows, place: Place) -> Tensor | None:
 
 
 def state_rows(tensors: Mapping[str, Tensor], whole: Mapping[str, Rows]) -> dict[str, Rows]:
-    """Tensors of an optimizer under "parameter/entry", each with its place in the whole; scalars are not split."""
+    """Tensors of an optimizer under "parameter/entry", each with its place in the whole; scalars are not split.
+
+    A tensor may have a number for several of a row: the scales of moments in 8 bits.
+    """
     found = {}
     for key, values in tensors.items():
         rows = whole[key.rpartition("/")[0]]
-        split = values.shape == rows.values.shape and values.dim() > 0
-        found[key] = Rows(rows.shape, rows.first, values, rows.share) if split else Rows(tuple(values.shape), 0, values)
+        held, own = rows.values.shape, values.shape
+        if own == held and own:
+            found[key] = Rows(rows.shape, rows.first, values, rows.share)
+        elif len(own) > 1 and own[:-1] == held[:-1]:
+            shape = (*rows.shape[:-1], rows.shape[-1] * own[-1] // held[-1])
+            found[key] = Rows(shape, rows.first, values, rows.share)
+        else:
+            found[key] = Rows(tuple(own), 0, values)
     return found

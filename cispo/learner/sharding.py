@@ -12,18 +12,17 @@ and changes would go unseen).
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
-from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from cispo.learner.experts import mark_shares, split_experts
-from cispo.learner.memory import layers_of
+from cispo.learner.memory import units_of
 from cispo.learner.parallel import Mesh
 from cispo.learner.rows import Rows, WidthShare, expert_range, extent, is_split, own_part, row_range, rows_of
 from cispo.ops.collectives import ALL_GATHER
@@ -34,6 +33,12 @@ from cispo.policies.value import ValueModel
 from cispo.recipe.schema import Lora
 from cispo.weights.buckets import Slot
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+# A second of imports that a rank with a whole copy does without.
+_FSDP = "torch.distributed.fsdp"
+
 
 def sharded_policy(
     folder: str, mesh: Mesh, dtype: torch.dtype, *, trained: bool = True, lora: Lora | None = None
@@ -43,6 +48,8 @@ def sharded_policy(
     Its rows are float32 where it is `trained`, else of `dtype` and without gradient; with an adapter that alone is
     trained. It runs in `dtype`. Raises UserError as `load_policy` does.
     """
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
     policy, exact = _unsplit(folder, dtype, lora, trained=trained)
     shard(policy, mesh, dtype, whole=exact)
     register_fsdp_forward_method(policy, "attend")
@@ -90,11 +97,13 @@ def shard(
 ) -> None:
     """Splits a model on the meta device and gives its rows memory with undefined values.
 
-    Each block of the policy, an embedding that is not the head too, the modules in `exact` and the rest are gathered on
+    Each unit of layers, an embedding that is not the head too, the modules in `exact` and the rest are gathered on
     their own; distributed experts are replaced by this rank's share, which is gathered over its own axis. The model
     runs in `dtype`, those in `exact` in their own number format. The parameters in `whole` keep theirs too, inside
     modules that FSDP casts: each rank has all of them, and `Rank` sums their gradients.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     assert mesh.shards is not None, "the mesh has no axis for shards"
     compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide(dtype), cast_forward_inputs=False)
     head = next(module for module in model.modules() if isinstance(module, Policy)).lm_head_weight
@@ -103,8 +112,8 @@ def shard(
         fully_shard(module, mesh=mesh.expert_shards, mp_policy=compute)
     # The head is read outside of any module: it stays with the root, which is gathered until the backward pass.
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
-    for block in (*embeddings, *layers_of(model)):
-        fully_shard(block, mesh=mesh.shards, mp_policy=compute, ignored_params=set(whole))
+    for unit in (*([embedding] for embedding in embeddings), *units_of(model)):
+        fully_shard([*unit], mesh=mesh.shards, mp_policy=compute, ignored_params=set(whole))
     for module in exact:
         fully_shard(module, mesh=mesh.shards, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     fully_shard(model, mesh=mesh.shards, mp_policy=compute, ignored_params=set(whole))
@@ -125,6 +134,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    if _FSDP not in sys.modules:
+        return iter(())
+    from torch.distributed.fsdp import FSDPModule
+
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
@@ -211,18 +224,13 @@ def fill_from(policy: Policy, folder: str, mesh: Mesh, dtype: torch.dtype) -> No
     fill(policy, weight_slices(local_folder(folder)), mesh, dtype)
 
 
-class _Pending(NamedTuple):
-    """A collective on its way, and the copy that follows it, where the ranks' parts are not consecutive in a bucket."""
+class _Sent(NamedTuple):
+    """A part of a weight that one rank has and all others get."""
 
-    work: dist.Work | None
-    part: Tensor | None = None
-    place: Tensor | None = None
-
-    def finish(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-        if self.part is not None and self.place is not None:
-            self.place.copy_(self.part)
+    owner: int
+    part: Tensor
+    place: Tensor
+    """The part itself, or where it belongs in the bucket, if it is not consecutive there."""
 
 
 class ShardedWeights:
@@ -256,16 +264,35 @@ class ShardedWeights:
 
     def fill(self, slots: Sequence[Slot], buffer: Tensor) -> None:
         """Gathers the slots' weights into `buffer` [bytes] uint8; every rank must call it with the same slots."""
-        for pending in list(chain.from_iterable(self._gather(slot, slot.of(buffer)) for slot in slots)):
-            pending.finish()
+        gathered, sent = list[dist.Work](), list[_Sent]()
+        for slot in slots:
+            self._gather(slot, slot.of(buffer), gathered, sent)
+        for work in (*gathered, *self._exchange(sent)):
+            work.wait()
+        for part in sent:
+            if part.place is not part.part:
+                part.place.copy_(part.part)
 
-    def _gather(self, slot: Slot, target: Tensor) -> list[_Pending]:
+    def _exchange(self, sent: Sequence[_Sent]) -> list[dist.Work]:
+        """Starts all parts on their way as one operation: an owner sends each of its parts to every other rank."""
+        own, ranks = self.mesh.rank, range(self.mesh.world)
+        moves = [
+            dist.P2POp(dist.isend, part, rank) if owner == own else dist.P2POp(dist.irecv, part, owner)
+            for owner, part, _ in sent
+            for rank in (ranks if owner == own else (own,))
+            if rank != owner
+        ]
+        return dist.batch_isend_irecv(moves) if moves else []
+
+    def _gather(self, slot: Slot, target: Tensor, gathered: list[dist.Work], sent: list[_Sent]) -> None:
+        """Fills this rank's part of a slot, and starts the collective of the others' or notes who sends them."""
         if slot.name in self._whole:
             target.copy_(self._whole[slot.name])
-            return []
+            return
         rows, place = self._rows[slot.name], self._places[slot.name]
         if rows.narrow is not None:
-            return self._gather_narrow(rows, rows.narrow, place, target)
+            sent += self._narrow_parts(rows, rows.narrow, place, target)
+            return
         (start, stop), flat = self._extents[slot.name], target.view(-1)
         low, high = rows.overlap(start, stop)
         offset = rows.first * rows.width
@@ -273,21 +300,23 @@ class ShardedWeights:
             flat[low - start : high - start].copy_(rows.values.view(-1)[low - offset : high - offset])
         count, world = rows.shape[0], self.mesh.world
         if rows.share is None and stop - start == count * rows.width and count % world == 0:
-            return [_Pending(ALL_GATHER(flat, flat[low - start : high - start], async_op=True))]
+            work = ALL_GATHER(flat, flat[low - start : high - start], async_op=True)
+            assert work is not None
+            gathered.append(work)
+            return
         # One expert's part, or rows that the ranks do not divide: each owner sends its own.
-        works = []
         for rank in range(world):
             held = row_range(count, rank, world) if rows.share is None else expert_range(count, self.mesh, rank)
             first, last = (row * rows.width for row in held)
             begin, end = max(first, start), min(last, stop)
             if begin < end:
-                works.append(_Pending(dist.broadcast(flat[begin - start : end - start], src=rank, async_op=True)))
-        return works
+                part = flat[begin - start : end - start]
+                sent.append(_Sent(rank, part, part))
 
-    def _gather_narrow(self, rows: Rows, share: WidthShare, place: Place, target: Tensor) -> list[_Pending]:
+    def _narrow_parts(self, rows: Rows, share: WidthShare, place: Place, target: Tensor) -> Iterator[_Sent]:
         """One expert's projection from the ranks that hold parts of its width."""
         assert place.expert is not None
-        own, works = own_part(rows, place), []
+        own = own_part(rows, place)
         for rank in range(self.mesh.world):
             first, last = expert_range(rows.shape[0], self.mesh, rank)
             if not first <= place.expert < last:
@@ -297,6 +326,4 @@ class ShardedWeights:
             if rank == self.mesh.rank:
                 assert own is not None
                 values.copy_(own)
-            work = dist.broadcast(values, src=rank, async_op=True)
-            works.append(_Pending(work) if values is part else _Pending(work, values, part))
-        return works
+            yield _Sent(rank, values, part)

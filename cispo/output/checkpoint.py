@@ -181,8 +181,8 @@ class CheckpointFolder:
 class Savers(Protocol):
     """The learner and critic ranks, which write their own tensors."""
 
-    async def start_save(self, folder: Path) -> None:
-        """Copies policy, critic and optimizers to the host, and starts to write them."""
+    async def start_save(self, folder: Path, *, full: bool) -> None:
+        """Copies policy, critic and, if `full`, optimizers to the host, and starts to write them."""
         ...
 
     async def saved(self, *, wait: bool) -> bool:
@@ -200,6 +200,8 @@ class CheckpointWriter:
     folder: CheckpointFolder
     workers: Savers
     save_tokenizer: Callable[[Path], object]
+    full: bool = True
+    """Whether checkpoints hold the optimizers."""
     saved: int = -1
     """Step of the last checkpoint that was begun, or from which the run was resumed."""
     _complete: Callable[[], object] | None = None
@@ -220,7 +222,7 @@ class CheckpointWriter:
         """
         await self.settle(wait=True)
         with self.folder.writing() as draft:
-            await self.workers.start_save(draft)
+            await self.workers.start_save(draft, full=self.full)
             self.save_tokenizer(draft)
             save_tensors(tensors, draft / "training" / "driver.safetensors")
             write_json(draft / _STATE, state)

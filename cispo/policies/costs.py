@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -41,14 +43,57 @@ def quadratic_length(policy: Policy) -> float:
     On L tokens: L^2 * sum of H (D + E) against L * 2 * weights that a token meets (causal; arXiv 2501.08313). Infinite
     where no layer is quadratic. `policy` has shapes alone, and is not used afterwards.
     """
-    for module in policy.modules():
-        if isinstance(module, Experts):
-            module.forward = _no_experts
     token, widths = torch.zeros(1, dtype=torch.long, device="meta"), _Widths()
-    with torch.no_grad():
+    with torch.no_grad(), _without_experts(policy):
         policy.attend(token, token, widths)
     weights = _met(next(m for m in policy.modules() if isinstance(m, nn.ModuleList)))
     return 2 * weights / widths.products if widths.products else math.inf
+
+
+class _Cached(_Widths):
+    """An `Attention` that computes nothing, and adds up what a sampler keeps: keys and values of a token, states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = self.state = 0
+
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        self.token += k.shape[1] * (k.shape[2] + v.shape[2])
+        return super().softmax(q, k, v, scale)
+
+    def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
+        self.token += k.shape[1] * (k.shape[2] + v.shape[2])
+        return super().sparse_softmax(q, k, v, index, scale)
+
+    def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
+        if op.across != "window":
+            self.state += inputs[1].shape[1] * inputs[1].shape[2] * inputs[2].shape[2]
+        return super().recurrent(op, *inputs)
+
+
+def cache_sizes(policy: Policy) -> tuple[int, int]:
+    """About the numbers that an engine keeps of a token, and of a sequence of any length, its states.
+
+    Latents count as the keys and values that they expand to, which is too much; a convolution's last inputs are left
+    out. `policy` has shapes alone.
+    """
+    token, cached = torch.zeros(1, dtype=torch.long, device="meta"), _Cached()
+    with torch.no_grad(), _without_experts(policy):
+        policy.attend(token, token, cached)
+    return cached.token, cached.state
+
+
+@contextmanager
+def _without_experts(policy: Policy) -> Iterator[None]:
+    """A block in which experts return their inputs."""
+    experts = [module for module in policy.modules() if isinstance(module, Experts)]
+    for module in experts:
+        module.forward = _no_experts
+    try:
+        yield
+    finally:
+        for module in experts:
+            del module.forward
 
 
 def _no_experts(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from cispo.errors import UserError
 from cispo.files import read_json, write_json
@@ -31,6 +32,8 @@ _POSITION_KEYS = (
 
 # Number formats of weights, as safetensors names them. Others are quantised, and mean nothing without their scales.
 _FLOATS = ("BF16", "F16", "F32", "F64")
+
+_CPU = torch.device("cpu")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 """peft's name for the file of an adapter."""
@@ -90,15 +93,17 @@ def _config_of(folder: Path) -> HFConfig:
     return read_json(folder / "config.json")
 
 
-def init_policy(config: HFConfig, seed: int, dtype: torch.dtype = torch.float32) -> Policy:
-    """A policy with random weights from a config.json's content; they depend on the config and the seed alone.
+def init_policy(config: HFConfig, seed: int, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> Policy:
+    """A policy with random weights from a config.json's content; they depend on the config, the seed and the kind of
+    device alone: a GPU draws other numbers than a CPU.
 
     `Policy.initial_weight` draws them: matrices are normal with the config's initializer_range, norms neutral, biases
     zero.
     """
-    policy = _build(config, None, dtype)
+    with device:
+        policy = _build(config, None, dtype)
     std = initial_std(policy)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         # Always drawn in float32: a bfloat16 policy is the float32 one, rounded.
         for name, weight in policy.named_weights().items():
@@ -128,10 +133,28 @@ def shape_of(config: HFConfig) -> Policy:
         return _build(config, None, torch.float32)
 
 
+class _Undefined(TorchFunctionMode):
+    """A block whose new modules keep undefined weights. Those are read or drawn anyway; on the meta device torch would
+    import its compiler for them, one second."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        named = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 def _build(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> Policy:
     """A policy with undefined weights. Raises UserError for values that no policy can have, whatever they break."""
     try:
-        return family_of(config).build(config, folder, dtype)
+        with _Undefined():
+            return family_of(config).build(config, folder, dtype)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:

@@ -139,13 +139,13 @@ class Policy(nn.Module, ABC):
         return False
 
     def initial_weight(self, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
-        """Value of the parameter or stored buffer `name` in a new policy, float32 on the CPU.
+        """Value of the parameter or stored buffer `name` in a new policy, float32 on the generator's device.
 
         Matrices are normal with standard deviation `std`, biases zero, other vectors one.
         """
         if len(shape) > 1:
-            return torch.randn(shape, generator=generator) * std
-        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+            return torch.randn(shape, generator=generator, device=generator.device) * std
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=generator.device)
 
     def named_weights(self) -> dict[str, Tensor]:
         """The parameters, then the buffers that a checkpoint holds: stored and sent to engines, but not trained."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from cispo.recipe.schema import Learner, Recipe
 
 
+_QUANTISED = ("quantization", "quantization_config")
+
+
 def check_recipe(recipe: Recipe, where: str) -> None:
     """Raises UserError on the first contradiction; `where` names the recipe's file."""
     for sentence in _contradictions(recipe):
@@ -37,12 +40,34 @@ def _of_the_policy(recipe: Recipe) -> Iterator[str]:
         yield "policy.model and policy.config exclude each other: start from weights or from a shape"
     if policy.model is None and policy.tokenizer is None:
         yield "policy.tokenizer is needed where there is no policy.model"
+    yield from _of_the_memory(recipe)
     if recipe.policy.lora is not None and recipe.learner.router_bias_rate > 0:
         yield "learner.router_bias_rate moves weights of the policy, which policy.lora leaves as they are"
     if rollout.engine_args.get("load_format", "safetensors") != "safetensors":
         yield "rollout.engine_args.load_format must stay safetensors: other formats can run code when they are loaded"
     if rollout.engine_args.get("trust_remote_code", False):
         yield "rollout.engine_args.trust_remote_code must stay false: it runs code that lies in the model's folder"
+    for key, given in (("", rollout.engine_args), ("hf_overrides.", rollout.engine_args.get("hf_overrides"))):
+        quantised = next((k for k in _QUANTISED if isinstance(given, dict) and given.get(k) is not None), None)
+        if quantised is not None:
+            yield (
+                f"rollout.engine_args.{key}{quantised} must stay unset: updates bring the policy's own weights, which "
+                "a quantised engine (fp8, int8 ...) cannot take"
+            )
+
+
+def _of_the_memory(recipe: Recipe) -> Iterator[str]:
+    learner = recipe.learner
+    if "activations" in learner.offload and learner.gradient_checkpointing is False:
+        yield "learner.offload: activations moves the inputs of recomputed layers: set learner.gradient_checkpointing"
+    if "reference" in learner.offload and recipe.policy.lora is not None:
+        yield "learner.offload: reference moves nothing with policy.lora: the reference is the policy without adapter"
+    first, second = learner.betas
+    if learner.optimizer == "adamw8bit" and first**2 >= second:
+        yield (
+            f"learner.optimizer: adamw8bit needs betas[0]^2 below betas[1], which bounds a rounded step: "
+            f"{first:g}^2 is not below {second:g}"
+        )
 
 
 def _of_the_data(recipe: Recipe) -> Iterator[str]:

@@ -100,23 +100,42 @@ def _parsed(layers: Sequence[Values], where: str) -> tuple[Recipe, Mapping[Place
 
 
 def _without_replaced(layers: Sequence[Values]) -> list[Values]:
-    """The layers without the single dataset where a later one lists several, in data.sources or eval."""
+    """The layers without the single dataset where a later one lists several, in data.sources or eval.
+
+    Where a later one names another file, folder or hub's dataset, without the arguments of the earlier source either.
+    """
     result: list[Values] = []
     for layer in layers:
-        data = layer.get("data")
-        if isinstance(data, dict) and data.get("sources"):
-            result = [_less(low, "data", ("source", "split", "args", "limit", "config")) for low in result]
+        for place in (("data",), ("eval",), ("sft", "data")):
+            source = _section(layer, place).get("source")
+            if isinstance(source, str) and ":" not in source:
+                others = [_section(low, place).get("source", source) != source for low in result]
+                result = [_less(low, place, ("args", "config")) if any(others) else low for low in result]
+        if _section(layer, ("data",)).get("sources"):
+            result = [_less(low, ("data",), ("source", "split", "args", "limit", "config")) for low in result]
         if isinstance(layer.get("eval"), list):
             result = [{key: value for key, value in low.items() if key != "eval"} for low in result]
         result.append(layer)
     return result
 
 
-def _less(layer: Values, section: str, keys: Sequence[str]) -> Values:
-    values = layer.get(section)
+def _section(layer: Values, place: Sequence[str]) -> Values:
+    """The values of a section; empty where it has none."""
+    values: object = layer
+    for key in place:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def _less(layer: Values, place: Sequence[str], keys: Sequence[str]) -> Values:
+    """The layer without some keys of a section."""
+    first, *rest = place
+    values = layer.get(first)
     if not isinstance(values, dict):
         return layer
-    return {**layer, section: {key: value for key, value in values.items() if key not in keys}}
+    if rest:
+        return {**layer, first: _less(values, rest, keys)}
+    return {**layer, first: {key: value for key, value in values.items() if key not in keys}}
 
 
 def _keeping(recipe: Recipe, kept: Mapping[Place, str]) -> Recipe:
@@ -183,10 +202,10 @@ def _explain(error: ValidationError) -> str:
         keys = [k for k, _ in known_keys()]
         near = difflib.get_close_matches(plain, keys, n=1, cutoff=0.6)
         leaf = plain.rsplit(".", 1)[-1]
-        near = near or [k for k in keys if k.rsplit(".", 1)[-1] == leaf][:1]
+        near = near or [k for k in keys if k.rsplit(".", 1)[-1] == leaf][:3]
         if plain in keys:
             return f"unknown key {key} (its parts are nested: {plain.replace('.', ': {', 1)}: ...}})"
-        return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
+        return f"unknown key {key}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
     if first["type"] == "missing":
         return f"key {key} is missing"
     message = first["msg"].removeprefix("Value error, ")

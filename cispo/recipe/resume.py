@@ -41,6 +41,7 @@ _FREE = (
     "learner.expert_tensor_parallel",
     "learner.tokens_per_micro_batch",
     "learner.gradient_checkpointing",
+    "learner.offload",
     "train",
     "control",
 )
@@ -53,14 +54,14 @@ _LISTS = ("data.sources", "eval", "reward.functions")
 
 
 def check_same_run(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the paths that only the run knows.
+    """The recipe with the paths that only the run knows, and the number format that an auto chose in it.
 
     Raises UserError where the run folder's recipe differs in a key that makes another run of it. A key that is newer
     than the run has its default in the run.
     """
     before = read_stored(folder / "recipe.yaml")
     homes = _homes(before, folder)
-    recipe = _with_stored_paths(recipe, before, homes)
+    recipe = _with_stored_dtype(_with_stored_paths(recipe, before, homes), before)
     found = difference(before, recipe, free=_FREE, homes=homes)
     if found is not None:
         key, old, new = found
@@ -122,6 +123,13 @@ def _with_stored_paths(recipe: Recipe, before: Recipe, homes: Sequence[Path]) ->
         return next((place for place in places if os.path.exists(place)), value)
 
     return with_paths(recipe, found)
+
+
+def _with_stored_dtype(recipe: Recipe, before: Recipe) -> Recipe:
+    if recipe.policy.dtype != "auto":
+        return recipe
+    policy = recipe.policy.model_copy(update={"dtype": before.policy.dtype})
+    return recipe.model_copy(update={"policy": policy})
 
 
 def _same_files(before: str, now: str, homes: Sequence[Path]) -> bool:

@@ -81,12 +81,18 @@ class Policy(Section):
     """A config.json written here: the policy starts from random weights of this shape."""
     tokenizer: Text | None = None
     """Folder or hub id of the tokenizer; the model's own when left out."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights; the LM head is computed in float32 either way."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the weights; the LM head is computed in float32 either way. auto is bfloat16 where `model` is
+    given and the device is a GPU, else float32."""
     router_replay: Literal["off", "rollout"] = "off"
     """Whether the learner takes the experts that the engine chose for each token, or chooses them again."""
     lora: Lora | None = None
     """Low-rank adapters: only they are trained, the policy itself is frozen."""
+
+    @property
+    def number_format(self) -> Literal["float32", "bfloat16"]:
+        """`dtype`; float32 for an auto, which `placement.settled` replaces where a run's device is known."""
+        return "float32" if self.dtype == "auto" else self.dtype
 
 
 class Data(Section):
@@ -356,14 +362,25 @@ class Learner(Section):
     """Most packed tokens of one forward pass."""
     share_prompts: bool = False
     """Read a prompt once for all completions of it in a micro-batch: the same gradient, summed in another order."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass to save memory."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute layers in the backward pass to save memory; auto is true where policy.model is given and the device is
+    a GPU, and where activations are offloaded."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with moments in float32, or in blocks of 8 bits: 2.1 bytes a parameter instead of 8."""
+    offload: list[Literal["optimizer", "activations", "reference"]] = []
+    """Parts that stay in host memory while they are not used; no number changes (docs/memory.md)."""
     router_aux_coef: Amount = 0.0
     """Factor of the experts' load-balancing loss."""
     router_aux_tokens: Literal["completion", "all"] = "completion"
     """Which tokens the balancing loss counts, and the balancing by bias."""
     router_bias_rate: Amount = 0.0
     """Step of the routers' correction biases after an update, towards an even load of the experts; 0 leaves them."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are recomputed; of an auto, `placement.settled` knows the device."""
+        auto = self.gradient_checkpointing == "auto"
+        return "activations" in self.offload if auto else bool(self.gradient_checkpointing)
 
     @property
     def data_parallel(self) -> int:
@@ -402,6 +419,9 @@ class Train(Section):
     """Steps between checkpoints, from which `--resume` goes on; the last step is always saved."""
     keep: Positive = 2
     """Number of newest checkpoints that stay, beside the best by held-out accuracy."""
+    checkpoint: Literal["full", "weights"] = "full"
+    """Contents of a checkpoint: all state, from which a resumed run is the undisturbed one, or no optimizer (2 instead
+    of 14 bytes a parameter in bfloat16), after which AdamW's moments start again from zero."""
     best: Text | None = None
     """Metric of the best checkpoint, the higher the better (eval/NAME/pass@4); accuracy of the first held-out set when
     left out."""

@@ -195,6 +195,11 @@ def build(config: HFConfig, dtype: torch.dtype) -> HFPolicy:
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UserError(f"transformers knows no model_type {kind!r}")
+    if config.get("quantization_config"):
+        raise UserError(
+            "config.json has a quantization_config: a policy is trained, and sampled, from a copy in bfloat16 or "
+            "float32 whose config.json has none"
+        )
     try:
         return HFPolicy(AutoConfig.for_model(**config), dtype)
     except UserError:

@@ -170,16 +170,17 @@ class HybridPolicy(Policy):
     def initial_weight(self, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
         """Norms neutral; decays and their steps as Mamba draws them (arXiv 2312.00752, section 3.6)."""
         owner, _, leaf = name.rpartition(".")
+        empty = torch.empty(shape, device=generator.device)
         if leaf == "A_log":
-            return torch.empty(shape).uniform_(1, 16, generator=generator).log()
+            return empty.uniform_(1, 16, generator=generator).log()
         if leaf == "dt_bias":
-            step = torch.empty(shape).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+            step = empty.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
             return step + torch.log(-torch.expm1(-step))  # the inverse of softplus
         if owner.endswith("conv1d"):
             bound = shape[-1] ** -0.5
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            return empty.uniform_(-bound, bound, generator=generator)
         if isinstance(self.get_submodule(owner), CentredRMSNorm):
-            return torch.zeros(shape)
+            return empty.zero_()
         return super().initial_weight(name, shape, std, generator)
 
 

@@ -25,6 +25,7 @@ class Engine:
         self.killed = False
         self.version = 0
         self.calls: list[str] = []
+        self.parts: dict[str, float] = {}
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(method)
@@ -55,6 +56,7 @@ class Learner:
 
     def __init__(self) -> None:
         self.worlds: list[int] = []
+        self.parts: dict[str, float] = {}
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         await asyncio.sleep(0)

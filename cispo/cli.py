@@ -259,7 +259,9 @@ def main() -> None:
     """Entry point of the `cispo` command."""
     from cispo.output.streams import spare_writers
     from cispo.runtime.interrupts import heed_signals
+    from cispo.runtime.start_parts import StartParts
 
+    StartParts.of_command = True
     spare_writers()
     heed_signals()
     app(prog_name="cispo")

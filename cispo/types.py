@@ -222,6 +222,8 @@ class TrajectoryGroup:
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
+    problem: str = ""
+    """The error of user code that ended one of its attempts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cispo.errors import UserError
+from cispo.errors import UserError, how_to_install
 
 _SHIPPED = ("rewards", "tools")
 """Packages of the shipped rewards and tools in recipes. They are installed as cispo.rewards and cispo.tools, so that a
@@ -61,7 +61,8 @@ def _import_module(name: str, path: str, key: str) -> ModuleType:
         if _is_absent(name, error):
             reason = f"there is no module '{error.name}' on the Python path or in the current directory ({Path.cwd()})"
         else:
-            reason = f"it needs the module '{error.name}', which is not installed"
+            top = (error.name or "").partition(".")[0]
+            reason = f"it needs the module '{error.name}', which is not installed{how_to_install(top)}"
         raise UserError(f"{key}: cannot import '{path}': {reason}") from error
     # The import runs the user's code, so any exception is possible.
     except (Exception, SystemExit) as error:

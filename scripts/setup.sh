@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Makes .venv from the lock files and does nothing where it is up to date: scripts/setup.sh [dev]
+# Makes .venv from the lock files and does nothing where it is up to date: scripts/setup.sh [gpu] [dev]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 pip() { .venv/bin/python -m pip --disable-pip-version-check -qq install --no-deps --progress-bar off "$@"; }
 
-python_311() {
-  for candidate in ${PYTHON:-} python3.11 python3; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+find_python() {
+  for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "setup: Python 3.11 was not found; install it, or set PYTHON to its path" >&2
+  echo "setup: no Python 3.11, 3.12 or 3.13 was found; install one, or set PYTHON to its path" >&2
   exit 2
 }
 
@@ -25,23 +25,45 @@ install() {
   echo "$wanted" > "$stamp"
 }
 
+announce() {
+  echo "setup: installing $(grep -c '^[^# ].*==' "$1") packages into .venv (once; about $2 minutes)"
+}
+
 install_cpu() {
-  echo "setup: installing $(grep -c == requirements-cpu.lock) packages into .venv (once; about two minutes)"
+  announce requirements-cpu.lock two
   local torch
-  torch=$(grep '^torch==' requirements-cpu.lock)
-  # PyPI has no +cpu builds: where the configured index lacks it too, it comes from PyTorch's own.
+  torch=$(grep -o 'torch==[^ ]*+cpu' requirements-cpu.lock)
+  # PyPI has no +cpu builds: where the configured index lacks it too, it comes from PyTorch's own. Without a hash.
   pip "$torch" 2>/dev/null || pip --index-url https://download.pytorch.org/whl/cpu "$torch"
-  pip -r requirements-cpu.lock
+  pip --require-hashes -r requirements-cpu.lock
+  pip --no-build-isolation -e .
+}
+
+install_gpu() {
+  announce requirements-gpu.lock ten
+  pip --require-hashes -r requirements-gpu.lock
   pip --no-build-isolation -e .
 }
 
 install_dev() {
-  pip -r requirements-dev.lock
+  pip --require-hashes -r requirements-dev.lock
 }
 
+kind=cpu dev=
+for word in "$@"; do
+  case $word in
+    cpu | gpu) kind=$word ;;
+    dev) dev=yes ;;
+    *) echo "setup: '$word' is none of cpu, gpu, dev" >&2; exit 2 ;;
+  esac
+done
+if [ "$(uname -s)" != Linux ]; then
+  echo "setup: the lock files are for Linux; on Windows use WSL" >&2
+  exit 2
+fi
 if [ ! -x .venv/bin/python ]; then
-  python=$(python_311)
+  python=$(find_python)
   "$python" -m venv .venv
 fi
-install cpu requirements-cpu.lock pyproject.toml setup.py
-if [ "${1:-}" = dev ]; then install dev requirements-dev.lock; fi
+install $kind requirements-$kind.lock pyproject.toml setup.py
+if [ "$dev" ]; then install dev requirements-dev.lock; fi

@@ -45,3 +45,9 @@ def test_a_sliding_window_bounds_the_context(tmp_path: Path):
     check_model(str(tmp_path), 16)
     with pytest.raises(UserError, match="max_context 17"):
         check_model(str(tmp_path), 17)
+
+
+def test_a_quantised_config_is_refused():
+    """An engine would read it from the folder that training writes; updates bring weights as they are."""
+    with pytest.raises(UserError, match=r"config.json has a quantization_config: .* copy in bfloat16"):
+        init_policy({"model_type": "qwen3", **DENSE, "quantization_config": {"quant_method": "fp8"}}, 0)

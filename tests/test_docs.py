@@ -15,8 +15,10 @@ from cispo.algorithms.presets import PRESETS
 from cispo.recipe.load import known_keys, parse_recipe
 from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.types import LossInputs
+from scripts.make_keys import MOST_USED, page
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def test_an_algorithm_of_your_own():
@@ -53,12 +55,14 @@ def test_every_algorithm_and_preset_is_documented():
 
 
 def test_the_cluster_examples_parse():
-    """The Slurm script as bash reads it, the RayJob as YAML; both start a command that exists with keys that exist."""
+    """The Slurm scripts as bash reads them, the RayJob as YAML; all start a command and keys that exist."""
     text = (DOCS / "cluster.md").read_text()
-    (script,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    scripts = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    assert len(scripts) == 2
+    for script in scripts:
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert script.startswith("#!/bin/bash\n#SBATCH ")
     (job,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL))
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
@@ -68,9 +72,40 @@ def test_the_cluster_examples_parse():
         for container in pod["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
             assert "/shared" in {mount["mountPath"] for mount in container["volumeMounts"]}
-    (slurm_command,) = re.findall(r"cispo train .*", script)
+    slurm_commands = re.findall(r"cispo train .*(?= --resume auto)", "".join(scripts))
+    assert len(slurm_commands) == 2
     keys = {key for key, _ in known_keys()}
-    for command in (job["spec"]["entrypoint"], slurm_command):
+    for command in (job["spec"]["entrypoint"], *slurm_commands):
         program, verb, recipe, *overrides = command.split()
         assert (program, verb) == ("cispo", "train") and recipe.endswith(".yaml") and overrides
         assert {item.partition("=")[0] for item in overrides} <= keys
+
+
+def test_the_page_of_keys_is_fresh():
+    """`python scripts/make_keys.py` writes it."""
+    assert sum(map(len, MOST_USED.values())) == 30
+    assert (DOCS / "keys.md").read_text() == page()
+
+
+def test_the_index_has_every_page_once():
+    linked = re.findall(r"\]\(([\w.-]+)\)", (DOCS / "README.md").read_text())
+    pages = {file.name for file in DOCS.iterdir() if file.suffix in (".md", ".ipynb")} - {"README.md"}
+    assert sorted(linked) == sorted(pages)
+
+
+def test_links_between_pages_lead_somewhere():
+    """Files beside the page and headings in them; addresses on the network are not looked up."""
+    lost = []
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", file.read_text()):
+            name, _, heading = target.partition("#")
+            page_linked = file.parent / name if name else file
+            if not page_linked.exists() or (heading and heading not in _anchors(page_linked)):
+                lost.append(f"{file.name}: {target}")
+    assert lost == []
+
+
+def _anchors(file: Path) -> set[str]:
+    """Names that headings get where Markdown is shown."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

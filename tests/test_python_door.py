@@ -78,6 +78,13 @@ def test_functions_are_named_by_import_or_sent_by_value():
         give(holds, "rewards")
 
 
+def test_a_reward_of_a_notebooks_cell():
+    """Its code names a file that a process of its own does not find."""
+    names = {"__name__": __name__}
+    exec(compile("def cell(completion, **_):\n    return 0.5\n", "/tmp/ipykernel_1/2.py", "exec"), names)
+    assert load_function(give(names["cell"], "rewards"), {}, "key").invoke({"completion": "a"}) == 0.5
+
+
 def test_changes_and_rewards_become_a_recipe(tmp_path: Path):
     def mine(completion, **_):
         return 0.0

@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from cispo.files import disk_errors, write_text
+from cispo.output.drawing import new_figure
 
 _COLOURS = ("#2563b0", "#d9660f", "#2f8f4e", "#8e44ad", "#b03a48", "#5b6770")
 _MARKS = ("o", "s", "^", "D", "v", "P")
@@ -60,8 +61,8 @@ def _cell(estimate: tuple[float, float, float] | None) -> str:
     return f"{mean:.3f}" + (f"\n{low:.2f}..{high:.2f}" if math.isfinite(low) else "")
 
 
-def write_evaluation(folder: Path, rows: Sequence[Measured], *, title: str) -> tuple[Path, Path]:
-    """Writes evaluation.json and evaluation.png into a run folder. Raises RunError where the disk refuses."""
+def write_numbers(folder: Path, rows: Sequence[Measured]) -> Path:
+    """Writes evaluation.json into a run folder. Raises RunError where the disk refuses."""
     plain = [
         {
             "step": row.step,
@@ -71,23 +72,21 @@ def write_evaluation(folder: Path, rows: Sequence[Measured], *, title: str) -> t
         }
         for row in rows
     ]
-    numbers, picture = folder / "evaluation.json", folder / "evaluation.png"
+    file = folder / "evaluation.json"
     with disk_errors(folder):
-        write_text(numbers, json.dumps(plain, indent=1) + "\n")
-        _draw(rows, picture, title)
-    return numbers, picture
+        write_text(file, json.dumps(plain, indent=1) + "\n")
+    return file
 
 
-def _draw(rows: Sequence[Measured], file: Path, title: str) -> None:
-    import matplotlib
+def draw(folder: Path, rows: Sequence[Measured], *, title: str) -> Path:
+    """Writes evaluation.png into a run folder.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    Raises RunError where the disk refuses, MissingPackage without matplotlib.
+    """
+    file = folder / "evaluation.png"
     sets = list(dict.fromkeys(row.name for row in rows))
-    figure, axes = plt.subplots(
-        1, len(sets), figsize=(max(6.5, 4.8 * len(sets)), 4.2), squeeze=False, layout="constrained"
-    )
+    figure = new_figure(file.name, size=(max(6.5, 4.8 * len(sets)), 4.2))
+    axes = figure.subplots(1, len(sets), squeeze=False)
     for axis, name in zip(axes[0], sets, strict=True):
         own = [row for row in rows if row.name == name]
         for number, estimate in enumerate(dict.fromkeys(e for row in own for e in row.estimates)):
@@ -104,5 +103,6 @@ def _draw(rows: Sequence[Measured], file: Path, title: str) -> None:
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.legend(frameon=False, fontsize=8, loc="upper left")
     figure.suptitle(f"{title}: checkpoints, 95 % intervals over prompts", fontsize=10, x=0.01, ha="left")
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    with disk_errors(folder):
+        figure.savefig(file, dpi=130)
+    return file

@@ -8,18 +8,19 @@ from pathlib import Path
 
 from rich.table import Table
 
+from cispo.output.drawing import new_figure
+
 _INK, _BLUE, _ORANGE = "#222222", "#2563b0", "#d9660f"
 _SETS = (_BLUE, "#2f8f4e", "#8e44ad", "#b03a48", "#5b6770")
 
 
 def learning_curve(history: Sequence[Mapping[str, float]], file: Path, *, title: str) -> None:
-    """Draws held-out accuracy and training reward over steps, with entropy, length and mismatch below."""
-    import matplotlib
+    """Draws held-out accuracy and training reward over steps, with entropy, length and mismatch below.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Raises MissingPackage without matplotlib.
+    """
 
-    figure = plt.figure(figsize=(9, 6.2), layout="constrained")
+    figure = new_figure(file.name, size=(9, 6.2))
     grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1))
     top = figure.add_subplot(grid[0, :])
     steps, reward = _series(history, "reward/mean")
@@ -58,7 +59,6 @@ def learning_curve(history: Sequence[Mapping[str, float]], file: Path, *, title:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     figure.savefig(file, dpi=130)
-    plt.close(figure)
 
 
 def _of_sets(history: Sequence[Mapping[str, float]]) -> list[str]:

@@ -45,6 +45,7 @@ FACTS = (
     "calls",
     "failed_calls",
     "unreadable",
+    "turn_rewards",
     "step",
     "steps",
 )
@@ -241,7 +242,10 @@ def _is_shipped(call: Callable[..., object]) -> bool:
         shipped = [str(own) for own in resources.files("cispo.rewards").iterdir()]
     except ModuleNotFoundError:
         return False
-    return file is not None and any(os.path.exists(own) and os.path.samefile(file, own) for own in shipped)
+    # A notebook's cell names a file that is not there.
+    if file is None or not os.path.exists(file):
+        return False
+    return any(os.path.exists(own) and os.path.samefile(file, own) for own in shipped)
 
 
 def _hash_of_code(call: Callable[..., object]) -> str:

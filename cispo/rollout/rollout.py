@@ -75,6 +75,8 @@ class Rollouts:
     """Groups lost because a reward failed (`reward.on_error: drop_group`)."""
     unscored: int = 0
     """Completions left out of the other groups because no reward function applied to them: all gave None."""
+    problems: tuple[str, ...] = ()
+    """Errors of tools, environments and agents that ended attempts, one of each group."""
     tokens: int
     """Sampled tokens, those of dropped groups included."""
     seconds_scoring: float
@@ -118,6 +120,7 @@ async def roll_out(
         groups=shape(with_rewards, max_tokens=sampling.max_tokens, buffer=overlong_buffer, penalty=overlong_factor),
         dropped=len(groups) - len(kept),
         unscored=group_size * len(kept) - sum(len(group.trajectories) for group in kept),
+        problems=tuple(group.problem for group in groups if group.problem),
         tokens=sum(t.length for group in groups for t in group.trajectories),
         seconds_scoring=scored - sampled,
     )
@@ -185,6 +188,7 @@ def _facts(prompt: Prompt, t: Trajectory, step: int, steps: int) -> Mapping[str,
         "calls": t.events.get("calls", 0),
         "failed_calls": t.events.get("failed", 0),
         "unreadable": t.events.get("unreadable", 0),
+        "turn_rewards": [sum(turn.rewards.values()) for turn in t.turns],
         "finish_reason": t.finish_reason.value,
         "token_ids": list(t.turns[-1].completion.token_ids),
         "truncated": t.turns[-1].completion.finish_reason is FinishReason.LENGTH,

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cispo.errors import UserError
+from cispo.errors import UserError, missing_package
 from cispo.rollout.json_rows import as_row, json_rows, jsonl_rows
 from cispo.rollout.tables import ArrowRows, Row, Table
 from cispo.user_code import is_hub_id, load_object
@@ -279,8 +279,11 @@ def _whole(value: object) -> int:
 
 def _reasoning_gym_dataset(task: str, args: Args, key: str) -> ProceduralDataset:
     """reasoning_gym's dataset for a task; UserError when the task or one of its parameters does not exist."""
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ModuleNotFoundError as error:
+        raise missing_package(f"{key}: {REASONING_GYM}{task}", error.name or "reasoning_gym") from error
 
     if task not in DATASETS:
         close = difflib.get_close_matches(task, DATASETS, n=3)

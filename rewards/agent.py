@@ -31,3 +31,9 @@ def calls(completion: str, calls: int) -> float:
 def tokens(completion: str, token_ids: Sequence[int]) -> float:
     """Tokens of the last reply."""
     return float(len(token_ids))
+
+
+def earned(completion: str, turn_rewards: Sequence[float]) -> float:
+    """The sum of the rewards that an environment or an agent gave: with weight 0, since they are trained on as they
+    are, as the measure of right and wrong where nothing else scores the last reply."""
+    return sum(turn_rewards)

@@ -1,15 +1,16 @@
 """A task with thoughts between tool calls for two cores: walk along a hidden table, and add up digits on the way.
 
-    user "3d?"    <think>30</think> get(d)    tool "r4"      a thought: hops left, and the sum so far without its tens
-                  <think>24</think> get(r)    tool "p9"
-                  <think>13</think> get(p)    tool "k5"
-                  <think>08</think>k                         the key that was reached
-    user "sum?"   <think>08</think>8
+    user "2d?"       <think>20</think> get(d)    tool "r2"      a thought: hops left, and the sum so far modulo 3
+                     <think>12</think> get(r)    tool "p2"
+                     <think>01</think>p                         the key that was reached
+    user "+1 sum?"   <think>11</think> get(p)    tool "k1"      one hop on, and the sum of all digits
+                     <think>02</think>2
 
-A user message in the middle of the attempt: a template such as MiniMax-M2's drops the thoughts there, so that the sum
-is to be found again from the tools' answers, and with `env.thinking: drop` at every turn.
+With its last thought in the history, a reply adds one digit. A template such as MiniMax-M2's drops the thoughts at the
+user message, so that the sum before it is to be found again from the tools' answers; with `env.thinking: drop` each
+reply has to add up all of them at once.
 
-    problems         {"prompt": "3d?", "answer": "8", "table": "...", "digits": "...", "key": "k"}
+    problems         {"prompt": "2d?", "answer": "2", "table": "...", "digits": "...", "key": "p"}
     demonstrations   the same conversations by an imperfect teacher, with the thoughts in the history and without them
 
 The splits "train" and "test" are disjoint by construction.
@@ -25,15 +26,16 @@ from cispo.agents.contract import Reply, Step
 from cispo.rollout.rows import in_split
 from cispo.types import Message
 
-_HOPS = 4
-_QUESTION = "sum?"
+_HOPS = 3
+_MODULUS = 3
+_QUESTION = "+1 sum?"
 
 
 class Errand:
     """The environment of one attempt."""
 
     def __init__(self, table: str, digits: str, key: str) -> None:
-        """`table` and `digits` have the successor and the digit of each letter, in order."""
+        """`table` and `digits` have the successor and the digit of each letter, in order; `key` answers the prompt."""
         self.table, self.digits, self.key = table, digits, key
         self.arrived = False
 
@@ -57,15 +59,15 @@ def solved(completion: str, answer: str, **_: object) -> float:
 
 
 def problems(size: int, seed: int, split: str = "train") -> Iterator[dict[str, str]]:
-    """`size` problems of 1 to 4 hops; the same seed gives the same problems."""
+    """`size` problems of 1 to 3 hops and one more; the same seed gives the same problems."""
     rng = Random(seed)
     while size > 0:
-        table, digits = "".join(rng.choices(ascii_lowercase, k=26)), "".join(rng.choices("0123456789", k=26))
+        table, digits = "".join(rng.choices(ascii_lowercase, k=26)), "".join(rng.choices("012", k=26))
         hops, start = rng.randint(1, _HOPS), rng.choice(ascii_lowercase)
         if in_split(f"{hops}{start}{table}{digits}", split):
-            walk = _walk(table, digits, start, hops)
-            total = str(sum(digit for _, digit in walk) % 10)
-            key = walk[-1][0]
+            walk = _walk(table, digits, start, hops + 1)
+            total = str(sum(digit for _, digit in walk) % _MODULUS)
+            key = walk[-2][0]
             yield {"prompt": f"{hops}{start}?", "answer": total, "table": table, "digits": digits, "key": key}
             size -= 1
 
@@ -73,8 +75,9 @@ def problems(size: int, seed: int, split: str = "train") -> Iterator[dict[str, s
 def demonstrations(size: int, seed: int, noise: float = 0.5) -> Iterator[dict[str, object]]:
     """`size` rows of a teacher that takes a wrong sum at a random turn in a share `noise` of its conversations.
 
-    Each conversation gives one row with all of its thoughts, and one for each later turn with the history's thoughts
-    removed: one policy then knows the formats of all values of `env.thinking`.
+    Each conversation gives a row with all of its thoughts; the part behind the second question, without the thoughts
+    before it; and one later reply without any past thought. One policy then knows the history's forms under all values
+    of `env.thinking`.
     """
     rng = Random(f"teacher {seed}")
     rows = (row for problem in problems(size, seed) for row in _rows(problem, rng, noise))
@@ -84,47 +87,48 @@ def demonstrations(size: int, seed: int, noise: float = 0.5) -> Iterator[dict[st
 
 def _rows(problem: dict[str, str], rng: Random, noise: float) -> Iterator[dict[str, object]]:
     hops, start = int(problem["prompt"][0]), problem["prompt"][1]
-    walk = _walk(problem["table"], problem["digits"], start, hops)
-    wrong = rng.randrange(hops + 2) if rng.random() < noise else -1
-    asked: Message = {"role": "user", "content": problem["prompt"]}
-    whole, bare, replies = list[Message](), [asked], list[str]()
-    total = 0
-    for number, key in enumerate([start, *(found for found, _ in walk)]):
-        if number == wrong:
-            total = (total + rng.randint(1, 9)) % 10
-        thought = f"{hops - number}{total}"
-        call = key if number < hops else None
-        replies.append(_reply(thought, "" if call else key, call))
-        whole.append({"role": "assistant", "content": replies[-1]})
-        if number:
-            yield {"prompt": list(bare), "completion": replies[-1]}
-        if call is not None:
-            found, digit = walk[number]
+    walk = _walk(problem["table"], problem["digits"], start, hops + 1)
+    turns = hops + 3
+    wrong = rng.randrange(turns) if rng.random() < noise else -1
+    whole, bare, total, done = list[Message](), list[Message](), 0, 0
+    for turn in range(turns):
+        if turn == wrong:
+            total = (total + rng.randrange(1, _MODULUS)) % _MODULUS
+        left = hops - done + (turn > hops)
+        key = start if done == 0 else walk[done - 1][0]
+        answer = None if left else str(total) if turn > hops else key
+        whole.append({"role": "assistant", "content": _reply(f"{left}{total}", key, answer)})
+        bare.append(_past(key, answer))
+        if answer is None:
+            found, digit = walk[done]
+            total, done = (total + digit) % _MODULUS, done + 1
             said: Message = {"role": "tool", "content": f"{found}{digit}"}
-            total = (total + digit) % 10
-            bare += [{"role": "assistant", "content": "", "tool_calls": [_call(call)]}, said]
         else:
             said = {"role": "user", "content": _QUESTION}
-            bare += [{"role": "assistant", "content": key}, said]
         whole.append(said)
-    if wrong == hops + 1:
-        total = (total + rng.randint(1, 9)) % 10
-    last = _reply(f"0{total}", str(total), None)
-    yield {"prompt": list(bare), "completion": last}
-    yield {"prompt": [asked], "completion": [*whole, {"role": "assistant", "content": last}]}
+        bare.append(said)
+    asked: Message = {"role": "user", "content": problem["prompt"]}
+    yield {"prompt": [asked], "completion": whole[:-1]}
+    behind = 2 * (hops + 1)
+    yield {"prompt": [asked, *bare[:behind]], "completion": whole[behind:-1]}
+    later = 2 * rng.randrange(1, turns)
+    yield {"prompt": [asked, *bare[:later]], "completion": whole[later]["content"]}
 
 
-def _reply(thought: str, content: str, key: str | None) -> str:
-    """A reply behind the `<think>` that the template has written."""
-    call = "" if key is None else _CALL.format(key=key)
-    return f"{thought}</think>{content}{call}"
+def _reply(thought: str, key: str, answer: str | None) -> str:
+    """A reply behind the `<think>` that the template has written: the answer, or a call where there is none yet."""
+    return f"{thought}</think>{_CALL.format(key=key) if answer is None else answer}"
+
+
+def _past(key: str, answer: str | None) -> Message:
+    """The same reply in a history without its thought."""
+    if answer is not None:
+        return {"role": "assistant", "content": answer}
+    call = {"id": "call_0", "type": "function", "function": {"name": "get", "arguments": {"key": key}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 _CALL = '<minimax:tool_call><invoke name="get"><parameter name="key">{key}</parameter></invoke></minimax:tool_call>'
-
-
-def _call(key: str) -> dict[str, object]:
-    return {"id": "call_0", "type": "function", "function": {"name": "get", "arguments": {"key": key}}}
 
 
 def _walk(table: str, digits: str, start: str, hops: int) -> Sequence[tuple[str, int]]:

@@ -152,3 +152,13 @@ class ChaseThatKills(Chase):
             self.mark.unlink()
             os.kill(os.getppid(), signal.SIGKILL)
         return super().step(reply)
+
+
+class NeverStarts:
+    """A game that cannot be reset."""
+
+    def reset(self, seed: int) -> tuple[str, dict[str, object]]:
+        raise ValueError(f"seeded with {31 if 0 <= seed < 2**31 else 'more'} bits")
+
+    def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, object]]:
+        return "", 0.0, True, False, {}

@@ -114,28 +114,27 @@ def walker(prompt: str) -> str:
     """The right reply: from the tools' answers alone, as thoughts may be missing."""
     hops, start = re.findall(r"user\n(\d)(\w)\?", prompt)[0]
     found = re.findall(r"<response>(\w)(\d)</response>", prompt)
-    left, total = int(hops) - len(found), sum(int(digit) for _, digit in found) % 10
+    asked = "+1 sum?" in prompt
+    left, total = int(hops) + asked - len(found), sum(int(digit) for _, digit in found) % 3
     key = found[-1][0] if found else start
-    if "sum?" in prompt:
-        return f"0{total}</think>{total}"
-    return f"{left}{total}</think>" + (errand._CALL.format(key=key) if left else key)
+    return f"{left}{total}</think>" + (errand._CALL.format(key=key) if left else str(total) if asked else key)
 
 
 @pytest.mark.parametrize(
-    ("name", "thoughts"), [("interleaved_thinking", 4), ("thinking_template", 0), ("thinking_drop", 0)]
+    ("name", "thoughts"), [("interleaved_thinking", 5), ("thinking_template", 1), ("thinking_drop", 0)]
 )
 def test_an_errand_is_run(name: str, thoughts: int):
-    """Three calls, the key, and the sum; M2's format as vLLM reads it; past thoughts in the last prompt as the arm has
-    them."""
+    """Three calls, the key, one more call, and the sum; M2's format as vLLM reads it; past thoughts in the last prompt
+    as the arm has them."""
     row = next(row for row in errand.problems(50, seed=4) if row["prompt"][0] == "3")
     t, last = played(name, "m2_chars", row, walker)
-    assert t.status == "answered" and len(t.turns) == 5 and t.events["calls"] == 3 and t.events["failed"] == 0
+    assert t.status == "answered" and len(t.turns) == 6 and t.events["calls"] == 4 and t.events["failed"] == 0
     assert errand.solved(t.text, **row) == 1.0
-    assert last.count("</think>") == thoughts and last.endswith("]~b]user\nsum?[e~[\n]~b]ai\n<think>")
+    assert last.count("</think>") == thoughts and last.endswith("</response>[e~[\n]~b]ai\n<think>")
     assert [turn.continues for turn in t.turns] == {
-        "interleaved_thinking": [False, True, True, True, True],
-        "thinking_template": [False, True, True, True, False],
-        "thinking_drop": [False] * 5,
+        "interleaved_thinking": [False, True, True, True, True, True],
+        "thinking_template": [False, True, True, True, False, True],
+        "thinking_drop": [False] * 6,
     }[name]
 
 
@@ -163,7 +162,7 @@ def test_the_teacher_speaks_the_policy_s_formats():
         for start, end in zip(starts, ends, strict=True):
             assert renderer.decode_reply(ids[start:end]) == walker(renderer.decode_reply(ids[:start]))
         whole += len(starts) > 1
-    assert 5 < whole < 20, "conversations with their thoughts, beside single replies without"
+    assert 20 < whole < 30, "conversations with their thoughts, beside their ends without and single replies"
 
 
 # Calculation

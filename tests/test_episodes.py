@@ -246,6 +246,16 @@ def test_rewards_see_the_whole_attempt(renderer: Renderer):
     assert other.trajectories[0].rewards["calls"] == 9.0
 
 
+def test_rewards_of_the_environment_alone_measure_an_attempt(renderer: Renderer):
+    """With weight 0 they are counted once: beside the rewards of the turns, which are trained on."""
+    runner = RewardRunner([RewardFunction(fn="rewards.agent:earned", weight=0.0)], timeout=20.0)
+    with playing(renderer, **COUNTER) as episodes, contextlib.closing(runner):
+        groups = play(episodes, Scripted(renderer, lambda number, turn: "1"), prompt(target=3))
+        [group] = asyncio.run(score(groups, runner))
+    [attempt] = group.trajectories
+    assert attempt.rewards == {"earned": 3 * 0.25 + 3.0} and attempt.reward == 0.0
+
+
 def test_sampler_and_learner_agree_over_turns(renderer: Renderer, tmp_path: Path):
     """Every sampled token of several turns: float32, the torch engine reads each turn's prompt anew."""
     config = {**MINIMAX, "vocab_size": len(renderer.tokenizer)}
@@ -267,3 +277,14 @@ def test_sampler_and_learner_agree_over_turns(renderer: Renderer, tmp_path: Path
         assert int(mb.loss_mask.sum()) > 20
         differences = (found - mb.rollout_logprobs)[mb.loss_mask]
         assert bool(torch.isfinite(differences).all()) and float(differences.abs().max()) <= 1e-5
+
+
+def test_a_reset_that_fails_says_its_reason(renderer: Renderer):
+    """Attempts without a reply are gone, and the reason is kept for the run's warning."""
+    engine = Scripted(renderer, lambda number, turn: "1")
+    asked = [Prompt(id=3, messages=({"role": "user", "content": "x"},), columns={})]
+    with playing(renderer, asked, use="tests.agent_code:NeverStarts") as episodes:
+        [group] = asyncio.run(episodes.play(asked, engine.generate, group_size=2, sampling=SAMPLING, seed=1))
+    assert group.trajectories == () and "NeverStarts" in group.problem
+    # numpy's legacy seeds, which games take, have 32 bits.
+    assert "seeded with 31 bits" in group.problem

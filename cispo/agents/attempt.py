@@ -35,6 +35,8 @@ class Attempt:
     """By turn and name; an agent's are all of its last turn."""
     events: dict[str, int] = field(default_factory=lambda: {"calls": 0, "failed": 0, "unreadable": 0})
     status: Status | None = None
+    problem: str = ""
+    """The error of user code that ended it."""
     conversations: Conversations | None = None
     """Of an agent."""
     key: str = ""

@@ -91,7 +91,7 @@ class Episodes:
         sampler: Sampler = (Apart if self.apart else Rounds)(ask, sampling, seed)
         base_url = "" if self.endpoint is None else await self.endpoint.start()
         attempts = [
-            self._opened(prompt, number * group_size + index, index, seed_of(seed, "env", number), sampler, base_url)
+            self._opened(prompt, number * group_size + index, index, _seed_of(seed, number), sampler, base_url)
             for number, prompt in enumerate(prompts)
             for index in range(group_size)
         ]
@@ -102,14 +102,15 @@ class Episodes:
         finally:
             sampler.close()
             await asyncio.gather(*(attempt.session.close() for attempt in attempts), return_exceptions=True)
-        trajectories = [self._trajectory(attempt) for attempt in attempts]
+        groups = [attempts[i * group_size : (i + 1) * group_size] for i in range(len(prompts))]
         return [
             TrajectoryGroup(
                 prompt=prompt,
                 # An attempt that failed before its first reply has no token to train on.
-                trajectories=tuple(t for t in trajectories[i * group_size : (i + 1) * group_size] if t.turns),
+                trajectories=tuple(t for t in map(self._trajectory, group) if t.turns),
+                problem=next((attempt.problem for attempt in group if attempt.problem), ""),
             )
-            for i, prompt in enumerate(prompts)
+            for prompt, group in zip(prompts, groups, strict=True)
         ]
 
     def _opened(self, prompt: Prompt, number: int, index: int, seed: int, sampler: Sampler, base_url: str) -> Attempt:
@@ -244,9 +245,10 @@ class Episodes:
         )
 
     def _failed(self, attempt: Attempt, error: SessionError) -> None:
+        named = self.env.use or ", ".join(self.env.tools)
+        attempt.problem = f"env: {named} {error} (prompt {attempt.prompt.id}, turn {len(attempt.ledger.sampled)})"
         if self.env.on_error == "raise":
-            named = self.env.use or ", ".join(self.env.tools)
-            raise UserError(f"env: {named} {error} (prompt {attempt.prompt.id}, turn {len(attempt.ledger.sampled)})")
+            raise UserError(attempt.problem)
         attempt.status = Status.TIMEOUT if error.timed_out else Status.FAILED
 
     async def _settle(self, attempt: Attempt) -> None:
@@ -307,6 +309,11 @@ def _endpoint(renderer: Renderer) -> Endpoint:
     from cispo.agents.endpoint import Endpoint
 
     return Endpoint(renderer)
+
+
+def _seed_of(seed: int, group: int) -> int:
+    """The seed of a group's environments: numpy takes 32 bits, and C libraries a signed integer."""
+    return seed_of(seed, "env", group) % 2**31
 
 
 def _messages(observation: Observation) -> list[Message]:

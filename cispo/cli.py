@@ -264,7 +264,10 @@ def main() -> None:
     StartParts.of_command = True
     spare_writers()
     heed_signals()
-    app(prog_name="cispo")
+    try:
+        app(prog_name="cispo")
+    finally:
+        StartParts.of_command = False
 
 
 if __name__ == "__main__":

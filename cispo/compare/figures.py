@@ -125,7 +125,14 @@ def legend(figure: Figure, names: Sequence[str], narrow: bool, extra: Mapping[st
     handles: list[Artist] = [*lines, *(extra or {}).values()]
     labels = [_label(name) for name in (*names, *(extra or ()))]
     across = 1 if narrow and max(map(len, labels)) > 18 else 2 if narrow else 4
-    figure.legend(handles, labels, loc="outside upper left", ncols=across, frameon=False, fontsize=10, handlelength=2.6)
+    # Long names of arms take columns away.
+    for columns in range(across, 0, -1):
+        drawn = figure.legend(
+            handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=10, handlelength=2.6
+        )
+        if columns == 1 or drawn.get_window_extent().width <= figure.bbox.width:
+            return
+        drawn.remove()
 
 
 def _label(name: str, limit: int = 44) -> str:

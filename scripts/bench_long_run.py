@@ -4,8 +4,8 @@
     python scripts/bench_long_run.py --out DIR --tokens 8192 --steps 2 [KEY=VALUE ...]
     python scripts/bench_long_run.py --out DIR --tiny                              a check of the script on a CPU
 
-The recipe is long_context. Its policy is drawn at random, with a head whose row of the end-of-sequence token is zero
-and whose other rows are large: next to no completion ends before its limit, so that all have `--tokens`.
+The recipe is long_context. Its policy is drawn at random; its head has a row of zeros for the end-of-sequence token and
+large rows for all others: next to no completion ends before its limit, so that all have `--tokens`.
 """
 
 from __future__ import annotations

@@ -347,7 +347,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    from cispo.runtime.actors import _CPU_ENV
+    from cispo.runtime.host import CPU_ENV
 
     args = arguments()
     sides = {"ours": Side(run_ours)}
@@ -363,7 +363,7 @@ def main() -> None:
     if args.device == "cpu":
         # As an actor has it; both sides inherit it.
         malloc = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "33554432"}
-        os.environ.update(_CPU_ENV | malloc)
+        os.environ.update(CPU_ENV | malloc)
     count = args.prompts * args.group
     for name in [str(args.model)] if args.model else args.policies.split(","):
         for lengths in [args.tokens] if args.tokens else args.lengths.split(","):

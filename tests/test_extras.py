@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cispo.errors import EXTRAS
+from tests.test_wheel import ONE_STEP
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,17 +49,7 @@ sentence(lambda: cispo.compare("compare_quick", algorithms=["cispo", "grpo"], se
 sentence(lambda: draw(Path(), [], title=""))
 """
 
-TINY = [
-    "runtime=local",
-    "rollout.engine=torch",
-    "rollout.prompts_per_step=2",
-    "rollout.group_size=2",
-    "learner.ranks=1",
-    "sft=null",
-    "data.limit=50",
-    "eval.limit=4",
-    "train.steps=1",
-]
+TINY = [*ONE_STEP, "sft=null"]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 
 # Where a heavy library may be imported at all, and the rest of the project does without.
 ONLY_IN = {
-    "ray": {"runtime.actors", "runtime.cluster", "runtime.local_cluster"},
+    "ray": {"runtime.actors", "runtime.cluster", "runtime.host", "runtime.local_cluster"},
     "vllm": {
         "agents.parsing",
         "engines.vllm_engine",

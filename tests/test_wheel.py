@@ -13,18 +13,17 @@ from shutil import copy, copytree, ignore_patterns
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TINY = [
+ONE_STEP = [
     "runtime=local",
     "rollout.engine=torch",
     "rollout.prompts_per_step=2",
     "rollout.group_size=2",
     "learner.ranks=1",
-    "sft.steps=2",
-    "sft.data.limit=50",
     "data.limit=50",
     "eval.limit=4",
     "train.steps=1",
 ]
+TINY = [*ONE_STEP, "sft.steps=2", "sft.data.limit=50"]
 
 
 def run(*command: object, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """A model split over the ranks by FSDP2: each parameter's rows, built and filled without ever being whole.
 
     config.json --meta device--> model --shard--> this rank's rows, float32 <--fill-- slices of safetensors files
-    rows --all-gather of a layer, in the compute dtype--> forward and backward --reduce-scatter, sums--> rows' gradients
+    rows --all-gather of some layers, compute dtype--> forward and backward --reduce-scatter, sums--> rows' gradients
     rows --ShardedWeights: gather of a bucket--> engines, model folders
 
 FSDP's shards are the float32 masters of the optimizer. A parameter of n rows has ceil(n / ranks) of them on each rank

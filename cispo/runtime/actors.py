@@ -5,37 +5,26 @@
 
 `RayRuntime` and `LocalRuntime` run the same classes; the local one is for tests and debuggers. An object started as
 `concurrent` takes any number of calls at once, in the event loop of its process; any other takes one after another.
-`cluster` joins or starts (`local_cluster`) the Ray cluster and reserves its bundles. Only these files import Ray.
+`cluster` joins or starts (`local_cluster`) the Ray cluster and reserves its bundles, `host` is the inside of a process.
+Only these files import Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
-import inspect
 import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pkgutil import resolve_name
 from typing import Any, Protocol, TypeAlias
 
 from cispo.errors import ProcessDied, RunError, UserError
 from cispo.runtime import cluster
 from cispo.runtime.cluster import Bundle
-from cispo.runtime.network import free_port, in_url, listen_on
+from cispo.runtime.host import ConcurrentHost, Host, named_parts, result_of
 from cispo.runtime.watchdog import Activity
-
-# One thread a process: an engine and a learner of two threads each on two cores wait at one another's barriers, and one
-# thread each was 10 times faster on a busy machine. The last entry hides torch's warning about NUMA.
-_CPU_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-# Parameters of glibc's mallopt (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD) that keep freed memory in the process, which spares
-# an engine most of its page faults.
-_CPU_MALLOC = {-1: 1_000_000_000, -3: 1 << 25}
 
 # Ray's name for the calls of `look`.
 _LOOKS = "looks"
@@ -165,22 +154,13 @@ class Runtime(Protocol):
         ...
 
 
-async def _result(value: object) -> object:
-    return await value if inspect.isawaitable(value) else value
-
-
-def _named_parts(target: object) -> Mapping[str, float]:
-    """Parts of its start that an object names itself."""
-    return getattr(target, "start_parts", {})
-
-
 class _LocalHandle:
     def __init__(self, target: Closable, seconds: float) -> None:
         self.target = target
-        self.parts = {"build": seconds, **_named_parts(target)}
+        self.parts = {"build": seconds, **named_parts(target)}
 
     async def call(self, method: str, *args: object, **kwargs: object) -> object:
-        return await _result(getattr(self.target, method)(*args, **kwargs))
+        return await result_of(getattr(self.target, method)(*args, **kwargs))
 
     async def ask(self, method: str) -> object:
         return await self.call(method)
@@ -245,66 +225,6 @@ class LocalRuntime:
         for handle in reversed(self._handles):
             handle.target.close()
         self._handles.clear()
-
-
-class _Host:
-    """The Ray actor. It builds its object in a call, so that an error of the constructor arrives whole."""
-
-    def __init__(self) -> None:
-        import psutil
-        import ray
-
-        self._address: str = ray.util.get_node_ip_address()
-        listen_on(self._address)
-        self._target: object = None
-        self._parts = {"process": time.time() - psutil.Process().create_time(), "import": 0.0}
-
-    def prepare(self, gpu: bool, imports: str, args: tuple[object, ...]) -> None:
-        """Settings that libraries read when they are imported, and the imports. A failure is left to `build`."""
-        if not gpu:
-            os.environ.update(_CPU_ENV)
-            _keep_freed_memory()
-        started = time.perf_counter()
-        if imports:
-            with contextlib.suppress(Exception):
-                resolve_name(imports)(*args)
-        self._parts["import"] = time.perf_counter() - started
-
-    def build(
-        self, build: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> Mapping[str, float]:
-        """Returns the seconds of the start by its parts."""
-        started = time.perf_counter()
-        self._target = build(*args, **kwargs)
-        # Of the libraries' half a million objects none ends before the process does: without them a full collection,
-        # in the middle of some step, takes no time instead of 0.2 s and more.
-        gc.collect()
-        gc.freeze()
-        self._parts["build"] = time.perf_counter() - started
-        named = _named_parts(self._target)
-        return {part: self._parts.get(part, 0.0) + named.get(part, 0.0) for part in (*self._parts, *named)}
-
-    def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return getattr(self._target, method)(*args, **kwargs)
-
-    def free_address(self) -> str:
-        """tcp://host:port of this actor's machine; the port is free at the moment."""
-        return f"tcp://{in_url(self._address)}:{free_port(self._address)}"
-
-
-class _ConcurrentHost(_Host):
-    """A host with an event loop: Ray runs all calls of an actor in one as soon as one of its methods is a coroutine."""
-
-    async def call(self, method: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        return await _result(super().call(method, args, kwargs))
-
-
-def _keep_freed_memory() -> None:
-    """Applies `_CPU_MALLOC`; another C library has no such call."""
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in _CPU_MALLOC.items():
-            mallopt(parameter, value)
 
 
 class _RayHandle:
@@ -451,7 +371,7 @@ class RayRuntime:
         if concurrent:
             options["max_concurrency"] = _MAX_CONCURRENT
         # `ps` and Ray's tools show the name of an actor's class.
-        kind = type(name, (_ConcurrentHost if concurrent else _Host,), {})
+        kind = type(name, (ConcurrentHost if concurrent else Host,), {})
         # Calls of a group run in a thread of its own; all others stay one after another.
         groups: Any = {"concurrency_groups": {_LOOKS: 1}}
         remote = ray.remote(**groups)(kind) if looks else ray.remote(kind)

@@ -209,7 +209,7 @@ def _as_command(
 
 
 def _terms(rewards: Sequence[Reward | tuple[Reward, float]]) -> list[dict[str, object]]:
-    from cispo.user_code import give
+    from cispo.recipe.user_code import give
 
     if callable(rewards):
         raise UserError("rewards must be a list of functions: rewards=[f]")

@@ -23,7 +23,6 @@ from cispo.algorithms.choice import overlong_buffer_of
 from cispo.algorithms.dropped_tokens import DroppedTokens
 from cispo.batch.packing import pack_for, unpack
 from cispo.batch.samples import informative, minibatches, to_samples, with_advantages
-from cispo.buffer import Buffer
 from cispo.errors import Diverged
 from cispo.evaluate import HeldOut, evaluate_set, gaps, num_judged, num_right
 from cispo.files import disk_errors, form_errors, load_tensors, read_json
@@ -38,6 +37,8 @@ from cispo.output.screen import Screen
 from cispo.output.token_values import TokenRecorder
 from cispo.recipe.held_out import best_metric
 from cispo.recipe.schema import Recipe
+from cispo.recipe.seeds import seed_of
+from cispo.rollout.buffer import Buffer
 from cispo.rollout.curriculum import max_tokens_of
 from cispo.rollout.prompt_source import PromptSource, fingerprint
 from cispo.rollout.renderer import Renderer
@@ -45,7 +46,6 @@ from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import Rollouts, RolloutSetup, roll_out
 from cispo.runtime.interrupts import Interrupts
 from cispo.runtime.start_parts import StartParts
-from cispo.seeds import seed_of
 from cispo.types import Prompt, Sample, Sampling, TrajectoryGroup
 from cispo.workers import Workers
 

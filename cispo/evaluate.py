@@ -15,13 +15,13 @@ from cispo.metrics import pass_at_k
 from cispo.output.estimates import Share, maj_at_k, share_of
 from cispo.recipe.held_out import held_out_of, passes, prefix_of, samples_of, votes
 from cispo.recipe.schema import Eval, Recipe
+from cispo.recipe.seeds import seed_of
+from cispo.recipe.user_code import load_object
 from cispo.rollout.prompts import Prompts, Say, prompts_of, warn
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rewards import RewardRunner
 from cispo.rollout.rollout import RolloutSetup, roll_out
-from cispo.seeds import seed_of
 from cispo.types import Prompt, Sampling, Trajectory, TrajectoryGroup
-from cispo.user_code import load_object
 
 Read = Callable[[str], object]
 """Answer of a completion, None where it has none."""

@@ -39,13 +39,13 @@ from cispo.policies.lora import adapted_layers
 from cispo.policies.moe import correction_biases
 from cispo.policies.policy import Policy
 from cispo.recipe.schema import Recipe
+from cispo.recipe.seeds import seed_of
 from cispo.rollout.renderer import Renderer
 from cispo.runtime.actors import Closable, Handle, LocalRuntime, RayRuntime, Resources, Runtime
 from cispo.runtime.ahead import Ahead, engines_wait
 from cispo.runtime.placement import Placement, pick_device, placement_of
 from cispo.runtime.start_parts import StartParts
 from cispo.runtime.watchdog import Activity
-from cispo.seeds import seed_of
 from cispo.weights.buckets import Transport
 from cispo.weights.publish import shared_weights_folder, weights_folder
 from cispo.workers import Workers

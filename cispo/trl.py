@@ -253,7 +253,7 @@ def _rows(given: object, name: str) -> _Rows:
 
 
 def _terms(functions: Sequence[object], weights: Sequence[float] | None) -> list[dict[str, object]]:
-    from cispo.user_code import give
+    from cispo.recipe.user_code import give
 
     if weights is not None and len(weights) != len(functions):
         raise UserError(f"GRPOConfig: reward_weights has {len(weights)} weights for {len(functions)} reward functions")

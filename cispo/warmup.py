@@ -19,6 +19,7 @@ from cispo.learner.optim import learning_rate
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
 from cispo.recipe.schema import Data, Recipe
+from cispo.recipe.seeds import seed_of
 from cispo.rollout.messages import whole_text, with_columns
 from cispo.rollout.prompts import (
     Say,
@@ -32,7 +33,6 @@ from cispo.rollout.prompts import (
 )
 from cispo.rollout.renderer import Renderer
 from cispo.rollout.rows import Row, load_rows
-from cispo.seeds import seed_of
 from cispo.types import Message, Sample
 from cispo.workers import Workers
 

@@ -21,10 +21,10 @@ from cispo.errors import Diverged, ProcessDied, RunError, UserError
 from cispo.learner.critic import CriticResult
 from cispo.learner.handle import CriticHandle, LearnerHandle, RankHandle
 from cispo.learner.learner import UpdateResult
+from cispo.recipe.seeds import seed_of
 from cispo.runtime.start_parts import Parts
 from cispo.runtime.together import together
 from cispo.runtime.watchdog import Activity
-from cispo.seeds import seed_of
 from cispo.types import Completion, Home, MicroBatch, OnUpdate, RankBatches, Sampling
 from cispo.weights.buckets import Transport, merged
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cispo.buffer import Buffer
+from cispo.rollout.buffer import Buffer
 from cispo.rollout.rollout import Rollouts
 from cispo.types import Completion, FinishReason, Prompt, Trajectory, TrajectoryGroup, Turn
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from cispo.errors import MissingPackage, UserError
 from cispo.output.evaluation import Measured, draw
 from cispo.rollout.rows import load_rows
-from cispo.user_code import load_object
+from cispo.recipe.user_code import load_object
 import cispo
 
 def sentence(ask):

@@ -19,13 +19,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run",),
     ("controller",),
     ("evaluate", "tools"),
-    ("buffer", "metrics", "warmup", "start", "agents"),
+    ("metrics", "warmup", "start", "agents"),
     ("rollout", "workers"),
     ("learner", "engines"),
     ("batch", "weights"),
     ("policies", "algorithms", "output", "runtime"),
-    ("recipe", "sandbox", "files", "user_code"),
-    ("ops", "types", "errors", "seeds"),
+    ("recipe", "sandbox", "files"),
+    ("ops", "types", "errors"),
 )
 """The rooms of the package, a file or a folder each, top to bottom. A room imports only rooms of lower layers."""
 
@@ -118,7 +118,8 @@ def circle(arrows: Mapping[str, Collection[str]]) -> list[str]:
 
 def test_every_room_has_a_layer():
     assert LAYER.keys() == {room(name) for name in MODULES}
-    assert len(LAYER) <= 32, "a newcomer grasps the top of the package in one look"
+    entries = [f for f in PACKAGE.iterdir() if f.name != "__pycache__"]
+    assert len(entries) <= 30, "a newcomer grasps the top of the package in one look"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

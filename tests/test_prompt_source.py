@@ -20,9 +20,9 @@ from scipy.stats import chi2
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Recipe
+from cispo.recipe.seeds import seed_of
 from cispo.rollout.prompt_source import PromptSource, Weighting, check_same_prompts, fingerprint, prompt_source_of
 from cispo.rollout.renderer import Renderer, load_tokenizer
-from cispo.seeds import seed_of
 from cispo.types import Prompt
 
 CHARS = Path(__file__).parents[1] / "recipes" / "tokenizers" / "chars"

@@ -13,10 +13,10 @@ import pytest
 
 from cispo.errors import UserError
 from cispo.recipe.schema import Data, Recipe, Rollout
+from cispo.recipe.user_code import is_hub_id, load_object
 from cispo.rollout.prompts import build_prompts, prompt_ids
 from cispo.rollout.renderer import Renderer, load_tokenizer
 from cispo.rollout.rows import load_rows
-from cispo.user_code import is_hub_id, load_object
 from cispo.warmup import demonstrations_of
 
 CHARS = Path(__file__).parents[1] / "recipes" / "tokenizers" / "chars"

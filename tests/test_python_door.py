@@ -15,8 +15,8 @@ from cispo.api import _as_command, _run
 from cispo.errors import UserError
 from cispo.recipe.load import load_recipe
 from cispo.recipe.resume import _FREE, difference
+from cispo.recipe.user_code import give, given, load_object
 from cispo.rollout.reward_function import load_function
-from cispo.user_code import give, given, load_object
 from tests.varied_reward import varied
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,8 @@ def test_functions_are_named_by_import_or_sent_by_value():
     ((path, pickled),) = given(["__main__:local"])
     # A process that has nothing but the message.
     code = (
-        "import sys, pickle; from cispo.user_code import take_given; from cispo.rollout.reward_function import *; "
+        "import sys, pickle; from cispo.recipe.user_code import take_given; "
+        "from cispo.rollout.reward_function import *; "
         "take_given((('__main__:local', sys.stdin.buffer.read()),)); "
         "f = load_function('__main__:local', {}, 'key'); print(f.invoke({'completion': 'abc'}))"
     )

@@ -16,10 +16,10 @@ from cispo.agents.environment import Identity, Session, open_session, used_tools
 from cispo.agents.session_pool import pool_of
 from cispo.agents.tools import ToolError
 from cispo.errors import UserError
+from cispo.recipe.user_code import load_object
 from cispo.tools.calculator import calculator
 from cispo.tools.python import cut
 from cispo.tools.search import Index, Passage, passages_of, search, words_of
-from cispo.user_code import load_object
 
 KEY = "env.tools"
 

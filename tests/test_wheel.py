@@ -101,7 +101,7 @@ import importlib.util, sys, cispo
 sys.path.remove("")  # as in a console script
 print(importlib.util.find_spec("rewards"))
 print(cispo.__file__)
-from cispo.user_code import load_object
+from cispo.recipe.user_code import load_object
 for name in ("rewards.exact:exact_match", "rewards.mine:reward", "rewards.sorting:problems"):
     print(sys.modules[load_object(name, "key").__module__].__file__)
 """

@@ -24,10 +24,10 @@ from cispo.agents.session_pool import SessionPool, pool_of
 from cispo.agents.session_process import SessionError
 from cispo.errors import UserError
 from cispo.recipe.schema import Env, Recipe
+from cispo.recipe.seeds import seed_of
 from cispo.rollout.prompts import distinct
 from cispo.rollout.renderer import Renderer, Tools
 from cispo.rollout.rollout import Generate, GenerateAt
-from cispo.seeds import seed_of
 from cispo.types import Completion, FinishReason, Home, Message, Prompt, Sampling, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cispo.agents.contract import Reply, ToolCall
 from cispo.errors import UserError
-from cispo.user_code import load_object
+from cispo.recipe.user_code import load_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cispo.seeds import seed_of
+from cispo.recipe.seeds import seed_of
 from cispo.types import Completion, Sampling
 
 AskEngines = Callable[[Sequence[int], list[list[int]], Sampling, int], Awaitable[list[Completion]]]

@@ -27,8 +27,8 @@ from cispo.agents.contract import Reply, Step
 from cispo.agents.environment import BadStep, Identity, Observation, Session, open_session, used_tools
 from cispo.agents.mcp_servers import McpServer, is_mcp
 from cispo.errors import UserError
+from cispo.recipe.user_code import load_object
 from cispo.rollout.frames import receive, send
-from cispo.user_code import load_object
 
 Verb = Literal["start", "step", "reward", "solve", "close", "ping"]
 

@@ -18,7 +18,7 @@ from cispo.algorithms.presets import PRESETS
 from cispo.errors import UserError
 from cispo.recipe.schema import Algorithm as AlgorithmSection
 from cispo.recipe.schema import Recipe
-from cispo.user_code import load_object
+from cispo.recipe.user_code import load_object
 
 Part = TypeVar("Part")
 

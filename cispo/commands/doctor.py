@@ -32,12 +32,12 @@ from cispo.policies.loading import config_of, shape_of
 from cispo.recipe.held_out import held_out_of
 from cispo.recipe.load import load_recipe
 from cispo.recipe.schema import Recipe
+from cispo.recipe.seeds import seed_of
 from cispo.rollout.prompts import prompts_of
 from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rollout import sampling_of
 from cispo.runtime.placement import settled
 from cispo.runtime.watchdog import Activity
-from cispo.seeds import seed_of
 from cispo.start import check_vocabulary, merged_folder, policy_folder, running_workers
 from cispo.types import Completion, Prompt, Sample, Trajectory, TrajectoryGroup, Turn
 from cispo.workers import Workers

@@ -23,13 +23,13 @@ from cispo.output.evaluation import Measured, draw, evaluation_table, write_numb
 from cispo.output.screen import new_console, visible
 from cispo.recipe.load import load_recipe, need
 from cispo.recipe.schema import Recipe
+from cispo.recipe.seeds import seed_of
 from cispo.rollout.prompts import prompt_ids, warn
 from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rewards import RewardRunner, rewards_of
 from cispo.rollout.rollout import RolloutSetup, sample, sampling_of, score
 from cispo.runtime.placement import settled
 from cispo.runtime.watchdog import Activity
-from cispo.seeds import seed_of
 from cispo.start import check_vocabulary, chosen_policy, merged_folder, running_workers
 from cispo.types import Prompt
 from cispo.workers import Workers

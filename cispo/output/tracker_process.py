@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cispo.files import write_json
-from cispo.user_code import load_object
+from cispo.recipe.user_code import load_object
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from cispo.errors import UserError
 from cispo.output.tracker_process import MAKERS, STATE, Cell, Setup, Step
+from cispo.recipe.user_code import load_object
 from cispo.types import TrajectoryGroup
-from cispo.user_code import load_object
 
 __all__ = ["STATE", "TENSORBOARD", "Trackers", "check_trackers", "flat"]
 

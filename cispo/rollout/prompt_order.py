@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from cispo.recipe.seeds import seed_of
 from cispo.rollout.curriculum import difficulty_weights, enough
-from cispo.seeds import seed_of
 
 # Positions examined together by numpy: most prompts of a long run may be dropped, too many for a Python loop.
 _WINDOW = 4096

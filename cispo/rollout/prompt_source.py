@@ -23,11 +23,11 @@ import numpy as np
 from cispo.errors import UserError
 from cispo.files import form_errors, read_json
 from cispo.recipe.schema import Recipe
+from cispo.recipe.seeds import seed_of
 from cispo.rollout.curriculum import difficulty_weights, effective_number
 from cispo.rollout.prompt_order import Draws, Epochs, Mixture, Order, PassRates, Portion
 from cispo.rollout.prompts import Prompts
 from cispo.rollout.renderer import Renderer
-from cispo.seeds import seed_of
 from cispo.types import Prompt
 
 Weighting = Literal["uniform", "difficulty"]

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from cispo.errors import UserError
 from cispo.files import write_json
 from cispo.recipe.schema import Recipe
+from cispo.recipe.user_code import is_hub_id
 from cispo.rollout.template import reason_of, render_bounded
 from cispo.types import Message
-from cispo.user_code import is_hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

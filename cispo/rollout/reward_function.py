@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from cispo.errors import UserError
-from cispo.user_code import load_object
+from cispo.recipe.user_code import load_object
 
 Value = tuple[float | None, dict[str, object]]
 """A function's reward of a completion (finite, or None where it does not apply), and extra values to log."""

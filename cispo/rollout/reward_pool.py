@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from cispo.errors import UserError
+from cispo.recipe.user_code import given
 from cispo.rollout.reward_function import Failure, RewardFunction, Signature
 from cispo.rollout.reward_process import WorkerDied, WorkerProcess
 from cispo.rollout.reward_worker import START_SECONDS, Job, Reply, Setup
-from cispo.user_code import given
 
 
 class WorkerPool:

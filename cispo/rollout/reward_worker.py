@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from cispo.errors import UserError
+from cispo.recipe.user_code import Given, take_given
 from cispo.rollout.frames import receive, send
 from cispo.rollout.reward_clock import limited
 from cispo.rollout.reward_function import Attempt, Call, Failure, Function, Signature, Value, calls_of, load_function
-from cispo.user_code import Given, take_given
 
 LAST_CALL = struct.Struct("<qqq")
 """Start of the black box: job, function and completion of the last call; completion -1 is the whole group."""

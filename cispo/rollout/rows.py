@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cispo.errors import UserError, missing_package
+from cispo.recipe.user_code import is_hub_id, load_object
 from cispo.rollout.json_rows import as_row, json_rows, jsonl_rows
 from cispo.rollout.tables import ArrowRows, Row, Table
-from cispo.user_code import is_hub_id, load_object
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from cispo.compare.results import Results
     from cispo.recipe.schema import Recipe
 
-RecipeLike = "str | Path | Mapping[str, object] | Recipe"
-"""A shipped recipe's name, a file, the keys themselves, or a loaded recipe."""
-
 # Any: the arguments of a reward function are the dataset's columns.
 Reward = Callable[..., Any]
 

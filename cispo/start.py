@@ -26,6 +26,7 @@ from cispo.learner.learner import Learner
 from cispo.learner.parallel import shards
 from cispo.output.checkpoint import check_checkpoint
 from cispo.policies.adapter_files import adapter_in, merged_policy
+from cispo.policies.hybrid.shares import check_ranks
 from cispo.policies.loading import (
     count_parameters,
     init_policy,
@@ -107,7 +108,8 @@ def check_new_policy(recipe: Recipe, renderer: Renderer) -> None:
 
 
 def check_experts(recipe: Recipe, policy: Policy) -> None:
-    """Raises UserError where the recipe replays, balances or distributes experts that the policy does not have so."""
+    """Raises UserError where the recipe replays, balances or distributes experts that the policy does not have so, or
+    engines share a policy that their GPUs do not divide."""
     if recipe.policy.router_replay != "off" and policy.router_shape[0] == 0:
         raise UserError(f"policy.router_replay {recipe.policy.router_replay}: the policy has no experts to replay")
     learner = recipe.learner
@@ -116,6 +118,7 @@ def check_experts(recipe: Recipe, policy: Policy) -> None:
     if learner.router_aux_coef > 0 and policy.router_shape[0] == 0:
         raise UserError(f"learner.router_aux_coef {learner.router_aux_coef}: the policy has no experts to balance")
     check_expert_axes(policy, learner.expert_parallel, learner.expert_tensor_parallel)
+    check_ranks(policy, recipe.rollout.tensor_parallel)
 
 
 def check_vocabulary(policy: str, renderer: Renderer) -> None:
@@ -243,7 +246,7 @@ def engine_args_of(recipe: Recipe) -> Mapping[str, object]:
     (`Home.cache`).
     """
     rollout = recipe.rollout
-    if recipe.env is None or rollout.engine != "vllm" or rollout.max_context < _CACHED_CONTEXT:
+    if recipe.env is None or rollout.kind != "vllm" or rollout.max_context < _CACHED_CONTEXT:
         return rollout.engine_args
     return {"enable_prefix_caching": True, **rollout.engine_args}
 
@@ -262,7 +265,7 @@ async def start_engine(
     rollout = recipe.rollout
     engine = await runtime.start(
         make_engine,
-        rollout.engine,
+        rollout.kind,
         folder,
         name=f"engine-{number}",
         resources=Resources(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number)),
@@ -287,7 +290,7 @@ def transport_of(recipe: Recipe, placement: Placement, *, home: bool = True) -> 
     """
     wanted, on_gpu = recipe.rollout.weight_sync, placement.device == "cuda"
     if wanted == "auto":
-        if recipe.rollout.engine == "torch" or (home and not on_gpu):
+        if recipe.rollout.kind == "torch" or (home and not on_gpu):
             return "shared_memory"
         if recipe.runtime == "local":
             return "direct"

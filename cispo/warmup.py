@@ -9,6 +9,7 @@ import itertools
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, overload
 
 from cispo.algorithms.losses import NegativeLogLikelihood
 from cispo.algorithms.objective import Objective
@@ -42,7 +43,37 @@ Turns = Sequence[Message]
 _SFT = Objective(loss=NegativeLogLikelihood())
 
 
-def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say = warn) -> list[Sample]:
+class Demonstrations(Sequence[Sample]):
+    """Samples that are made when they are drawn: the tensors of all would take most of a short start."""
+
+    def __init__(self, taught: Sequence[_Taught]) -> None:
+        self._taught = taught
+
+    def __len__(self) -> int:
+        return len(self._taught)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [demonstration(*one) for one in self._taught[index]]
+        return demonstration(*self._taught[index])
+
+
+class _Taught(NamedTuple):
+    """The arguments of `demonstration`."""
+
+    prompt: list[int]
+    completion: list[int]
+    row: int
+    taught: list[bool] | None
+
+
+def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say = warn) -> Demonstrations:
     """The demonstrations of `sft.data`. Raises UserError naming rows that have no completion or are too long.
 
     With sft.data.overlong drop, the latter are left out and counted in a warning.
@@ -72,7 +103,7 @@ def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say =
         drop=drop,
     )
     samples = [
-        demonstration(prompt, target, row, _taught(completions[row], renderer))
+        _Taught(prompt, target, row, _taught(completions[row], renderer))
         for row, target in zip(before, targets, strict=True)
         if (prompt := prompts[row]) is not None and target is not None
     ]
@@ -81,7 +112,7 @@ def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say =
     if len(samples) < len(rows):
         left = f"{len(rows) - len(samples):,} of {len(rows):,} rows"
         say(f"{key}: {left} leave no room in rollout.max_context {context} and are left out (overlong: drop)")
-    return samples
+    return Demonstrations(samples)
 
 
 def _completion(row: Row, where: str) -> Turns:
@@ -102,10 +133,6 @@ def _completion(row: Row, where: str) -> Turns:
 
 def _content(message: Message) -> str:
     return str(message["content"])
-
-
-def _characters(turns: Turns) -> int:
-    return sum(len(_content(message)) for message in turns)
 
 
 def _encoded(turns: Turns, renderer: Renderer) -> list[tuple[list[int], bool]]:
@@ -129,14 +156,14 @@ def _taught(turns: Turns, renderer: Renderer) -> list[bool] | None:
 def demonstration_batches(samples: Sequence[Sample], *, batch_size: int, seed: int) -> Iterator[list[Sample]]:
     """Batches without end: every demonstration once an epoch, in an order given by the seed."""
     epoch = 0
-    queue: list[Sample] = []
+    queue: list[int] = []
     while True:
         while len(queue) < batch_size:
-            order = list(samples)
+            order = list(range(len(samples)))
             random.Random(f"{seed}/{epoch}").shuffle(order)
             queue += order
             epoch += 1
-        yield queue[:batch_size]
+        yield [samples[index] for index in queue[:batch_size]]
         del queue[:batch_size]
 
 

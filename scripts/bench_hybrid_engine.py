@@ -3,14 +3,16 @@
     python scripts/bench_hybrid_engine.py [--families qwen3_next,kimi_linear] [--sequences 256] [--tokens 512] [--eager]
 
 Eight layers at the head sizes of the released models, random weights that vLLM draws itself, bfloat16; the engine and
-its settings are the same on both sides, each side in a process of its own. Medians of three calls after one that is not
-counted. `--tiny` is a check of the script on a CPU.
+its settings are the same on both sides, each side in a process of its own. Processes start side by side (`--together`)
+and measure one after the other: medians of three calls after one that is not counted. `--tiny` is a check of the script
+on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import subprocess
@@ -29,6 +31,7 @@ from cispo.policies.loading import shape_of
 from cispo.types import RepetitionStop, Sampling
 
 PROMPT = 48
+READY = "ready"
 SIDES = {"ours": {}, "vLLM's own": {"config_format": "hf", "mamba_ssm_cache_dtype": "float32"}}
 
 COMMON: dict[str, Any] = {
@@ -171,7 +174,7 @@ TINY: dict[str, Any] = {"hidden_size": 128, "vocab_size": 256, "num_hidden_layer
 
 
 def measure(folder: Path, side: str, arguments: argparse.Namespace) -> float:
-    """Tokens a second."""
+    """Tokens a second, timed once a line has come on the standard input."""
     on_gpu = torch.cuda.is_available()
     context = PROMPT + arguments.tokens
     extra: dict[str, Any] = {"load_format": "dummy"} | ({"enforce_eager": True} if arguments.eager else {})
@@ -182,7 +185,7 @@ def measure(folder: Path, side: str, arguments: argparse.Namespace) -> float:
             max_context=context,
             max_sequences=arguments.sequences,
             seed=0,
-            memory=0.6,
+            memory=arguments.memory,
             engine_args={**extra, **SIDES[side]},
         )
     )
@@ -191,6 +194,8 @@ def measure(folder: Path, side: str, arguments: argparse.Namespace) -> float:
         prompts = torch.randint(3, 250, (arguments.sequences, PROMPT), generator=generator).tolist()
         sampling = Sampling(max_tokens=arguments.tokens, eos_ids=(), repetition=RepetitionStop(run_length=0))
         times = []
+        print(READY, flush=True)
+        sys.stdin.readline()
         for seed in range(4):
             started = time.perf_counter()
             asyncio.run(engine.generate(prompts, sampling, seed))
@@ -200,15 +205,45 @@ def measure(folder: Path, side: str, arguments: argparse.Namespace) -> float:
         engine.close()
 
 
-def in_own_process(family: str, folder: Path, side: str, arguments: argparse.Namespace) -> str:
-    """A line of the table: the speed, or the last line of the failure."""
-    sizes = ["--sequences", str(arguments.sequences), "--tokens", str(arguments.tokens)]
-    flags = ["--eager"] if arguments.eager else []
-    command = [sys.executable, __file__, "--one", str(folder), "--side", side, *sizes, *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    output = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
-    text = f"{float(output[-1]):10,.0f} tokens/s" if done.returncode == 0 else f"does not run: {output[-1]:.160}"
-    return f"{family:14} {side:12} {text}"
+class Side:
+    """A process with one family's engine: it starts beside others and measures when it is asked."""
+
+    def __init__(self, family: str, folder: Path, side: str, arguments: argparse.Namespace) -> None:
+        self.name = f"{family:14} {side:12}"
+        sizes = ["--sequences", str(arguments.sequences), "--tokens", str(arguments.tokens)]
+        sizes += ["--memory", str(arguments.memory / arguments.together)]
+        flags = ["--eager"] if arguments.eager else []
+        command = [sys.executable, __file__, "--one", str(folder), "--side", side, *sizes, *flags]
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read after the process has ended
+        self._process = subprocess.Popen(
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+        )
+
+    def ready(self) -> None:
+        """Waits for the engine's start, or for its end."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == READY:
+                return
+
+    def result(self) -> str:
+        """A line of the table: the speed, or the last line of the failure."""
+        output, _ = self._process.communicate("go\n" if self._process.poll() is None else None)
+        self._errors.seek(0)
+        lines = (output if self._process.returncode == 0 else self._errors.read()).strip().splitlines() or ["no output"]
+        if self._process.returncode:
+            return f"{self.name} does not run: {lines[-1]:.160}"
+        return f"{self.name} {float(lines[-1]):10,.0f} tokens/s"
+
+
+def written(family: str, folder: Path, tiny: bool) -> str:
+    """Writes a family's shape into a folder: a line about it."""
+    config = COMMON | CONFIGS[family] | (TINY if tiny else {})
+    policy = shape_of(config)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(policy.hf_config() | config))
+    save_file({}, folder / "model.safetensors")  # vLLM draws the weights
+    return f"{family}: {sum(p.numel() for p in policy.parameters()) / 1e6:,.0f} M parameters"
 
 
 def main() -> None:
@@ -217,6 +252,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--together", type=int, default=2, help="engines that start side by side; they measure in turn")
+    parser.add_argument("--memory", type=float, default=0.8, help="share of the card for all of them")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -224,17 +261,19 @@ def main() -> None:
     if arguments.one is not None:
         print(measure(arguments.one, arguments.side, arguments))
         return
-    for family in arguments.families.split(","):
-        config = COMMON | CONFIGS[family] | (TINY if arguments.tiny else {})
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            policy = shape_of(config)
-            (folder / "config.json").write_text(json.dumps(policy.hf_config() | config))
-            save_file({}, folder / "model.safetensors")  # vLLM draws the weights
-            size = sum(p.numel() for p in policy.parameters()) / 1e6
-            print(f"{family}: {size:,.0f} M parameters, {arguments.sequences} x {arguments.tokens} tokens", flush=True)
-            for side in SIDES:
-                print(in_own_process(family, folder, side, arguments), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        families = arguments.families.split(",")
+        print(f"{arguments.sequences} x {arguments.tokens} tokens")
+        for family in families:
+            print(written(family, Path(name) / family, arguments.tiny), flush=True)
+        pairs = list(itertools.product(families, SIDES))
+        for start in range(0, len(pairs), arguments.together):
+            batch = pairs[start : start + arguments.together]
+            sides = [Side(family, Path(name) / family, side, arguments) for family, side in batch]
+            for side in sides:
+                side.ready()
+            for side in sides:
+                print(side.result(), flush=True)
 
 
 if __name__ == "__main__":

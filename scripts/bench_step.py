@@ -6,7 +6,7 @@
 Ours is `Controller.step` of a recipe: an engine samples, reward functions score, the learner updates, the engine gets
 the weights, metrics and samples are logged. Theirs is one step of `GRPOTrainer.train`. Each side runs in a process of
 its own, and all get the same environment, initial weights, prompts, reward and number of tokens. On a CPU ours is
-measured twice, "vllm" as a recipe has it by default and "torch" with `rollout.engine: torch` and
+measured twice, "vllm" with `rollout.engine: vllm` and "torch" with `rollout.engine: torch` and
 `learner.share_prompts: true`, and the sides take turns, step by step; on a GPU one side ends before the other starts,
 so that each has the card to itself.
 

@@ -1,7 +1,7 @@
 """Fault injection: real runs are killed, hung, starved or signalled at random moments, resumed, and compared.
 
     scripts/inject_faults.py --times 10                              every fault, a table at the end
-    scripts/inject_faults.py kill-driver kill-engine --times 3 rollout.engine=torch
+    scripts/inject_faults.py kill-driver kill-engine --times 3 rollout.engine=vllm
 
 Each trial runs a small recipe on Ray, injects a fault of `FAULTS`, resumes the run where it ended, and compares it with
 an undisturbed run: metrics (but times), sampled tokens, weights and optimizer must be equal bit for bit. A trial counts

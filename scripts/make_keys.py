@@ -34,7 +34,8 @@ MOST_USED = {
 _HEAD = """# The 30 most used keys
 
 Written by `scripts/make_keys.py` from the schema. `recipes/schema.json` has every key, and editors complete from it;
-`cispo show RECIPE` prints all values of a recipe; `key=value` on the command line changes one.
+`cispo show RECIPE` prints all values of a recipe; `key=value` on the command line changes one. A mapping is merged with
+that of the recipe or its base; `{}` replaces it.
 """
 
 

@@ -29,7 +29,7 @@ from cispo.runtime.watchdog import Activity
 from tests.test_end_to_end import QUICKSTART, ROOT, VARIED, metrics
 
 RECIPE = [str(QUICKSTART), "sft.steps=4", "train.steps=2", "eval.limit=8", "learner.lr=1e-3", VARIED]
-RECIPE += ["rollout.prompts_per_step=2", "rollout.group_size=4", "learner.ranks=2"]
+RECIPE += ["rollout.engine=vllm", "rollout.prompts_per_step=2", "rollout.group_size=4", "learner.ranks=2"]
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,8 @@ def test_an_arm_against_itself_and_against_a_broken_one(tmp_path: Path):
         (tmp_path / f"{name}.yaml").write_text(own + change)
     recipes = [str(quick), *(str(tmp_path / f"{name}.yaml") for name in ("same", "other", "broken"))]
     done = subprocess.run(
-        [sys.executable, "-m", "cispo.cli", "compare", *recipes, "--seeds", "3", f"output_dir={tmp_path}"],
+        [sys.executable, "-m", "cispo.cli", "compare", *recipes, "--seeds", "3", "rollout.engine=vllm"]
+        + [f"output_dir={tmp_path}"],
         capture_output=True, text=True, check=False, timeout=3000, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip

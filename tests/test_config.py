@@ -57,6 +57,16 @@ def test_base_recipe_overrides_and_dump(tmp_path: Path):
     assert again == recipe
 
 
+def test_an_empty_mapping_replaces_and_others_merge(tmp_path: Path):
+    """The arguments of a recipe's chat template are of no use to a policy with another one."""
+    write(tmp_path, MINIMAL + "data: {source: 'a:b', args: {x: 1}, template_args: {think: false}}\n", "base.yaml")
+    file = write(tmp_path, "base: base.yaml\ndata: {args: {y: 2}}\n")
+    data = load_recipe(file, ["data.template_args={}"]).data
+    assert data is not None and data.template_args == {} and data.args == {"x": 1, "y": 2}
+    data = load_recipe(write(tmp_path, "base: base.yaml\ndata: {args: {}}\n"), ["data.args.z=3"]).data
+    assert data is not None and data.template_args == {"think": False} and data.args == {"z": 3}
+
+
 def test_paths_beside_the_recipe(tmp_path: Path):
     (tmp_path / "tok").mkdir()
     recipe = load_recipe(write(tmp_path, "policy: {config: {}, tokenizer: tok}\n"))
@@ -102,6 +112,10 @@ def test_paths_beside_the_recipe(tmp_path: Path):
         (
             "algorithm: {overlong_buffer: 200}\ncurriculum: {length_stages: [[0, 100], [9, 1000]]}",
             r"algorithm.overlong_buffer 200 is longer than the 100 tokens of a stage in curriculum.length_stages",
+        ),
+        (
+            "rollout: {engine_args: {speculative_config: {method: ngram, num_speculative_tokens: 3}}}",
+            r"engine_args.speculative_config must stay unset: .*not the policy's",
         ),
         (
             "rollout: {engine_args: {quantization: fp8}}",

@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cispo.recipe.load import read_stored
+
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 # Reading and rendering all the rows would take longer than such a run.
@@ -47,6 +49,7 @@ def test_ray_vllm_two_ranks_and_an_off_policy_algorithm(tmp_path: Path):
         "train",
         str(QUICKSTART),
         f"output_dir={tmp_path}",
+        "rollout.engine=vllm",
         "sft.steps=12",
         "train.steps=2",
         "eval.limit=32",
@@ -82,7 +85,10 @@ def test_ray_vllm_two_ranks_and_an_off_policy_algorithm(tmp_path: Path):
 
 
 def test_ppo_with_a_critic_on_ray(tmp_path: Path):
-    """A critic of two ranks beside the learner's; four minibatches, two epochs; it learns alone in the first step."""
+    """A critic of two ranks beside the learner's; four minibatches, two epochs; it learns alone in the first step.
+
+    The engine is the one that a policy of this size gets on a CPU.
+    """
     cispo(
         "train",
         str(QUICKSTART),
@@ -99,6 +105,8 @@ def test_ppo_with_a_critic_on_ray(tmp_path: Path):
         VARIED,
     )
     rows = metrics(tmp_path / "quickstart")
+    assert read_stored(tmp_path / "quickstart" / "recipe.yaml").rollout.engine == "torch"
+    assert max(row["mismatch/logprob_max"] for row in rows[2:]) < 1e-4
     assert [row["learner/updates"] for row in rows[1:]] == [0, 8, 8]
     assert [row["total/updates"] for row in rows] == [0, 0, 8, 16]
     for row in rows[1:]:
@@ -112,7 +120,7 @@ def test_asynchronous_with_weights_by_broadcast(tmp_path: Path):
     """Two engines in a gloo group with the learner take checked weights in flight and sample ahead within the bound."""
     arguments = ["sft.steps=6", "train.steps=6", "eval.limit=16", VARIED, "learner.ranks=1", "rollout.engines=2"]
     arguments += ["rollout.prompts_per_step=4", "rollout.group_size=4", "learner.lr=1e-3", *FEW_ROWS]
-    arguments += ["rollout.weight_sync=broadcast", "rollout.verify_weights=true"]
+    arguments += ["rollout.engine=vllm", "rollout.weight_sync=broadcast", "rollout.verify_weights=true"]
     arguments += ["control={max_staleness: 2, on_update: recompute}"]
     cispo("train", str(QUICKSTART), f"output_dir={tmp_path}", *arguments)
     run = tmp_path / "quickstart"
@@ -175,17 +183,17 @@ def test_warm_up_then_train_from_its_checkpoint_then_export(tmp_path: Path):
 def test_show_and_doctor():
     shown = cispo("show", str(QUICKSTART), "algorithm.ratio_max=1.2", "algorithm.ratio_anchor=old")
     assert "[0, 1.2]" in shown and "PPO-like" in shown and "inert" in shown and "930,560 parameters" in shown
-    # The hint for small policies on a CPU, gone where it is followed.
-    assert "rollout.engine=torch" in shown
-    assert "rollout.engine=torch" not in cispo("show", str(QUICKSTART), "rollout.engine=torch")
+    assert "1 torch engine" in shown and "torch: 904,576 parameters in layers, at most" in shown
+    assert "vllm: the recipe names it" in cispo("show", str(QUICKSTART), "rollout.engine=vllm")
     assert "all checks passed" in cispo("doctor")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_quickstart_learns(tmp_path: Path, seed: int):
+@pytest.mark.parametrize(("seed", "engine"), [(0, "auto"), (1, "auto"), (2, "auto"), (0, "vllm")])
+def test_the_quickstart_learns(tmp_path: Path, seed: int, engine: str):
     """Sampling accuracy on 400 held-out problems: at least 0.80 and 0.3 above the warm-up's, for every seed."""
-    cispo("train", str(QUICKSTART), f"output_dir={tmp_path}", f"seed={seed}", timeout=1200)
+    keys = [f"output_dir={tmp_path}", f"seed={seed}", f"rollout.engine={engine}"]
+    cispo("train", str(QUICKSTART), *keys, timeout=1200)
     rows = metrics(tmp_path / "quickstart")
     first, last = rows[0]["eval/accuracy"], rows[-1]["eval/accuracy"]
     assert last >= 0.8 and last - first >= 0.3

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pytest import approx
 
+from cispo.engines.choice import settled
 from cispo.policies.families import FAMILIES, family_of
 from cispo.policies.loading import shape_of
 from cispo.recipe.load import load_recipe
@@ -42,7 +43,8 @@ def test_the_laptop_size_is_a_policy_of_the_family(name: str) -> None:
     assert sum(p.numel() for p in policy.parameters()) == approx(0.75e6, rel=0.2)
     assert policy.router_shape[0] >= 2
     # vLLM samples contexts up to index_topk alone.
-    assert recipe.rollout.engine == ("torch" if name == "deepseek_v32" else "vllm")
+    assert settled(recipe, "cuda").rollout.engine == ("torch" if name == "deepseek_v32" else "vllm")
+    assert settled(recipe, "cpu").rollout.engine == "torch"
     assert (
         recipe.eval is not None
         and not isinstance(recipe.eval, list)

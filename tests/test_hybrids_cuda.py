@@ -2,6 +2,7 @@
 with the engine's experts replayed and without.
 
     python -m pytest -s tests/test_hybrids_cuda.py        where there is a GPU; skipped elsewhere; -s prints the figures
+    python -m pytest -s tests/test_hybrids_cuda.py -k ranks2          tensor parallelism alone; needs two GPUs
 
 float32 runs eagerly and must match as on a CPU. In bfloat16 whole decode steps are CUDA graphs; activations are rounded
 at every layer in another order on each side, and a token sent to another expert is off by up to whole nats.
@@ -46,8 +47,9 @@ LIMITS = {"float32": Limits(2e-4, 1e-5), "bfloat16": Limits(10.0, 0.15)}
 WITHOUT_REPLAY = {"float32": Limits(10.0, 1e-3), "bfloat16": Limits(10.0, 0.3)}
 
 
-def started(folder: Path, dtype: str, *, routed: bool, **engine_args: Any) -> ServedEngine:
+def started(folder: Path, dtype: str, *, routed: bool, ranks: int = 1, **engine_args: Any) -> ServedEngine:
     sizes: dict[str, Any] = {"max_context": 640, "max_sequences": 48, "memory": 0.2, "seed": 0}
+    sizes["tensor_parallel"] = ranks
     return ServedEngine(
         VLLMEngine(str(folder), dtype=dtype, record_routes=routed, engine_args=engine_args or None, **sizes)
     )
@@ -79,26 +81,30 @@ def check(
         found = gaps(policy, prompts, completions, replay=replay)
         assert len(found) == len(prompts) * TOKENS and found.isfinite().all()
         largest, mean = found.max().item(), found.mean().item()
-        print(f"{name:42} {'replayed' if replay else 'live':8} mean {mean:.2e} largest {largest:.2e}", flush=True)
+        print(f"{name:46} {'replayed' if replay else 'live':8} mean {mean:.2e} largest {largest:.2e}", flush=True)
         assert largest <= limits.largest and mean <= limits.mean, (name, replay, largest, mean)
 
 
+@pytest.mark.parametrize("ranks", [1, 2], ids=["ranks1", "ranks2"])
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_engine_equals_learner(family: str, dtype: str, tmp_path: Path) -> None:
+def test_engine_equals_learner(family: str, dtype: str, ranks: int, tmp_path: Path) -> None:
     """48 at a time of 72 ragged prompts; NaN in every slot at first; after two updates; prompts of one token."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
     folders = [tmp_path / str(version) for version in range(3)]
     for version, folder in enumerate(folders):
         save_policy(tiny_policy(family, version), folder)
     policies = [load_policy(folder, dtype=getattr(torch, dtype)).to("cuda").eval() for folder in folders]
-    engine = started(folders[0], dtype, routed=policies[0].router_shape[0] > 0)
+    engine = started(folders[0], dtype, routed=policies[0].router_shape[0] > 0, ranks=ranks)
+    name = f"{family} {dtype}" + (f" on {ranks} GPUs" if ranks > 1 else "")
     try:
         poison(engine)
-        check(f"{family} {dtype}", engine, policies[0], dtype, RAGGED * 3, 0)
+        check(name, engine, policies[0], dtype, RAGGED * 3, 0)
         for version in (1, 2):
             update(engine, str(publish_weights(policies[version].to_hf(), tmp_path, version)), version)
-        check(f"{family} {dtype} after updates", engine, policies[2], dtype, RAGGED * 3, 1)
-        check(f"{family} {dtype} one token", engine, policies[2], dtype, [[n] for n in range(16)], 2)
+        check(f"{name} after updates", engine, policies[2], dtype, RAGGED * 3, 1)
+        check(f"{name} one token", engine, policies[2], dtype, [[n] for n in range(16)], 2)
     finally:
         engine.close()
 

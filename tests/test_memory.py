@@ -21,6 +21,7 @@ from cispo.batch.packing import pack
 from cispo.commands import show as show_command
 from cispo.commands.card import CARDS, GIB, Card, Planner
 from cispo.commands.train import train
+from cispo.engines.choice import settled
 from cispo.errors import RunError, UserError
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
@@ -36,7 +37,6 @@ from cispo.recipe.resume import check_same_run
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.recipe.schema import Lora, Recipe
-from cispo.runtime.placement import settled
 from tests.lora_ranks import with_values
 from tests.memory_ranks import ADAPTERS, CISPO, LR, SETTINGS, run_rank
 from tests.shard_group import free_address

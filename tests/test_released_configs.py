@@ -9,6 +9,7 @@ import pytest
 from cispo.errors import UserError
 from cispo.policies.hybrid.config import GDNConfig, GQAConfig
 from cispo.policies.hybrid.model import HybridPolicy
+from cispo.policies.hybrid.shares import check_ranks, parameters_of_rank
 from cispo.policies.loading import shape_of
 
 MINIMAX_M2: dict[str, Any] = {
@@ -201,6 +202,20 @@ def test_sizes_are_those_of_the_releases(config: dict[str, Any], billions: float
     written = policy.hf_config()
     assert written["architectures"] == config["architectures"]
     assert shape_of(written).hf_config() == written
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "gib"),
+    [(DEEPSEEK_V3, 8, 160.9), (MINIMAX_M2, 8, 55.3), (QWEN3_NEXT, 2, 74.8), (QWEN3_NEXT, 8, 19.7), (MIXTRAL, 4, 22.1)],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_weights_of_a_rank_of_an_engine(config: dict[str, Any], ranks: int, gib: float) -> None:
+    """In bfloat16: an equal part, but for embedding and head, which every rank has, and key heads that ranks share."""
+    policy = shape_of(config)
+    assert round(2 * parameters_of_rank(policy, ranks) / 2**30, 1) == gib
+    with pytest.raises(UserError, match="^rollout.tensor_parallel 7 does not divide the policy's "):
+        check_ranks(policy, 7)
+    check_ranks(policy, ranks)
 
 
 def test_layers_of_the_releases() -> None:

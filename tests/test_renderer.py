@@ -50,6 +50,21 @@ def test_every_printable_text_survives(renderer: Renderer, text: str) -> None:
     assert renderer.decode(ids) == text
 
 
+@given(parts=st.lists(st.sampled_from(["2", ",", " ", "\n", "\u00e9", "\u6f22", "<eos>", "<bos>", "<pad>", "<unk>"])))
+def test_texts_are_tokenised_as_transformers_does(renderer: Renderer, parts: list[str]) -> None:
+    """The tokenizer of tokenizer.json is asked itself."""
+    text = "".join(parts)
+    assert renderer.encode_text(text) == renderer.tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_tokenizer_that_cuts_or_fills_texts_is_asked_through_transformers(tmp_path: Path) -> None:
+    cut = json.loads((CHARS / "tokenizer.json").read_text())
+    cut["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    shutil.copytree(CHARS, tmp_path / "cut")
+    (tmp_path / "cut" / "tokenizer.json").write_text(json.dumps(cut))
+    assert len(Renderer(load_tokenizer(tmp_path / "cut")).encode_text("1,2,3,4,5")) == 9
+
+
 def test_ids_are_what_the_script_says(renderer: Renderer, tmp_path: Path) -> None:
     assert renderer.render([{"role": "user", "content": "\t\n 2,1>~"}]) == [4, 5, 6, 24, 18, 23, 36, 100]
     assert len(renderer.tokenizer) == 101

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,17 +16,20 @@ import psutil
 import pytest
 import torch
 
+from cispo.engines.choice import settled
 from cispo.engines.serving import ServedEngine
 from cispo.engines.vllm_engine import VLLMEngine
 from cispo.errors import RunError, UserError
 from cispo.policies.loading import init_policy, save_policy
 from cispo.recipe.load import load_recipe
+from cispo.rollout.renderer import renderer_of
 from cispo.runtime.ahead import Ahead, can_start, engines_wait, planned
 from cispo.runtime.placement import placement_of
 from cispo.runtime.start_parts import Parts, StartParts
 from cispo.runtime.watchdog import Activity
 from cispo.start import num_processes
 from cispo.types import RepetitionStop, Sampling
+from cispo.warmup import demonstration_batches, demonstrations_of
 from cispo.weights.publish import publish_weights, weights_folder
 from tests.served import sampled, update
 from tests.test_vllm_parity import QWEN3, lightning
@@ -79,7 +83,7 @@ def test_engines_wait_where_a_warm_up_has_no_processor_to_spare(
     recipe = load_recipe(QUICKSTART, [*changes, "device=cpu"])
     assert engines_wait(recipe, num_processes(recipe)) is wait
     placement = placement_of(recipe, available=0)
-    names = [one.name for one in planned(recipe, placement, critic=False, engines=True)]
+    names = [one.name for one in planned(recipe, placement, critic=False, settle=settled, engines=True)]
     assert names == ["learner-0", "learner-1", *([] if wait else ["engine-0"])]
 
 
@@ -98,7 +102,7 @@ def test_a_sync_of_weights_is_split_into_its_parts() -> None:
 def test_an_error_of_a_start_ahead_is_raised_where_the_processes_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", "/proc/nowhere")
-    with Ahead(load_recipe(QUICKSTART, []), Activity(), critic=lambda: False) as ahead:
+    with Ahead(load_recipe(QUICKSTART, []), Activity(), critic=lambda: False, settle=settled) as ahead:
         with pytest.raises((UserError, RunError), match="RAY_TMPDIR /proc/nowhere is not a folder"):
             asyncio.run(ahead.take())
 
@@ -176,3 +180,18 @@ def test_new_weights_do_not_depend_on_torchs_own_generator() -> None:
     torch.manual_seed(5)
     found = init_policy(lightning(), seed=1).to_hf()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_demonstrations_are_made_when_they_are_drawn() -> None:
+    """In the order that a shuffled list of them would have."""
+    recipe = load_recipe(QUICKSTART, ["sft.data.limit=50"])
+    assert recipe.sft is not None
+    found = demonstrations_of(recipe.sft.data, renderer_of(recipe), recipe)
+    assert len(found) == 50 and found[7] is not found[7] and [s.group_id for s in found[3:5]] == [3, 4]
+    order = list(range(50))
+    random.Random("3/0").shuffle(order)
+    batch = next(demonstration_batches(found, batch_size=16, seed=3))
+    assert [sample.group_id for sample in batch] == order[:16]
+    again = found[order[0]]
+    assert torch.equal(batch[0].token_ids, again.token_ids) and torch.equal(batch[0].loss_mask, again.loss_mask)
+    assert int(again.loss_mask.sum()) == 12, "four numbers, three commas and the end"

@@ -51,8 +51,6 @@ MOST_OF_IT = 0.5
 _STEP = 1e-4
 """Learning rate of the doctor's updates: every weight moves by about so much."""
 
-STALE = "stale weights"
-
 _SFT = Objective(loss=NegativeLogLikelihood())
 
 _THETAS = (1e3, 1e4, 1e5, 5e5, 6e5, 1e6, 5e6, 1e7)

@@ -17,13 +17,15 @@ from typing import NamedTuple
 import torch
 
 from cispo.algorithms import Algorithm
+from cispo.engines.choice import settled
 from cispo.learner.memory import RankMemory, gib, rank_memory, reliefs
 from cispo.learner.parallel import shards
 from cispo.policies.costs import cache_sizes
+from cispo.policies.hybrid.shares import parameters_of_rank
 from cispo.policies.lora import adapter_size
 from cispo.policies.policy import Policy
 from cispo.recipe.schema import Recipe
-from cispo.runtime.placement import gpus_of, settled
+from cispo.runtime.placement import gpus_of
 from cispo.start import sequences_of
 
 GIB = 2**30
@@ -127,7 +129,7 @@ class Planner:
         critic = rank_memory(self.policy, learner, **options) if self.algorithm.critic else None
         shared = self.shares(recipe)
         engines = -(-rollout.engines // learner.ranks) if shared else 1
-        weights = engines * sum(p.numel() for p in self.policy.parameters()) * width // rollout.tensor_parallel
+        weights = engines * parameters_of_rank(self.policy, rollout.tensor_parallel) * width
         token, state = self._cached
         sequence = rollout.max_context * token * width + 4 * state
         wanted = engines * (sequences_of(recipe) + 1) * sequence // rollout.tensor_parallel

@@ -24,6 +24,7 @@ from cispo.batch.packing import pack_for
 from cispo.batch.samples import to_samples
 from cispo.commands.attribution import Case, Cause, find_causes, move_weights
 from cispo.commands.engine_variants import variant_causes
+from cispo.engines.choice import settled
 from cispo.errors import UserError
 from cispo.ops.lightning import lightning_attention
 from cispo.ops.reference import lightning_attention_recurrence
@@ -36,7 +37,6 @@ from cispo.recipe.seeds import seed_of
 from cispo.rollout.prompts import prompts_of
 from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rollout import sampling_of
-from cispo.runtime.placement import settled
 from cispo.runtime.watchdog import Activity
 from cispo.start import check_vocabulary, merged_folder, policy_folder, running_workers
 from cispo.types import Completion, Prompt, Sample, Trajectory, TrajectoryGroup, Turn

@@ -53,7 +53,7 @@ def variants(recipe: Recipe) -> list[Variant]:
             "depend on them",
         )
     ]
-    if rollout.engine != "vllm":
+    if rollout.kind != "vllm":
         return found
     if rollout.engine_args.get("enable_prefix_caching"):
         found.append(argued("prefix cache", "enable_prefix_caching", False))

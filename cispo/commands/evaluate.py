@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.table import Table
 
 from cispo.agents.episodes import Episodes, episodes_of
+from cispo.engines.choice import settled
 from cispo.errors import MissingPackage, UserError
 from cispo.evaluate import HeldOut, evaluate_set, gaps, held_out_sets, measures
 from cispo.output.checkpoint import CheckpointFolder, step_of
@@ -28,7 +29,6 @@ from cispo.rollout.prompts import prompt_ids, warn
 from cispo.rollout.renderer import Renderer, renderer_of
 from cispo.rollout.rewards import RewardRunner, rewards_of
 from cispo.rollout.rollout import RolloutSetup, sample, sampling_of, score
-from cispo.runtime.placement import settled
 from cispo.runtime.watchdog import Activity
 from cispo.start import check_vocabulary, chosen_policy, merged_folder, running_workers
 from cispo.types import Prompt

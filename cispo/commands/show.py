@@ -13,6 +13,7 @@ from cispo.algorithms.choice import algorithm_of
 from cispo.algorithms.describe import describe, warnings
 from cispo.algorithms.losses import Gspo
 from cispo.commands.card import CARDS, Planner, card_here
+from cispo.engines.choice import EngineChoice, engine_of, settled
 from cispo.learner.memory import RankMemory, gib, rank_memory
 from cispo.learner.parallel import Mesh, shards
 from cispo.learner.traffic import draw, traffic
@@ -25,11 +26,8 @@ from cispo.recipe.load import dump_yaml, load_recipe
 from cispo.recipe.schema import Env, Learner, Recipe
 from cispo.rollout.curriculum import describe_curriculum
 from cispo.rollout.renderer import renderer_of
-from cispo.runtime.placement import gpus_of, pick_device, settled
+from cispo.runtime.placement import gpus_of, pick_device
 from cispo.start import check_experts, new_config
-
-# Below so many parameters vLLM's fixed cost of a step is most of it (docs/performance.md has the figures).
-_SMALL_POLICY = 2_000_000
 
 # A learner of less memory fits any GPU.
 _LARGE = 2**30
@@ -38,7 +36,7 @@ _LARGE = 2**30
 def show(path: Path, overrides: Sequence[str]) -> None:
     """`cispo show`: the resolved recipe, the algorithm in words, the process and memory plan."""
     given = load_recipe(path, overrides)
-    recipe = settled(given)
+    recipe, engine = settled(given), engine_of(given)
     algorithm = algorithm_of(recipe)
     console = new_console()
     console.print("recipe", style="bold")
@@ -58,13 +56,13 @@ def show(path: Path, overrides: Sequence[str]) -> None:
         console.print("\ncurriculum", style="bold")
         console.print(table_of(curriculum))
     console.print("\nprocesses and memory", style="bold")
-    console.print(table_of(_plan(recipe, algorithm)))
+    console.print(table_of(_plan(recipe, algorithm, engine)))
     cards = list(_cards(given, algorithm, on_gpu=pick_device(recipe.device).type == "cuda"))
     if cards:
         console.print(table_of(cards))
 
 
-def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
+def _plan(recipe: Recipe, algorithm: Algorithm, engine: EngineChoice) -> list[tuple[str, str]]:
     rollout, learner = recipe.rollout, recipe.learner
     model = recipe.policy.model
     parameters = count_parameters(model, new_config(recipe, renderer_of(recipe)) if model is None else None)
@@ -96,17 +94,13 @@ def _plan(recipe: Recipe, algorithm: Algorithm) -> list[tuple[str, str]]:
         alone, shared = (gpus_of(recipe, critic=algorithm.critic, shared=s) for s in (False, True))
         extra.append(("GPUs", f"{alone} where each part has its own, {shared} shared (placement {rollout.placement})"))
         extra.append(("engines' caches", f"at most {rollout.gpu_memory:.0%} of a GPU's memory"))
-    elif rollout.engine == "vllm" and parameters < _SMALL_POLICY and not half:
-        hint = (
-            "so small a policy samples faster on a CPU with rollout.engine=torch; learner.share_prompts=true saves too"
-        )
-        extra.append(("hint", hint))
     completions = rollout.prompts_per_step * rollout.group_size
     critic = f", {learner.ranks} critic" if algorithm.critic else ""
     where = "one process" if recipe.runtime == "local" else "Ray actors"
     return [
         ("device", str(device)),
-        ("runtime", f"{where}: 1 driver, {learner.ranks} learner{critic}, {rollout.engines} {rollout.engine} engine"),
+        ("runtime", f"{where}: 1 driver, {learner.ranks} learner{critic}, {rollout.engines} {engine.name} engine"),
+        ("engine", f"{engine.name}: {engine.reason}"),
         ("policy", f"{parameters:,} parameters, {recipe.policy.number_format}, LM head in float32"),
         ("learner memory", _rank_memory(memory, learner, sharded=sharded)),
         *_mesh(recipe, sharded=sharded),

@@ -81,7 +81,12 @@ def _processes(recipe: Recipe, *, engines: bool = True) -> Ahead:
 
         return engines and algorithm_of(recipe).critic
 
-    return Ahead(recipe, Activity(), critic=critic, engines=engines)
+    def settle(recipe: Recipe, device: Literal["cpu", "cuda"]) -> Recipe:
+        from cispo.engines.choice import settled
+
+        return settled(recipe, device)
+
+    return Ahead(recipe, Activity(), critic=critic, settle=settle, engines=engines)
 
 
 def sft(path: Path, overrides: Sequence[str]) -> Path:

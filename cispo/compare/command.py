@@ -192,9 +192,12 @@ def _ended(plan: Plan, arm: Arm, index: int) -> bool:
     if outcome is None:
         return False
     stored = stored_recipe(outcome["identity"], where=f"{folder / 'outcome.json'} identity")
-    if difference(stored, _with_seed(plan, arm, index)) is not None:
+    found = difference(stored, _with_seed(plan, arm, index))
+    if found is not None:
+        key, old, new = found
         raise UserError(
-            f"{folder} holds a run of another recipe: choose another --name, or delete the folder to run it again"
+            f"{folder} holds a run of another recipe (its {key} is {old!r}, not {new!r}): choose another --name, or "
+            "delete the folder to run it again"
         )
     # A finished or diverged run would end the same way again; a run that failed for want of memory need not.
     return outcome["status"] in ("done", "diverged")

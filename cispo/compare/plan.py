@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cispo.algorithms.choice import algorithm_of
+from cispo.engines.choice import settled
 from cispo.errors import UserError
 from cispo.recipe.load import changed, load_recipe, need
 from cispo.recipe.schema import MAX_NAME, NAME, Recipe
 from cispo.recipe.text import read_value
-from cispo.runtime.placement import settled
 
 # Keys that are no part of an algorithm: an arm of another algorithm keeps the recipe's.
 _SHARED_KEYS = ("updates_per_batch", "epochs", "overlong_penalty")

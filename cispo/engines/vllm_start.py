@@ -188,9 +188,8 @@ def _own_arguments(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]
     from cispo.policies.hybrid.vllm_plan import check_context, plan_of
 
     resolve_name(family.parser)  # registers itself
-    if arguments["tensor_parallel_size"] > 1:
-        raise UserError("rollout.tensor_parallel: a policy of this family is sampled on one GPU an engine: set it to 1")
-    check_context(plan_of(config, folder, getattr(torch, arguments["dtype"])), arguments["max_model_len"])
+    dtype, ranks = getattr(torch, arguments["dtype"]), arguments["tensor_parallel_size"]
+    check_context(plan_of(config, folder, dtype, ranks), arguments["max_model_len"])
     return {"config_format": PARSED}
 
 

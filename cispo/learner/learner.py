@@ -81,9 +81,9 @@ class MicroBatchLoss(NamedTuple):
 
 def prepare(gpu: bool, folder: str | None, config: HFConfig | None) -> None:
     """The imports of a rank, those of the family of the policy in `folder` or of `config` included."""
-    importlib.import_module("torch._dynamo")  # torch's optimizers import it when they are made
     if gpu:
         torch.zeros(1, device="cuda")  # makes the context
+        importlib.import_module("torch._dynamo")  # recomputed layers import it in their first pass
     if folder is not None:
         config = config_of(folder)
     if config is not None:

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from cispo.errors import UserError
+from cispo.learner.adamw import FusedAdamW, Group
 from cispo.learner.offload import HostCopy, finish_copies
-from cispo.learner.optimizer_moments import Moments
+from cispo.learner.optimizer_moments import Moments, Resting
 from cispo.learner.rows import is_split, local
 
 # Bytes of masters that a step brings to the device at a time, where something rests elsewhere or in 8 bits.
@@ -89,10 +90,10 @@ class Optimizer:
         held = [m for m in self.masters if m.numel()]
         matrices = [m for m in held if m.dim() > 1]
         others = [m for m in held if m.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        # Fused is one kernel for all tensors on a GPU, and on a CPU one pass over each instead of a dozen.
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
-        self._moments = Moments(self.adam.state, betas=betas, low_bit=low_bit, host=offload)
+        self.adam = FusedAdamW([Group(matrices, weight_decay), Group(others, 0.0)], betas=betas, eps=eps)
+        # Between two steps moments may rest in other forms, which AdamW does not meet.
+        state = cast("MutableMapping[Tensor, MutableMapping[str, Resting]]", self.adam.state)
+        self._moments = Moments(state, betas=betas, low_bit=low_bit, host=offload)
         self._pieces = _pieces(held, piece) if low_bit or offload else None
         self._on_host = {id(m): HostCopy(m) for _, m in self.copies if m.numel()} if offload else {}
         finish_copies(self.masters[0].device)
@@ -174,27 +175,25 @@ class Optimizer:
         norm = self._clip(max_grad_norm)
         taken = math.isfinite(norm)
         if taken:
-            for group in self.adam.param_groups:
-                group["lr"] = lr
             if self._pieces is None:
-                self._step(self.copies)
+                self._step(lr, self.copies)
             else:
-                self._step_in(self._pieces)
-        self.adam.zero_grad(set_to_none=True)
+                self._step_in(lr, self._pieces)
+        self.adam.zero_grad()
         return norm, taken
 
-    def _step(self, copies: Sequence[tuple[Parameter, Parameter]]) -> None:
+    def _step(self, lr: float, copies: Sequence[tuple[Parameter, Parameter]]) -> None:
         """AdamW on all masters with a gradient, and the weights that are `copies` of them."""
-        self.adam.step()
+        self.adam.step(lr)
         if copies:
             with torch.no_grad():
                 torch._foreach_copy_([p for p, _ in copies], [m for _, m in copies])
 
-    def _step_in(self, pieces: Sequence[Sequence[Parameter]]) -> None:
+    def _step_in(self, lr: float, pieces: Sequence[Sequence[Parameter]]) -> None:
         """`_step` of one piece of the masters after the other: AdamW leaves those without a gradient alone."""
         gradients = {id(m): m.grad for piece in pieces for m in piece}
         weights = {id(m): p for p, m in self.copies}
-        self.adam.zero_grad(set_to_none=True)
+        self.adam.zero_grad()
         for piece in pieces:
             homes = [self._on_host[id(m)] for m in piece if id(m) in self._on_host]
             for home in homes:
@@ -202,7 +201,7 @@ class Optimizer:
             with self._moments.in_use(piece):
                 for m in piece:
                     m.grad = gradients.pop(id(m))
-                self._step([(weights[id(m)], m) for m in piece if id(m) in weights])
+                self._step(lr, [(weights[id(m)], m) for m in piece if id(m) in weights])
             for home in homes:
                 home.stow()
             for m in piece:

@@ -46,8 +46,17 @@ def quadratic_length(policy: Policy) -> float:
     token, widths = torch.zeros(1, dtype=torch.long, device="meta"), _Widths()
     with torch.no_grad(), _without_experts(policy):
         policy.attend(token, token, widths)
-    weights = _met(next(m for m in policy.modules() if isinstance(m, nn.ModuleList)))
+    weights = _met(_layers(policy))
     return 2 * weights / widths.products if widths.products else math.inf
+
+
+def layer_parameters(policy: Policy) -> int:
+    """Parameters of the layers: all but embedding, head and final norm."""
+    return sum(p.numel() for p in _layers(policy).parameters())
+
+
+def _layers(policy: Policy) -> nn.ModuleList:
+    return next(m for m in policy.modules() if isinstance(m, nn.ModuleList))
 
 
 class _Cached(_Widths):

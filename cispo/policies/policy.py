@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from cispo.policies.attention import Attention, Documents
 
 HFConfig: TypeAlias = Mapping[str, Any]
 """The content of a config.json: names and types are those of the model's own code."""
+
+
+P = TypeVar("P", bound="Policy")
 
 
 class RouterOutput(NamedTuple):
@@ -191,3 +194,13 @@ class Policy(nn.Module, ABC):
         lacking = [name for names in missing.values() for name in names.values()]
         if lacking:
             raise UserError(f"{len(lacking)} weights are missing, the first is {lacking[0]!r}")
+
+
+def with_memory(policy: P, device: torch.device) -> P:
+    """A policy on the meta device, moved to another with undefined weights.
+
+    As `Module.to_empty`, of which torch's kernels for the meta device import sympy: half a second in a new process.
+    """
+    if device.type == "meta":
+        return policy
+    return policy._apply(lambda t: torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device))

@@ -47,6 +47,11 @@ def _of_the_policy(recipe: Recipe) -> Iterator[str]:
         yield "rollout.engine_args.load_format must stay safetensors: other formats can run code when they are loaded"
     if rollout.engine_args.get("trust_remote_code", False):
         yield "rollout.engine_args.trust_remote_code must stay false: it runs code that lies in the model's folder"
+    if rollout.engine_args.get("speculative_config") is not None:
+        yield (
+            "rollout.engine_args.speculative_config must stay unset: vLLM's log-probabilities of tokens that a draft "
+            "proposed are not the policy's"
+        )
     for key, given in (("", rollout.engine_args), ("hf_overrides.", rollout.engine_args.get("hf_overrides"))):
         quantised = next((k for k in _QUANTISED if isinstance(given, dict) and given.get(k) is not None), None)
         if quantised is not None:

@@ -103,9 +103,11 @@ def _without_replaced(layers: Sequence[Values]) -> list[Values]:
     """The layers without the single dataset where a later one lists several, in data.sources or eval.
 
     Where a later one names another file, folder or hub's dataset, without the arguments of the earlier source either.
+    Where a later one has {}, without the mapping that stood there.
     """
     result: list[Values] = []
     for layer in layers:
+        result = [_less_emptied(low, layer) for low in result]
         for place in (("data",), ("eval",), ("sft", "data")):
             source = _section(layer, place).get("source")
             if isinstance(source, str) and ":" not in source:
@@ -136,6 +138,16 @@ def _less(layer: Values, place: Sequence[str], keys: Sequence[str]) -> Values:
     if rest:
         return {**layer, first: _less(values, rest, keys)}
     return {**layer, first: {key: value for key, value in values.items() if key not in keys}}
+
+
+def _less_emptied(low: Values, high: Values) -> Values:
+    """`low` without the mappings that `high` gives as {}."""
+    kept = {key: value for key, value in low.items() if high.get(key) != {}}
+    pairs = {key: (value, high.get(key)) for key, value in kept.items()}
+    return {
+        key: _less_emptied(value, above) if isinstance(value, dict) and isinstance(above, dict) else value
+        for key, (value, above) in pairs.items()
+    }
 
 
 def _keeping(recipe: Recipe, kept: Mapping[Place, str]) -> Recipe:

@@ -54,14 +54,14 @@ _LISTS = ("data.sources", "eval", "reward.functions")
 
 
 def check_same_run(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the paths that only the run knows, and the number format that an auto chose in it.
+    """The recipe with the paths that only the run knows, and the number format and engine that an auto chose in it.
 
     Raises UserError where the run folder's recipe differs in a key that makes another run of it. A key that is newer
     than the run has its default in the run.
     """
     before = read_stored(folder / "recipe.yaml")
     homes = _homes(before, folder)
-    recipe = _with_stored_dtype(_with_stored_paths(recipe, before, homes), before)
+    recipe = _with_stored_choices(_with_stored_paths(recipe, before, homes), before)
     found = difference(before, recipe, free=_FREE, homes=homes)
     if found is not None:
         key, old, new = found
@@ -125,11 +125,13 @@ def _with_stored_paths(recipe: Recipe, before: Recipe, homes: Sequence[Path]) ->
     return with_paths(recipe, found)
 
 
-def _with_stored_dtype(recipe: Recipe, before: Recipe) -> Recipe:
-    if recipe.policy.dtype != "auto":
-        return recipe
-    policy = recipe.policy.model_copy(update={"dtype": before.policy.dtype})
-    return recipe.model_copy(update={"policy": policy})
+def _with_stored_choices(recipe: Recipe, before: Recipe) -> Recipe:
+    policy, rollout = recipe.policy, recipe.rollout
+    if policy.dtype == "auto":
+        policy = policy.model_copy(update={"dtype": before.policy.dtype})
+    if rollout.engine == "auto":
+        rollout = rollout.model_copy(update={"engine": before.rollout.engine})
+    return recipe.model_copy(update={"policy": policy, "rollout": rollout})
 
 
 def _same_files(before: str, now: str, homes: Sequence[Path]) -> bool:

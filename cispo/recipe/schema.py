@@ -91,7 +91,7 @@ class Policy(Section):
 
     @property
     def number_format(self) -> Literal["float32", "bfloat16"]:
-        """`dtype`; float32 for an auto, which `placement.settled` replaces where a run's device is known."""
+        """`dtype`; float32 for an auto, which `choice.settled` replaces where a run's device is known."""
         return "float32" if self.dtype == "auto" else self.dtype
 
 
@@ -171,8 +171,9 @@ class Repetition(Section):
 
 
 class Rollout(Section):
-    engine: Literal["vllm", "torch"] = "vllm"
-    """Sampler of completions; torch is the learner's own policy with a cache, for small policies on a CPU."""
+    engine: Literal["auto", "vllm", "torch"] = "auto"
+    """Sampler of completions: vLLM, or the learner's own policy with a cache; auto is torch for a small policy on a CPU
+    (`cispo show` says why), else vllm."""
     engines: Positive = 1
     """How many engines share the prompts of a step."""
     tensor_parallel: Positive = 1
@@ -201,6 +202,11 @@ class Rollout(Section):
     """When a completion is cut for repeating itself."""
     engine_args: dict[str, object] = {}
     """Further arguments for vLLM's engine, passed on as they are."""
+
+    @property
+    def kind(self) -> Literal["vllm", "torch"]:
+        """`engine`; vllm for an auto, which `choice.settled` replaces where device and policy are known."""
+        return "vllm" if self.engine == "auto" else self.engine
 
 
 class RewardTerm(Section):
@@ -378,7 +384,7 @@ class Learner(Section):
 
     @property
     def recomputes(self) -> bool:
-        """Whether layers are recomputed; of an auto, `placement.settled` knows the device."""
+        """Whether layers are recomputed; of an auto, `choice.settled` knows the device."""
         auto = self.gradient_checkpointing == "auto"
         return "activations" in self.offload if auto else bool(self.gradient_checkpointing)
 

@@ -22,7 +22,7 @@ from cispo.errors import UserError, how_to_install
 _SHIPPED = ("rewards", "tools")
 """Packages of the shipped rewards and tools in recipes. They are installed as cispo.rewards and cispo.tools, so that a
 user may have ones as well."""
-_CHECKOUT = Path(__file__).resolve().parents[1]
+_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 Given = tuple[tuple[str, bytes], ...]

@@ -233,7 +233,10 @@ def _check_template_args(args: TemplateArgs, renderer: Renderer, key: str) -> No
         raise UserError(f"{key}.template_args: the tokenizer of '{name}' has no chat template")
     for argument in args:
         if argument in _OWN_ARGUMENTS or not re.search(rf"\b{re.escape(argument)}\b", str(template)):
-            raise UserError(f"{key}.template_args: the chat template of '{name}' has no variable '{argument}'")
+            raise UserError(
+                f"{key}.template_args: the chat template of '{name}' has no variable '{argument}' "
+                f"({key}.template_args={{}} leaves the recipe's arguments out)"
+            )
 
 
 def distinct(prompts: Sequence[Prompt]) -> Iterable[Prompt]:

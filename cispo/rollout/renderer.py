@@ -24,6 +24,7 @@ from cispo.rollout.template import reason_of, render_bounded
 from cispo.types import Message
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Tools = Sequence[Mapping[str, object]]
@@ -56,6 +57,7 @@ class Renderer:
         self._generation = next(filter(None, configs), {})
         self.eos_ids = _eos_ids(tokenizer, configs)
         self._highest = [self.eos_ids[0]]
+        self._plain = _plain(tokenizer)
         self._template_args: TemplateArgs = {}
         bos = tokenizer.bos_token_id
         # Some tokenizers add their bos by a flag, others by a post-processor: only an encoded text tells.
@@ -263,9 +265,14 @@ class Renderer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"a text holds {text[error.start]!r}, half of a character (a lone surrogate)") from None
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self._encode(text)
         self.highest_id = max(self.highest_id, max(ids, default=0))
         return ids
+
+    def _encode(self, text: str) -> list[int]:
+        if self._plain is None:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return self._plain.encode(text, add_special_tokens=False).ids
 
 
 # The policy's turn of a made-up conversation; no template writes such texts itself.
@@ -327,6 +334,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load the tokenizer of '{path}': {reason:.300}") from error
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer of tokenizer.json behind one of transformers that adds nothing to it: four times as fast."""
+    if type(tokenizer).__name__ not in _PLAIN_CLASSES or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None or backend.truncation or backend.padding else backend
 
 
 def has_tokenizer(folder: Path) -> bool:

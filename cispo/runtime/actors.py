@@ -16,7 +16,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -127,7 +127,7 @@ class Runtime(Protocol):
         """`paths` is key -> path. Raises UserError where a machine with a reserved bundle does not see a path."""
         ...
 
-    def prepare(self, planned: Sequence[Planned]) -> None:
+    def prepare(self, planned: Iterable[Planned]) -> None:
         """Starts processes ahead of their objects, without waiting; `start` and `start_ranks` then take them."""
         ...
 
@@ -195,7 +195,7 @@ class LocalRuntime:
     async def check_paths(self, paths: Mapping[str, str]) -> None:
         pass
 
-    def prepare(self, planned: Sequence[Planned]) -> None:
+    def prepare(self, planned: Iterable[Planned]) -> None:
         pass
 
     async def start(
@@ -321,7 +321,7 @@ class RayRuntime:
     async def check_paths(self, paths: Mapping[str, str]) -> None:
         await cluster.check_paths(self._reservation, paths)
 
-    def prepare(self, planned: Sequence[Planned]) -> None:
+    def prepare(self, planned: Iterable[Planned]) -> None:
         for one in planned:
             handle = self._actor(one.name, one.resources, one.concurrent, looks=not one.concurrent)
             handle.actor.prepare.remote(bool(one.resources.gpus), one.imports, one.args)

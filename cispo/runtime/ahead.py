@@ -13,14 +13,15 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cispo.recipe.schema import Recipe
 from cispo.runtime.actors import Planned, RayRuntime, Resources
 from cispo.runtime.interrupts import EXIT_CODE
+from cispo.runtime.ray_address import cluster_is_named
 from cispo.runtime.start_parts import StartParts
 from cispo.runtime.watchdog import Activity
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 # Functions that import the libraries of a rank and of an engine.
 _OF_RANKS = "cispo.learner.learner:prepare"
 _OF_ENGINES = "cispo.engines.serving:prepare"
+
+
+Settle = Callable[[Recipe, Literal["cpu", "cuda"]], Recipe]
+"""`choice.settled`, which imports torch and policies."""
 
 
 class Started(NamedTuple):
@@ -42,10 +47,18 @@ class Started(NamedTuple):
 class Ahead:
     """The processes of a run from before its inputs are read; a context that ends those that no run has taken."""
 
-    def __init__(self, recipe: Recipe, activity: Activity, *, critic: Callable[[], bool], engines: bool = True) -> None:
-        """`critic` says whether the algorithm has one; it is called in the thread, since it imports torch."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        activity: Activity,
+        *,
+        critic: Callable[[], bool],
+        settle: Settle,
+        engines: bool = True,
+    ) -> None:
+        """`critic` says whether the algorithm has one; it and `settle` are called in the thread: they import torch."""
         self.activity = activity
-        self._recipe, self._critic, self._engines = recipe, critic, engines
+        self._recipe, self._critic, self._settle, self._engines = recipe, critic, settle, engines
         self._started: Future[Started] = Future()
         self._taken = False
         self._end = threading.Event()
@@ -88,7 +101,7 @@ class Ahead:
             critic = self._critic()
             placement = placement_of(recipe, available=runtime.gpus(), critic=critic, engines=engines)
             asyncio.run(runtime.reserve([placement.rank_bundles, placement.engine_bundles]))
-            runtime.prepare(planned(recipe, placement, critic=critic, engines=engines))
+            runtime.prepare(planned(recipe, placement, critic=critic, settle=self._settle, engines=engines))
         except BaseException:
             runtime.close()
             raise
@@ -118,7 +131,7 @@ class Ahead:
 def can_start(recipe: Recipe) -> bool:
     """Whether a run has a cluster of this machine to itself. Code for another one is shipped once it is loaded."""
     running = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    return recipe.runtime == "ray" and os.environ.get("RAY_ADDRESS", "local") in ("", "local") and not running
+    return recipe.runtime == "ray" and not cluster_is_named() and not running
 
 
 def engines_wait(recipe: Recipe, processes: int) -> bool:
@@ -127,29 +140,21 @@ def engines_wait(recipe: Recipe, processes: int) -> bool:
     return recipe.sft is not None and (os.cpu_count() or 1) <= processes
 
 
-def planned(recipe: Recipe, placement: Placement, *, critic: bool, engines: bool) -> list[Planned]:
-    """The processes of a run that start at once."""
-    from cispo.runtime.placement import settled
-
-    recipe = settled(recipe, placement.device)
+def planned(recipe: Recipe, placement: Placement, *, critic: bool, settle: Settle, engines: bool) -> Iterator[Planned]:
+    """The processes of a run that start at once; those before the engines need no settled recipe."""
     ranks, gpu, rollout = range(recipe.learner.ranks), placement.device == "cuda", recipe.rollout
     model = recipe.policy.model
     folder = str(Path(model).absolute()) if model is not None and (Path(model) / "config.json").is_file() else None
-    found = [
-        Planned(
-            name=f"{name}-{rank}",
-            resources=Resources(gpus=placement.rank_gpus, bundle=placement.bundle_of_rank(rank)),
-            imports=_OF_RANKS,
-            args=(gpu, folder, recipe.policy.config),
-        )
-        for name in ("learner", *(("critic",) if critic else ()))
-        for rank in ranks
-    ]
-    waiting = engines_wait(recipe, len(found) + rollout.engines)
-    for number in range(rollout.engines if engines and not waiting else 0):
+    kinds = ("learner", *(("critic",) if critic else ()))
+    for name in kinds:
+        for rank in ranks:
+            own = Resources(gpus=placement.rank_gpus, bundle=placement.bundle_of_rank(rank))
+            arguments = (gpu, folder, recipe.policy.config)
+            yield Planned(name=f"{name}-{rank}", resources=own, imports=_OF_RANKS, args=arguments)
+    if not engines or engines_wait(recipe, len(kinds) * len(ranks) + rollout.engines):
+        return
+    recipe = settle(recipe, placement.device)
+    arguments = (recipe.rollout.kind, recipe.policy.number_format, folder if rollout.tensor_parallel == 1 else None)
+    for number in range(rollout.engines):
         own = Resources(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number))
-        arguments = (rollout.engine, recipe.policy.number_format, folder if rollout.tensor_parallel == 1 else None)
-        found.append(
-            Planned(name=f"engine-{number}", resources=own, concurrent=True, imports=_OF_ENGINES, args=arguments)
-        )
-    return found
+        yield Planned(name=f"engine-{number}", resources=own, concurrent=True, imports=_OF_ENGINES, args=arguments)

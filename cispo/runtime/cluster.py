@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal
 from cispo.errors import RunError, UserError
 from cispo.runtime.interrupts import kept_handlers
 from cispo.runtime.local_cluster import LocalCluster, root_folder
-from cispo.runtime.ray_address import check_ray_address
+from cispo.runtime.ray_address import check_ray_address, cluster_is_named
 from cispo.runtime.ship_code import shipped_code
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def connect(processes: int) -> Callable[[], None] | None:
 
 def check_settings() -> None:
     """Raises UserError where `connect` would refuse the temporary folder for a new cluster. Starts nothing."""
-    if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+    if not cluster_is_named():
         root_folder()
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def _starting(note: Callable[[str, int], None]) -> Iterator[None]:
     """A block in which Ray starts its servers: each in a session of its own, with SIGTERM, SIGHUP and SIGUSR1 off.
 
     They hand both on to the actors that they start. Ray itself does so for SIGINT alone. Left out are the servers that
-    scale a cluster and send its logs to the driver: a processor's second at the start, another at the end.
+    scale a cluster, show it and send its logs to the driver; stand-ins take the place of the agents without which a
+    raylet does not start. Together they took three processor seconds of a start, most of them waited for.
     """
     from ray._private import node, services, worker
 
@@ -105,6 +107,8 @@ def _starting(note: Callable[[str, int], None]) -> Iterator[None]:
 
     class Apart(original):
         def __init__(self, command: list[str], *args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> None:
+            command = _without_agents(command)
+
             def prepare() -> None:
                 preexec_fn()
                 # Ignored, SIGTERM would come back: the servers set handlers for it.
@@ -121,15 +125,50 @@ def _starting(note: Callable[[str, int], None]) -> Iterator[None]:
     # Ray's report of a raylet that died, with 20 lines of its log: `check` says it in a sentence.
     worker.print_to_stdstream = lambda *args, **kwargs: None
     services.ConsolePopen = Apart
-    left_out = {name: getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor")}
+    left_out = {name: getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
     for name in left_out:
-        setattr(node.Node, name, lambda _: None)
+        setattr(node.Node, name, lambda *_, **__: None)
     try:
         yield
     finally:
         services.ConsolePopen = original
         for name, method in left_out.items():
             setattr(node.Node, name, method)
+
+
+# Agent of a node -> the ports that its raylet waits for. They gather metrics and install the environments of jobs; the
+# actors of this cluster have no such environment.
+_AGENTS = {
+    "--dashboard_agent_command": ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"),
+    "--runtime_env_agent_command": ("runtime_env_agent_port",),
+}
+
+# Ray reads -1 as a service that is not there, and ends a node that has lost an agent. The pipe that an agent reads from
+# ends with its raylet; signals that a shell ignores stay ignored in what it executes.
+_STAND_IN = """trap "" HUP INT TERM USR1
+node=$1; cd "$2"; shift 2
+for port; do printf %s -1 > ".$port" && mv ".$port" "${port}_$node"; done
+test -p /dev/stdin || exec sleep 2147483647
+exec cat
+"""
+
+
+def _without_agents(command: Sequence[str]) -> list[str]:
+    """The command of a raylet with a shell that reports no ports for each of its agents; any other as it is."""
+    given = dict(item.split("=", 1) for item in command if "=" in item)
+    if not _AGENTS.keys() <= given.keys() or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return [*command]
+    session = given["--session_dir"]
+    script = Path(session) / "agent.sh"
+    script.write_text(_STAND_IN)
+    stand_ins = {
+        option: subprocess.list2cmdline(["/bin/sh", str(script), given["--node_id"], session, *ports])
+        for option, ports in _AGENTS.items()
+    }
+    names = [item.partition("=")[0] for item in command]
+    return [
+        f"{name}={stand_ins[name]}" if name in stand_ins else item for name, item in zip(names, command, strict=True)
+    ]
 
 
 def root_folder() -> Path:

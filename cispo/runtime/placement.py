@@ -126,13 +126,12 @@ def device_of(recipe: Recipe, available: int) -> Literal["cpu", "cuda"]:
     return "cuda" if pick_device(recipe.device).type == "cuda" else "cpu"
 
 
-def settled(recipe: Recipe, device: Literal["cpu", "cuda"] | None = None) -> Recipe:
-    """The recipe with its automatic choices made for a device, by default this machine's for the recipe.
+def formatted(recipe: Recipe, device: Literal["cpu", "cuda"]) -> Recipe:
+    """The recipe with the number format and the recomputation of its policy chosen for a device.
 
     A policy that is given and runs on a GPU is bfloat16 and recomputes its layers.
     """
-    kind = device or pick_device(recipe.device).type
-    lean = kind == "cuda" and recipe.policy.model is not None
+    lean = device == "cuda" and recipe.policy.model is not None
     policy, learner = recipe.policy, recipe.learner
     if policy.dtype == "auto":
         policy = policy.model_copy(update={"dtype": "bfloat16" if lean else "float32"})

@@ -23,6 +23,11 @@ _CLIENT_METHOD, _CLUSTER_METHOD = "/ray.rpc.RayletDriver/ClusterInfo", "/ray.rpc
 _WANTS_TOKEN = "it wants another token"
 
 
+def cluster_is_named() -> bool:
+    """Whether RAY_ADDRESS names a cluster that runs already, rather than a new one of this machine."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
 def check_ray_address(address: str) -> None:
     """Raises UserError within about 20 s where no Ray cluster answers, or it does not take our token.
 

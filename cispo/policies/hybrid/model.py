@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +38,13 @@ from cispo.policies.hybrid.lightning import Lightning
 from cispo.policies.hybrid.mla import MultiHeadLatentAttention
 from cispo.policies.layers import CentredRMSNorm, RMSNorm, SwiGLU
 from cispo.policies.moe import SharedMoE
-from cispo.policies.policy import Place, Policy, PolicyOutput, RouterOutput
+from cispo.policies.policy import Place, Policy, PolicyOutput, RouterOutput, with_memory
 
 FLOAT32 = ("A_log", "dt_bias", "e_score_correction_bias")
 """Weights that stay float32 in a policy of a lower precision: rounded decays cost 0.01 nats a token."""
 
 _OF_THE_SOURCE = ("quantization_config", "torch_dtype")
 """Keys of config.json that describe the weights it came with."""
-
-
-class Mixer(Protocol):
-    """The part of a layer in which tokens meet."""
-
-    def __call__(self, x: Tensor, attention: Attention, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [T, d] to [T, d]; rotary is cos and sin [T, 1, dim / 2], None where the policy has no positions."""
-        ...
 
 
 def norm_of(config: HybridConfig, size: int) -> nn.Module:
@@ -197,4 +189,4 @@ def build(config: HybridConfig, dtype: torch.dtype) -> HybridPolicy:
                     setattr(module, name, nn.Parameter(weight.detach().to(exact)))
                 elif isinstance(weight, Tensor):
                     setattr(module, name, weight.to(exact))
-    return policy.to_empty(device=device)
+    return with_memory(policy, device)

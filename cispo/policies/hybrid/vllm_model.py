@@ -3,7 +3,7 @@
     PolicyForCausalLM -> Policy.attend(tokens, positions, PagedAttention) -> hidden -> logits in float32
 
 Weights have the policy's own names and are copied in place. In bfloat16 on a GPU, vLLM's fused kernel multiplies with
-the experts' own two weights.
+the experts' own two weights. With tensor parallelism each worker has a share of the policy (`shares`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import fused_experts
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 
-from cispo.errors import UserError
-from cispo.policies.families import family_of
+from cispo.policies.hybrid.shares import build_share
 from cispo.policies.hybrid.vllm_attention import PagedAttention
 from cispo.policies.hybrid.vllm_config import PolicyConfig
 from cispo.policies.hybrid.vllm_plan import Plan, plan_of
@@ -31,6 +29,7 @@ from cispo.policies.hybrid.vllm_states import StateHolder
 from cispo.policies.moe import Experts
 from cispo.policies.policy import HFConfig, Policy
 from cispo.policies.replay import route_buffer
+from cispo.policies.vllm_ranks import vllm_ranks
 
 
 class FusedExperts(Experts):
@@ -54,11 +53,10 @@ class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        assert get_tensor_model_parallel_world_size() == 1, "checked before the engine starts"
-        model = vllm_config.model_config
-        self.plan = _plan(model)
-        content, folder = _source(model)
-        self.policy = family_of(content).build(content, folder, model.dtype)
+        model, ranks = vllm_config.model_config, vllm_ranks()
+        self.plan = _plan(model, ranks.count)
+        self.share = build_share(*_source(model), model.dtype, ranks)
+        self.policy = self.share.policy
         self.policy.requires_grad_(False)
         _fuse_experts(self.policy)
         self.route_buffer = route_buffer(self.policy, vllm_config)
@@ -108,24 +106,12 @@ class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
         Raises UserError on a name that the policy does not have.
         """
-        tensors = self.policy.named_weights()
-        loaded = set()
-        for name, weight in weights:
-            place = None if self.policy.keeps(name) else self.policy.place_of(name)
-            if place is None:
-                continue
-            if place.parameter not in tensors:
-                raise UserError(f"the weights hold {name!r}, which the policy of this config does not have")
-            target = place.of(tensors[place.parameter])
-            assert target.shape == weight.shape, f"{name}: {tuple(weight.shape)} for {tuple(target.shape)}"
-            target.copy_(weight)
-            loaded.add(f"policy.{place.parameter}")
-        return loaded
+        return {f"policy.{name}" for name in self.share.load(weights)}
 
     @classmethod
     def count_cached_states(cls, model: ModelConfig) -> int:
-        """State layers as vLLM's cache counts them."""
-        return _plan(model).holders
+        """State layers as vLLM's cache counts them, with any number of ranks."""
+        return _plan(model, 1).holders
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -133,7 +119,7 @@ class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...]]:
-        return ((_plan(vllm_config.model_config).slot_floats,),)
+        return ((_plan(vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size).slot_floats,),)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Callable, ...]:
@@ -148,9 +134,8 @@ def _source(model: ModelConfig) -> tuple[HFConfig, Path]:
     return config.content, Path(model.model)
 
 
-def _plan(model: ModelConfig) -> Plan:
-    content, folder = _source(model)
-    return plan_of(content, folder, model.dtype)
+def _plan(model: ModelConfig, ranks: int) -> Plan:
+    return plan_of(*_source(model), model.dtype, ranks)
 
 
 def _fuse_experts(policy: Policy) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from torch import Tensor
 from cispo.errors import UserError
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.sparse_attention import Index
-from cispo.policies.families import family_of
+from cispo.policies.hybrid.shares import build_share
 from cispo.policies.moe import Experts
 from cispo.policies.policy import HFConfig, Policy
+from cispo.policies.shares import Ranks
 
 # Head sizes that vLLM's attention takes on a CPU; each of them suits its kernels for GPUs.
 _HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -96,6 +97,8 @@ class Plan:
     recurrent: tuple[RecurrentCall, ...]
     selected: int | None
     """The fewest keys that a layer of sparse attention selects; None without such layers."""
+    given_holders: int | None = None
+    """`holders` of the whole policy, in the plan of a rank of tensor parallelism: vLLM's config has one number."""
 
     @cached_property
     def holders(self) -> int:
@@ -103,6 +106,8 @@ class Plan:
 
         vLLM sorts the layers of its cache into groups of one kind and size and does the host's work once a group.
         """
+        if self.given_holders is not None:
+            return self.given_holders
         most = max(self._kinds.values(), default=0)
         if not most:
             return 0
@@ -192,17 +197,20 @@ def check_context(plan: Plan, max_context: int) -> None:
         )
 
 
-def plan_of(config: HFConfig, folder: Path, dtype: torch.dtype) -> Plan:
-    """The plan of the policy that a config.json's content describes; `folder` holds its weights.
+def plan_of(config: HFConfig, folder: Path, dtype: torch.dtype, ranks: int = 1) -> Plan:
+    """The plan of the policy that a config.json's content describes, of each rank where `ranks` share it; `folder`
+    holds its weights.
 
-    Raises UserError where vLLM cannot hold its attention.
+    Raises UserError where vLLM cannot hold its attention, or the ranks do not divide the policy.
     """
-    return _plan(json.dumps(config, sort_keys=True), folder, dtype)
+    content = json.dumps(config, sort_keys=True)
+    whole = _plan(content, folder, dtype, 1)
+    return whole if ranks == 1 else replace(_plan(content, folder, dtype, ranks), given_holders=whole.holders)
 
 
 @cache
-def _plan(config: str, folder: Path, dtype: torch.dtype) -> Plan:
-    policy = _without_memory(json.loads(config), folder, dtype)
+def _plan(config: str, folder: Path, dtype: torch.dtype, ranks: int) -> Plan:
+    policy = _without_memory(json.loads(config), folder, dtype, ranks)
     token, recorder = torch.zeros(1, dtype=torch.long, device="meta"), Recorder()
     with torch.no_grad():
         policy.attend(token, token, recorder)
@@ -224,9 +232,10 @@ def _plan(config: str, folder: Path, dtype: torch.dtype) -> Plan:
     return plan
 
 
-def _without_memory(config: HFConfig, folder: Path, dtype: torch.dtype) -> Policy:
+def _without_memory(config: HFConfig, folder: Path, dtype: torch.dtype, ranks: int) -> Policy:
+    """The policy, or a rank's share."""
     with torch.device("meta"):
-        policy = family_of(config).build(config, folder, dtype)
+        policy = build_share(config, folder, dtype, Ranks.first(ranks)).policy
     for module in policy.modules():
         if isinstance(module, Experts):
             module.forward = _no_experts

@@ -32,7 +32,7 @@ from cispo.policies.minimax.config import (
 )
 from cispo.policies.minimax.names import disk_names, place_of
 from cispo.policies.moe import MoE
-from cispo.policies.policy import HFConfig, Place, Policy, PolicyOutput, RouterOutput
+from cispo.policies.policy import HFConfig, Place, Policy, PolicyOutput, RouterOutput, with_memory
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of config.json that are carried from load to save; the shape does not depend on them."""
@@ -192,4 +192,4 @@ def build(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> Lightnin
     shared_size = None if folder is None else shared_size_of_weights(folder)
     with torch.device("meta"):  # no time spent on torch's own initial weights
         policy = LightningPolicy(parse_config(config, shared_size=shared_size), config).to(dtype)
-    return policy.to_empty(device=device)
+    return with_memory(policy, device)

@@ -23,11 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import fused_experts
@@ -50,10 +46,12 @@ from cispo.ops.lightning import lightning_attention, lightning_decode, lightning
 from cispo.policies.layers import SwiGLU
 from cispo.policies.minimax.config import LIGHTNING_NORM_EPS, LightningConfig, parse_config, shared_size_of_weights
 from cispo.policies.minimax.names import place_of, vllm_target
-from cispo.policies.minimax.vllm_shares import ShardedRMSNorm, check_shares, load_expert, load_inputs, load_rows
+from cispo.policies.minimax.shares import check_shares, loader
 from cispo.policies.minimax.vllm_states import LightningStates, state_dtype, state_shape, states_per_holder
 from cispo.policies.moe import MoE
 from cispo.policies.replay import RouteBuffer, route_buffer
+from cispo.policies.shares import SummedRMSNorm
+from cispo.policies.vllm_ranks import vllm_ranks
 
 
 def resolve_config(model: ModelConfig) -> LightningConfig:
@@ -69,16 +67,20 @@ class LightningAttention(nn.Module):
         holder, self.place = divmod(sum(config.lightning_layers[:layer]), states_per_holder(config)[1])
         # In a tuple: the holder is the model's, not a part of this layer.
         self.holder = (states[holder],)
-        ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        self.heads, self.head_dim = config.num_heads // ranks, config.head_dim
+        ranks = vllm_ranks()
+        self.heads, self.head_dim = config.num_heads // ranks.count, config.head_dim
         inner = config.num_heads * config.head_dim
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, 3 * inner, bias=False, prefix=f"{prefix}.qkv_proj")
         self.output_gate = ColumnParallelLinear(config.hidden_size, inner, bias=False, prefix=f"{prefix}.output_gate")
         self.out_proj = RowParallelLinear(inner, config.hidden_size, bias=False, prefix=f"{prefix}.out_proj")
-        norm = RMSNorm if ranks == 1 else ShardedRMSNorm
-        self.norm = norm(inner, eps=LIGHTNING_NORM_EPS)
+        if ranks.count == 1:
+            self.norm = RMSNorm(inner, eps=LIGHTNING_NORM_EPS)
+        else:
+            weight = nn.Parameter(torch.ones(inner // ranks.count))
+            set_weight_attrs(weight, {"weight_loader": loader(ranks.cut(0))})
+            self.norm = SummedRMSNorm(weight, LIGHTNING_NORM_EPS, ranks)
         # Not a buffer: a buffer would be rounded to the model's dtype.
-        self.slopes = config.slopes(layer).chunk(ranks)[rank].to(self.norm.weight.device)
+        self.slopes = config.slopes(layer).chunk(ranks.count)[ranks.number].to(self.norm.weight.device)
         self.decay = torch.exp(-self.slopes)[:, None, None]
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -209,17 +211,18 @@ class LightningLayer(nn.Module):
             self.self_attn = LightningAttention(config, layer, states, f"{prefix}.self_attn")
         else:
             self.self_attn = SoftmaxAttention(config, vllm_config, f"{prefix}.self_attn")
-        self.ranks = get_tensor_model_parallel_world_size()
-        width = config.intermediate_size // self.ranks
+        self.ranks = vllm_ranks()
+        width = config.intermediate_size // self.ranks.count
         self.mlp = MoE(hidden, width, config.num_experts, config.experts_per_token)
-        for parameter in self.mlp.experts.parameters():
-            set_weight_attrs(parameter, {"weight_loader": load_expert})
+        experts, halves, inputs = self.mlp.experts, self.ranks.cut(1, blocks=(1, 1)), self.ranks.cut(2)
+        set_weight_attrs(experts.gate_up_proj, {"weight_loader": loader(halves)})
+        set_weight_attrs(experts.down_proj, {"weight_loader": loader(inputs)})
         self.shared_mlp = self.coefficient = None
         if config.shared_size:
-            self.shared_mlp = SwiGLU(hidden, config.shared_size // self.ranks)
+            self.shared_mlp = SwiGLU(hidden, config.shared_size // self.ranks.count)
             for name, parameter in self.shared_mlp.named_parameters():
-                load = load_inputs if name.startswith("down") else load_rows
-                set_weight_attrs(parameter, {"weight_loader": load})
+                axis = 1 if name.startswith("down") else 0
+                set_weight_attrs(parameter, {"weight_loader": loader(self.ranks.cut(axis))})
             self.coefficient = nn.Linear(hidden, 1, bias=False)
         self.input_layernorm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hidden, eps=config.rms_norm_eps)
@@ -252,7 +255,7 @@ class LightningLayer(nn.Module):
         if self.shared_mlp is not None and self.coefficient is not None:
             share = torch.sigmoid(F.linear(x.float(), self.coefficient.weight.float())).to(x.dtype)
             out = out * (1 - share) + self.shared_mlp(x) * share
-        return out if self.ranks == 1 else tensor_model_parallel_all_reduce(out)
+        return out if self.ranks.count == 1 else self.ranks.sum(out)
 
 
 class LightningModel(nn.Module):
@@ -287,7 +290,7 @@ class LightningForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = resolve_config(vllm_config.model_config)
-        check_shares(config, get_tensor_model_parallel_world_size())
+        check_shares(config, vllm_ranks())
         self.model = LightningModel(config, vllm_config, f"{prefix}.model" if prefix else "model")
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         if config.tie_word_embeddings:

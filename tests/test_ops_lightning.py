@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
+from cispo.ops.lightning_tiles import TILES, tiles_of
 from cispo.ops.reference import lightning_attention_recurrence
 
 HEADS, DIM = 3, 8
@@ -194,3 +195,15 @@ def test_prefill_and_decode_by_slot_equal_one_pass() -> None:
     torch.testing.assert_close(torch.cat(outputs), whole[order], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(cache[slots.long()], whole_state, rtol=1e-10, atol=1e-10)
     assert bool((cache[[0, 2, 4]] == 7).all())
+
+
+def test_a_card_has_tiles_of_its_own() -> None:
+    """In bfloat16, where the table has them: other cards, dtypes and head dimensions take the tiles of any card."""
+    assert tiles_of("NVIDIA H200", "dk_dv", torch.bfloat16, 256).overlapped
+    for card, dtype, dim in (
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 256),
+        ("NVIDIA H200", torch.float32, 256),
+        ("NVIDIA H200", torch.bfloat16, 32),
+    ):
+        assert tiles_of(card, "dk_dv", dtype, dim) == TILES[dtype][dim]
+        assert not TILES[dtype][dim].overlapped

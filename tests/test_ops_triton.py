@@ -2,29 +2,35 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/test_ops_triton.py
 
-The interpreter multiplies bfloat16 bit patterns as if they were integers, so bfloat16 needs a GPU.
+The interpreter multiplies bfloat16 bit patterns as if they were integers, so bfloat16 needs a GPU. Gluon has none:
+`gluon_stand_in` runs its kernel as plain Python.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
+from cispo.ops.lightning_tiles import Pass, Tiles
 from cispo.ops.logprobs import fused_token_loss, token_logprobs
 from cispo.ops.reference import lightning_attention_recurrence
+from tests.gluon_stand_in import Launcher
 
 pytest.importorskip("triton", reason="Triton is not installed")
 GPU = torch.cuda.is_available()
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from cispo.ops import lightning_triton, logprobs_triton  # noqa: E402
+from cispo.ops import lightning_tiles, lightning_triton, logprobs_triton  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
@@ -49,7 +55,33 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor 
 
 def chunk_of(dim: int, dtype: torch.dtype) -> int:
     padded = max(16, 1 << (dim - 1).bit_length())
-    return lightning_triton.TILES[dtype][padded].chunk
+    return lightning_tiles.tiles_of("", "out", dtype, padded).chunk
+
+
+OVERLAPPED = {
+    torch.float32: {16: Tiles(16, 16, 1, 2, 1, True), 32: Tiles(16, 16, 1, 3, 1, True)},
+    torch.bfloat16: {
+        64: Tiles(64, 64, 4, 2, 1, True),
+        128: Tiles(64, 64, 4, 3, 1, True),
+        256: Tiles(64, 64, 8, 2, 1, True),
+    },
+}
+"""On a GPU in bfloat16; elsewhere in float32, in plain Python."""
+
+
+@pytest.fixture(params=["plain", "overlapped"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either kernel, with the tiles of any card or those above."""
+    card: dict[tuple[Pass, int], Tiles] = {}
+    if request.param == "overlapped" and GPU:
+        passes: tuple[Pass, ...] = ("out", "dq", "dk_dv")
+        card = {(kind, dim): tiles for dim, tiles in OVERLAPPED[torch.bfloat16].items() for kind in passes}
+    elif request.param == "overlapped":
+        monkeypatch.setitem(lightning_tiles.TILES, torch.float32, OVERLAPPED[torch.float32])
+        file = Path(lightning_tiles.__file__).with_name("lightning_overlap.py")
+        stand_in = SimpleNamespace(overlapped_kernel=Launcher(file, "overlapped_kernel"))
+        monkeypatch.setitem(sys.modules, "cispo.ops.lightning_overlap", stand_in)
+    monkeypatch.setattr(lightning_tiles, "CARDS", {"": card})
 
 
 def make(lengths: list[int], dim: int, dtype: torch.dtype) -> tuple[Qkv, Tensor, Tensor]:
@@ -111,6 +143,7 @@ def check_all(qkv: Qkv, cu_seqlens: Tensor, state: Tensor | None, dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_state", [False, True], ids=["fresh", "continued"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.usefixtures("form")
 def test_equals_the_recurrence(lengths: list[int], with_state: bool, dtype: torch.dtype) -> None:
     """Outputs, final states and every gradient."""
     qkv, cu_seqlens, state = make(lengths, DIMS[0], dtype)
@@ -119,6 +152,7 @@ def test_equals_the_recurrence(lengths: list[int], with_state: bool, dtype: torc
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.usefixtures("form")
 def test_lengths_around_a_chunk(dim: int, dtype: torch.dtype) -> None:
     chunk = chunk_of(dim, dtype)
     qkv, cu_seqlens, state = make([chunk - 1, chunk, chunk + 1, 2 * chunk + 1], dim, dtype)
@@ -143,6 +177,7 @@ def test_only_one_result_is_differentiated(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split", [0, 1, 15, 16, 17, 40])
+@pytest.mark.usefixtures("form")
 def test_chained_calls_equal_one_call(split: int, dtype: torch.dtype) -> None:
     qkv, cu_seqlens, _ = make([40], DIMS[0], dtype)
     exact, exact_state = lightning_attention_recurrence(*qkv, SLOPES, cu_seqlens)
@@ -159,6 +194,7 @@ def test_chained_calls_equal_one_call(split: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("segment", [None, 16], ids=["whole", "cut"])
+@pytest.mark.usefixtures("form")
 def test_views_of_one_projection_need_no_copy(segment: int | None, dtype: torch.dtype) -> None:
     """q, k and v as the policy has them, split from [T, H, 3D], forward and backward."""
     qkv, cu_seqlens, _ = make([5, 40], 16, dtype)
@@ -172,6 +208,7 @@ def test_views_of_one_projection_need_no_copy(segment: int | None, dtype: torch.
     check(grad, torch.cat(torch.autograd.grad(exact.sum(), leaves), -1), LIMITS[dtype])
 
 
+@pytest.mark.usefixtures("form")
 def test_nothing_crosses_documents() -> None:
     qkv, cu_seqlens, _ = make([30, 20, 25], DIMS[0], torch.float32)
     q, k, v = place(qkv, torch.float32)
@@ -187,6 +224,7 @@ def test_nothing_crosses_documents() -> None:
 
 
 @pytest.mark.parametrize("segment", [None, 64], ids=["whole", "cut"])
+@pytest.mark.usefixtures("form")
 def test_steep_slopes_and_long_documents_stay_finite(segment: int | None) -> None:
     """A slope of 5 over 400 tokens reaches 2,000: e^{+s j} would overflow float32 from s j = 88 on."""
     qkv, cu_seqlens, _ = make([400], DIMS[0], torch.float32)
@@ -209,10 +247,12 @@ def make_cache(dim: int, slots: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("segment", [None, 16], ids=["whole", "cut"])
+@pytest.mark.usefixtures("form")
 def test_prefill_by_slot(segment: int | None, dtype: torch.dtype) -> None:
     """States come from and go to the documents' slots; fresh documents start from zero; other slots stay untouched."""
-    qkv, cu_seqlens, _ = make([21, 0, 1, 40], DIMS[0], dtype)
-    cache, slots = make_cache(DIMS[0], 7), torch.tensor([5, 2, 0, 3], dtype=torch.int32)
+    dim = DIMS[-2]
+    qkv, cu_seqlens, _ = make([21, 0, 1, 40], dim, dtype)
+    cache, slots = make_cache(dim, 7), torch.tensor([5, 2, 0, 3], dtype=torch.int32)
     fresh = torch.tensor([False, False, True, True])
     before = cache.double().cpu()
     state = before[slots.long()] * ~fresh[:, None, None, None]

@@ -3,7 +3,8 @@
 Where one program a document, head and block of value dims fills the GPU, a direction is one launch that reads every
 operand once. Otherwise documents are cut into segments: a first launch leaves the addition of each to the state, and
 the programs of the second start from the decayed sum of those before them. Nothing is read back to the host, and the
-tiles come from a table, not from a search at run time.
+tiles come from a table of cards (`lightning_tiles`), not from a search at run time. On an H200 bfloat16 has the kernel
+of `lightning_overlap`.
 """
 
 # pyright: reportIndexIssue=false
@@ -18,38 +19,7 @@ from torch import Tensor
 
 from cispo.ops.autograd import Context
 from cispo.ops.lightning_kernels import attend_kernel, decode_kernel, local_kernel
-
-
-class Tiles(NamedTuple):
-    """A program's tokens a chunk, block of value dims, warps, pipeline stages; programs a multiprocessor."""
-
-    chunk: int
-    block: int
-    warps: int
-    stages: int
-    resident: int
-
-
-# By padded head dimension, measured on an H100. float32 products run on the ordinary units, out of registers: larger
-# tiles would spill.
-TILES = {
-    torch.bfloat16: {
-        16: Tiles(64, 16, 4, 3, 2),
-        32: Tiles(64, 32, 4, 3, 2),
-        64: Tiles(64, 64, 4, 3, 1),
-        128: Tiles(64, 64, 4, 3, 1),
-        256: Tiles(32, 64, 8, 3, 1),
-    },
-    torch.float32: {
-        16: Tiles(16, 16, 4, 1, 2),
-        32: Tiles(16, 32, 4, 1, 2),
-        64: Tiles(16, 32, 4, 1, 2),
-        128: Tiles(16, 16, 8, 1, 1),
-        256: Tiles(16, 16, 8, 1, 1),
-    },
-}
-# dk and dv: their programs are neighbours and read the same rows, and two on a multiprocessor beat a deeper pipeline.
-PAIRED_TILES = {(torch.bfloat16, 128): Tiles(64, 64, 4, 2, 2)}
+from cispo.ops.lightning_tiles import TILES, Pass, Tiles, tiles_of
 
 # A shorter segment would spend more on its incoming state than on its tokens.
 _SHORTEST_SEGMENT = 256
@@ -61,8 +31,7 @@ class _Plan(NamedTuple):
     segment: int
     slots: int
     split: bool
-    programs: int
-    constants: dict[str, int]
+    tiles: Tiles
 
 
 def attend(
@@ -94,7 +63,7 @@ def prefill(
     """`lightning.lightning_prefill`."""
     _check_cache(cache, q)
     q, k, v = _aligned(q, k, v)
-    plan = _plan(q, len(cu_seqlens) - 1, 1, segment)
+    plan = _plan(q, len(cu_seqlens) - 1, "out", segment)
     local = _local(k, v, slopes, cu_seqlens, plan, backwards=False)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     states = _States(cache, cache, slots, fresh, local)
@@ -122,6 +91,9 @@ def decode(
 
 class _Context(Context, Protocol):
     segment: int | None
+    """As asked for."""
+    own_segment: int
+    """Of the outputs' pass."""
 
 
 class _Attend(torch.autograd.Function):
@@ -142,12 +114,12 @@ class _Attend(torch.autograd.Function):
         documents = len(cu_seqlens) - 1
         final = _new_states(q, documents) if output_final else None
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        plan = _plan(q, documents, 1, segment)
+        plan = _plan(q, documents, "out", segment)
         local = _local(k, v, slopes, cu_seqlens, plan, backwards=False)
         states = _States(initial, final, None, None, local)
         _launch("out", (q, k, v), None, (out, None), slopes, cu_seqlens, states, plan)
         ctx.save_for_backward(q, k, v, slopes, cu_seqlens, initial, local)
-        ctx.segment = segment
+        ctx.segment, ctx.own_segment = segment, plan.segment
         ctx.set_materialize_grads(False)
         return out, final
 
@@ -156,18 +128,46 @@ class _Attend(torch.autograd.Function):
         q, k, v, slopes, cu_seqlens, initial, local = ctx.saved_tensors
         grad, final_grad = (None if g is None else g.contiguous() for g in grads)
         grad = torch.zeros_like(q, memory_format=torch.contiguous_format) if grad is None else grad
-        dq, dk, dv = (torch.empty_like(grad) for _ in range(3))
-        documents = len(cu_seqlens) - 1
-        initial_grad = _new_states(q, documents) if ctx.needs_input_grad[5] else None
-
-        states = _States(initial, None, None, None, local)
-        plan = _plan(q, documents, 1, ctx.segment)
-        _launch("dq", (q, k, v), grad, (dq, None), slopes, cu_seqlens, states, plan)
-        plan = _plan(q, documents, 2, ctx.segment)
-        local = _local(q, grad, slopes, cu_seqlens, plan, backwards=True)
-        states = _States(final_grad, initial_grad, None, None, local)
-        _launch("dk_dv", (q, k, v), grad, (dk, dv), slopes, cu_seqlens, states, plan)
+        initial_grad = _new_states(q, len(cu_seqlens) - 1) if ctx.needs_input_grad[5] else None
+        dq = query_gradient((q, k, v), grad, slopes, cu_seqlens, ctx.own_segment, initial, local)
+        dk, dv = key_value_gradients((q, k, v), grad, slopes, cu_seqlens, ctx.segment, final_grad, initial_grad)
         return dq, dk, dv, None, None, initial_grad, None, None
+
+
+def query_gradient(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    slopes: Tensor,
+    cu_seqlens: Tensor,
+    segment: int | None = None,
+    initial: Tensor | None = None,
+    local: Tensor | None = None,
+) -> Tensor:
+    """dq [T, H, D]; `local` is what segments of `segment` tokens add to the state, as the outputs' pass left it."""
+    dq = torch.empty_like(grad)
+    plan = _plan(qkv[0], len(cu_seqlens) - 1, "dq", segment)
+    if plan.split and local is None:
+        local = _local(qkv[1], qkv[2], slopes, cu_seqlens, plan, backwards=False)
+    _launch("dq", qkv, grad, (dq, None), slopes, cu_seqlens, _States(initial, None, None, None, local), plan)
+    return dq
+
+
+def key_value_gradients(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    slopes: Tensor,
+    cu_seqlens: Tensor,
+    segment: int | None = None,
+    final_grad: Tensor | None = None,
+    initial_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dk and dv [T, H, D]; writes the gradient of the initial states where there is a place for it."""
+    dk, dv = torch.empty_like(grad), torch.empty_like(grad)
+    plan = _plan(qkv[0], len(cu_seqlens) - 1, "dk_dv", segment)
+    local = _local(qkv[0], grad, slopes, cu_seqlens, plan, backwards=True)
+    states = _States(final_grad, initial_grad, None, None, local)
+    _launch("dk_dv", qkv, grad, (dk, dv), slopes, cu_seqlens, states, plan)
+    return dk, dv
 
 
 class _States(NamedTuple):
@@ -191,13 +191,22 @@ def _launch(
     plan: _Plan,
 ) -> None:
     q, heads = qkv[0], qkv[0].shape[1]
-    if not plan.programs:
+    programs, constants = _programs(q, plan.tiles, plan.slots * (2 if mode == "dk_dv" else 1))
+    if not programs:
         return
     strides = [x.stride(0) for x in (states.incoming, states.outgoing) if x is not None]
     assert len(set(strides)) < 2, "incoming and outgoing states are laid out alike"
-    attend_kernel[(plan.programs,)](
+    kernel = attend_kernel
+    if plan.tiles.overlapped:
+        from cispo.ops.lightning_overlap import overlapped_kernel
+
+        kernel = overlapped_kernel
+        constants["STAGES"] = constants.pop("num_stages")
+        # For the copy engine's descriptors, which programs write; Triton keeps the function by thread.
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
+    kernel[(programs,)](
         *qkv, grad, *outs, slopes, cu_seqlens, *states, len(cu_seqlens) - 1, heads, plan.segment,
-        q.stride(0), q.stride(1), strides[0] if strides else 0, MODE=mode, **plan.constants,
+        q.stride(0), q.stride(1), strides[0] if strides else 0, MODE=mode, **constants,
     )  # fmt: skip
 
 
@@ -206,9 +215,11 @@ def _local(k: Tensor, v: Tensor, slopes: Tensor, cu_seqlens: Tensor, plan: _Plan
     if not plan.split:
         return None
     local = _new_states(k, k.shape[0] // plan.segment)
-    local_kernel[(plan.programs // (2 if backwards else 1),)](
+    tiles = TILES[k.dtype][_padded(k)] if plan.tiles.overlapped else plan.tiles
+    programs, constants = _programs(k, tiles, plan.slots)
+    local_kernel[(programs,)](
         k, v, slopes, cu_seqlens, local, len(cu_seqlens) - 1, k.shape[1], plan.segment,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), BACKWARDS=backwards, **plan.constants,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), BACKWARDS=backwards, **constants,
     )  # fmt: skip
     return local
 
@@ -224,34 +235,55 @@ def _new_states(like: Tensor, count: int) -> Tensor:
 
 
 def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as they are if they are like-strided views with dense rows (a split qkv is), else copies."""
+    """The tensors as they are if they are like-strided views with dense rows (a split qkv is), else copies.
+
+    The copy engine reads from multiples of 16 bytes: rows that are such have to begin there.
+    """
     first = tensors[0].stride()
-    if first[-1] == 1 and all(x.stride() == first for x in tensors):
+    row = 16 if tensors[0].shape[2] * tensors[0].element_size() % 16 == 0 else 1
+    whole = all(stride * tensors[0].element_size() % row == 0 for stride in first[:2])
+    if whole and first[-1] == 1 and all(x.stride() == first and x.data_ptr() % row == 0 for x in tensors):
         return tensors
-    return tuple(x.contiguous() for x in tensors)
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
 
 
-def _plan(q: Tensor, documents: int, jobs: int, segment: int | None) -> _Plan:
+def _plan(q: Tensor, documents: int, kind: Pass, segment: int | None) -> _Plan:
     tokens, heads, dim = q.shape
-    padded = max(16, triton.next_power_of_2(dim))
-    tiles = TILES[q.dtype][padded]
-    if jobs == 2:
-        tiles = PAIRED_TILES.get((q.dtype, padded), tiles)
-    block = min(tiles.block, padded)
-    programs = jobs * heads * triton.cdiv(dim, block)
+    padded, (card, processors) = _padded(q), _card(q.device)
+    if dim * q.element_size() % 16:  # no rows for the copy engine
+        card = ""
+    tiles = tiles_of(card, kind, q.dtype, padded)
+    # dq starts from the states that the outputs' pass left, so both have the same segments.
+    chunk = max(tiles_of(card, x, q.dtype, padded).chunk for x in (("dk_dv",) if kind == "dk_dv" else ("out", "dq")))
+    programs = (2 if kind == "dk_dv" else 1) * heads * triton.cdiv(dim, min(tiles.block, padded))
     # As many segments as the multiprocessors have room for at once: more would only add to the states that start one.
-    parts = max(1, min(_processors(q.device) * tiles.resident // programs, tokens // _SHORTEST_SEGMENT))
+    parts = max(1, min(processors * tiles.resident // programs, tokens // _SHORTEST_SEGMENT))
     wanted = segment or triton.cdiv(tokens, parts)
-    segment = max(1, triton.cdiv(wanted, tiles.chunk)) * tiles.chunk
+    segment = max(1, triton.cdiv(wanted, chunk)) * chunk
     # Without a cut, the grid's slots are the documents.
     split = segment < tokens
     slots = tokens // segment + documents if split else documents
+    return _Plan(segment, slots, split, tiles)
+
+
+def _programs(q: Tensor, tiles: Tiles, slots: int) -> tuple[int, dict[str, int]]:
+    """Programs of so many slots, and a kernel's constants."""
+    _, heads, dim = q.shape
+    padded = _padded(q)
+    block = min(tiles.block, padded)
     constants = {"D": dim, "BT": tiles.chunk, "BD": padded, "BV": block}
     constants |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    return _Plan(segment, slots, split, slots * programs, constants)
+    return slots * heads * triton.cdiv(dim, block), constants
+
+
+def _padded(q: Tensor) -> int:
+    return max(16, triton.next_power_of_2(q.shape[2]))
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors; under the interpreter, on a CPU, there is one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _card(device: torch.device) -> tuple[str, int]:
+    """Name and multiprocessors; under the interpreter, on a CPU, there is one."""
+    if device.type != "cuda":
+        return "", 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -227,13 +228,14 @@ class Side:
                 return
 
     def result(self) -> str:
-        """A line of the table: the speed, or the last line of the failure."""
+        """A line of the table: the speed, or the first error."""
         output, _ = self._process.communicate("go\n" if self._process.poll() is None else None)
         self._errors.seek(0)
-        lines = (output if self._process.returncode == 0 else self._errors.read()).strip().splitlines() or ["no output"]
         if self._process.returncode:
-            return f"{self.name} does not run: {lines[-1]:.160}"
-        return f"{self.name} {float(lines[-1]):10,.0f} tokens/s"
+            # A worker's warnings come after the error; the first error is the cause of the others.
+            errors = re.findall(r"^.*\b\w*(?:Error|Exception): .*$", self._errors.read(), re.MULTILINE)
+            return f"{self.name} does not run: {errors[0] if errors else 'no error was printed':.240}"
+        return f"{self.name} {float(output.splitlines()[-1]):10,.0f} tokens/s"
 
 
 def written(family: str, folder: Path, tiny: bool) -> str:

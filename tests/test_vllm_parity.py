@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from cispo.engines.serving import ServedEngine
 from cispo.engines.vllm_engine import VLLMEngine
+from cispo.engines.vllm_start import import_vllm
 from cispo.policies.loading import init_policy, load_policy, save_policy
 from cispo.policies.minimax.config import LightningConfig, dump_config, parse_config
 from cispo.policies.policy import Policy
@@ -385,6 +388,23 @@ def test_engine_equals_the_original_code() -> None:
         theirs = expected[f"logprobs_{length}"].view(length, 96)
         assert ours.shape == theirs.shape and ours.isfinite().all()
         assert (ours - theirs).abs().max() <= TOLERANCE
+
+
+def test_vllm_searches_modules_that_answer_any_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As llvmlite's library does, whose `__dict__` is a function: numba of a reward in the same process loads it."""
+
+    class Library:
+        def __getattribute__(self, name: str) -> object:
+            return print
+
+    module, kernel = ModuleType("with_a_library"), object()
+    module.library, module.kernel = Library(), kernel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    import_vllm(exact=True)
+    from vllm.triton_utils import dispatcher
+
+    dispatcher._rebind_kernels([(kernel, other := object())])  # type: ignore[arg-type, list-item]
+    assert module.kernel is other  # type: ignore[attr-defined]
 
 
 def test_original_model_types_are_known(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def import_vllm(*, exact: bool, folder: Path | None = None) -> None:
 
     _register_models()
     _leave_classes_alone()
+    _search_any_module()
     register_transfer_backend()
     if folder is not None:
         _import_model(read_json(folder / "config.json").get("architectures"))
@@ -202,6 +203,20 @@ def _leave_classes_alone() -> None:
     from vllm.model_executor.models.transformers.base import Base
 
     Base._decorate_for_torch_compile = lambda self: None
+
+
+def _search_any_module() -> None:
+    """Lets vLLM look for its kernels in every module of the process, also in one that answers any attribute.
+
+    The search reads `vars` of all objects; that of llvmlite's library, which numba loads, is a function (vLLM 0.32).
+    """
+    from vllm.triton_utils import dispatcher
+
+    def attributes(value: object) -> Mapping[str, object]:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = attributes  # pyright: ignore[reportAttributeAccessIssue]  found before the builtin
 
 
 def _cuda_arguments(sequences: int, exact: bool) -> dict[str, Any]:

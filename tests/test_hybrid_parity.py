@@ -46,6 +46,9 @@ TOLERANCES = {name: tiny.tolerance for name, tiny in TINY.items()}
 """Largest difference of two float32 log-probabilities: 1e-5, and 3e-5 with gated DeltaNet, where over 2,040 tokens the
 engine was up to 1.7e-5 from float64 and the learner 1.2e-5, on both sides of it."""
 
+DELTANET, LONG_TOLERANCE = ("qwen3_next", "qwen3_5", "qwen3_5_moe"), 5e-5
+"""The same for gated DeltaNet in contexts of 100 tokens, preempted: over 2,040 tokens the learner is up to 3.2e-5 from
+float64 and the engine 2.5e-5."""
 RANKS_TOLERANCE = 5e-5
 """The same where two ranks add up parts of the learner's sums: after one-token prompts 2.9e-5 was seen, with learner
 and engine up to 3e-5 each from float64 on the same tokens."""
@@ -225,6 +228,8 @@ def weights() -> Iterator[Path]:
 
 def check(family: str, mode: Mode, folder: Path, weights: Path) -> None:
     policies, tolerance = [tiny_policy(family, seed) for seed in range(3)], TOLERANCES[family]
+    if family in DELTANET and mode.preemptions:
+        tolerance = LONG_TOLERANCE
     save_policy(policies[0], folder)
     with running(folder, mode, routed=policies[0].router_shape[0] > 0) as engine:
         preemptions = counting(scheduler(engine), "_preempt_request", lambda _: 1)

@@ -46,7 +46,7 @@ _SFT = Objective(loss=NegativeLogLikelihood())
 class Demonstrations(Sequence[Sample]):
     """Samples that are made when they are drawn: the tensors of all would take most of a short start."""
 
-    def __init__(self, taught: Sequence[_Taught]) -> None:
+    def __init__(self, taught: Sequence[_Arguments]) -> None:
         self._taught = taught
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Demonstrations(Sequence[Sample]):
         return demonstration(*self._taught[index])
 
 
-class _Taught(NamedTuple):
+class _Arguments(NamedTuple):
     """The arguments of `demonstration`."""
 
     prompt: list[int]
@@ -103,7 +103,7 @@ def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say =
         drop=drop,
     )
     samples = [
-        _Taught(prompt, target, row, _taught(completions[row], renderer))
+        _Arguments(prompt, target, row, _taught(completions[row], renderer))
         for row, target in zip(before, targets, strict=True)
         if (prompt := prompts[row]) is not None and target is not None
     ]

@@ -1,7 +1,5 @@
-"""AdamW (arXiv 1711.05101) by torch's fused kernel, without torch's optimizer class: that imports the compiler, a
-processor's second and more in each rank, before its first step."""
-
-# pyright: reportPrivateImportUsage=false
+"""AdamW (arXiv 1711.05101) by torch's function, without its optimizer class: that imports the compiler, a processor's
+second and more in each rank, before its first step."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.adamw import adamw
 
 
 class Group(NamedTuple):
@@ -36,34 +35,25 @@ class FusedAdamW:
     def step(self, lr: float) -> None:
         """One update of the parameters with a gradient."""
         for group in self._groups:
-            kinds: defaultdict[tuple[torch.device, torch.dtype], list[Parameter]] = defaultdict(list)
-            for parameter in group.parameters:
-                if parameter.grad is not None:
-                    kinds[parameter.device, parameter.dtype].append(parameter)
-            for parameters in kinds.values():
-                self._update(parameters, lr, group.weight_decay)
-
-    def _update(self, parameters: Sequence[Parameter], lr: float, weight_decay: float) -> None:
-        """`parameters` are of one device and number format."""
-        states = [self._state_of(parameter) for parameter in parameters]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        first, second = self._betas
-        torch._fused_adamw_(
-            list(parameters),
-            [p.grad for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            lr=lr,
-            beta1=first,
-            beta2=second,
-            weight_decay=weight_decay,
-            eps=self._eps,
-            amsgrad=False,
-            maximize=False,
-        )
+            parameters = [parameter for parameter in group.parameters if parameter.grad is not None]
+            states = [self._state_of(parameter) for parameter in parameters]
+            first, second = self._betas
+            adamw(
+                list[Tensor](parameters),
+                [parameter.grad for parameter in parameters if parameter.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                lr=lr,
+                beta1=first,
+                beta2=second,
+                weight_decay=group.weight_decay,
+                eps=self._eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def _state_of(self, parameter: Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]

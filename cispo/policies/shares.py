@@ -33,10 +33,10 @@ class Ranks:
         """The first of ranks that never compute: the shapes of all are the same."""
         return cls(number=0, count=count, sum=lambda x: x)
 
-    def part(self, size: int, what: str) -> int:
-        """Size of a rank's part. Raises UserError where the ranks do not divide `what`."""
+    def part(self, size: int, name: str) -> int:
+        """Size of a rank's part. Raises UserError where the ranks do not divide it."""
         if size % self.count:
-            raise UserError(f"rollout.tensor_parallel {self.count} does not divide the policy's {what}: {size}")
+            raise UserError(f"rollout.tensor_parallel {self.count} does not divide the policy's {name}: {size}")
         return size // self.count
 
     def key_heads(self, heads: int) -> Cut:

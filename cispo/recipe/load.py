@@ -142,12 +142,15 @@ def _less(layer: Values, place: Sequence[str], keys: Sequence[str]) -> Values:
 
 def _less_emptied(low: Values, high: Values) -> Values:
     """`low` without the mappings that `high` gives as {}."""
-    kept = {key: value for key, value in low.items() if high.get(key) != {}}
-    pairs = {key: (value, high.get(key)) for key, value in kept.items()}
-    return {
-        key: _less_emptied(value, above) if isinstance(value, dict) and isinstance(above, dict) else value
-        for key, (value, above) in pairs.items()
-    }
+    result: Values = {}
+    for key, value in low.items():
+        above = high.get(key)
+        if isinstance(value, dict) and isinstance(above, dict):
+            if above:
+                result[key] = _less_emptied(value, above)
+        elif above != {}:
+            result[key] = value
+    return result
 
 
 def _keeping(recipe: Recipe, kept: Mapping[Place, str]) -> Recipe:

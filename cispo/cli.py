@@ -129,7 +129,10 @@ def compare(
     updates_per_batch: Annotated[
         str | None, typer.Option(metavar="K,K,...", help="Optimizer steps a batch; each K is a comparison of its own.")
     ] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Runs side by side; as many as fit by default.")] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs side by side, on shared GPUs too; by default as many as have their own."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Folder in output_dir; the recipe's name and -compare.")] = None,
     plot_only: Annotated[
         bool, typer.Option("--plot-only", help="Only rewrite the report of the runs that ended.")

@@ -138,16 +138,18 @@ class Run:
         checkpoint: Path | None = None,
         alone: bool = True,
         group: str = "",
+        side_by_side: int = 1,
         ahead: Ahead | None = None,
         start: StartParts | None = None,
     ) -> None:
         """Writes the resolved recipe and, without a `checkpoint` to resume from, the first policy.
 
         A run that is not `alone` is an arm of a comparison: it ends without a summary. Trackers show the runs of a
-        `group` together. `ahead` has the run's processes under way, `start` the seconds of its start so far.
+        `group` together, and `side_by_side` runs divide the GPUs. `ahead` has the run's processes under way, `start`
+        the seconds of its start so far.
         """
         recipe = settled(recipe)
-        self.group = group
+        self.group, self.side_by_side = group, side_by_side
         self.recipe, self.task, self.screen = recipe, task, screen
         self._claim, self.folder = folder, folder.path
         self.interrupts, self.checkpoint, self.alone = interrupts, checkpoint, alone
@@ -277,6 +279,7 @@ class Run:
             ahead=self._ahead,
             parts=self.start,
             weights_follow=True,
+            side_by_side=self.side_by_side,
             **which,
         )
 

@@ -279,6 +279,7 @@ async def start_engine(
         engine_args=engine_args_of(recipe),
         record_routes=recipe.policy.router_replay == "rollout",
         read_weights=not (weights_follow and placement.device == "cuda"),
+        device=placement.device,
     )
     return EngineHandle(engine)
 
@@ -290,10 +291,10 @@ def transport_of(recipe: Recipe, placement: Placement, *, home: bool = True) -> 
     """
     wanted, on_gpu = recipe.rollout.weight_sync, placement.device == "cuda"
     if wanted == "auto":
+        if recipe.runtime == "local" and on_gpu:
+            return "direct"
         if recipe.rollout.kind == "torch" or (home and not on_gpu):
             return "shared_memory"
-        if recipe.runtime == "local":
-            return "direct"
         return "cuda_ipc" if placement.shares_gpus else "broadcast"
     if wanted == "cuda_ipc" and not placement.shares_gpus:
         raise UserError("rollout.weight_sync cuda_ipc needs learners and engines that share GPUs (rollout.placement)")
@@ -313,6 +314,7 @@ async def running_workers(
     ahead: Ahead | None = None,
     parts: StartParts | None = None,
     weights_follow: bool = False,
+    side_by_side: int = 1,
 ) -> AsyncIterator[tuple[Workers, asyncio.Task[None]]]:
     """Workers with started learners, and the task that starts the engines meanwhile; all end with the block.
 
@@ -329,7 +331,8 @@ async def running_workers(
                 runtime: Runtime = make_runtime(recipe, processes, activity)
                 stack.callback(runtime.close)
                 gpus = runtime.gpus()
-                placement = placement_of(recipe, available=gpus, critic=critic, learners=learners, engines=engines)
+                which = {"critic": critic, "learners": learners, "engines": engines}
+                placement = placement_of(recipe, available=gpus, side_by_side=side_by_side, **which)
                 await runtime.reserve([placement.rank_bundles, placement.engine_bundles])
             else:
                 runtime, placement = started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +71,26 @@ def test_parts_get_gpus(
     elif wanted.runtime == "ray":
         assert [bundle["GPU"] for bundle in found.rank_bundles] == [1]
         assert [bundle["GPU"] for bundle in found.engine_bundles] == [engine] * wanted.rollout.engines
+
+
+@pytest.mark.parametrize(
+    ("runs", "available", "bundle", "each", "cache"),
+    [(3, 1, 0.3333, 0.1666, 0.1), (4, 2, 0.5, 0.25, 0.15), (3, 4, 1, 0.5, 0.3)],
+)
+def test_runs_side_by_side_divide_the_gpus(runs: int, available: int, bundle: float, each: float, cache: float) -> None:
+    found = placement_of(recipe("rollout.gpu_memory=0.3"), available=available, side_by_side=runs)
+    assert found.rank_bundles == ({"GPU": bundle, "CPU": 2},) and found.shares_gpus
+    assert found.rank_gpus == found.engine_gpus == each and 2 * each <= bundle, "Ray must find room for both"
+    assert found.cache_share == pytest.approx(cache), "every engine's cache leaves room for the other runs"
+    assert math.floor(1 / bundle) * available >= runs, "Ray must find room for all runs"
+    alone = placement_of(recipe(), available=4, side_by_side=2)
+    assert not alone.shares_gpus and alone == placement_of(recipe(), available=4)
+
+
+@pytest.mark.parametrize("key", ["rollout.placement=separate", "learner.ranks=2"])
+def test_runs_that_take_whole_gpus_share_none(key: str) -> None:
+    with pytest.raises(UserError, match=f"--parallel 4 on 2 GPUs: with {key.replace('=', ' ')} runs cannot share"):
+        placement_of(recipe(key), available=2, side_by_side=4)
 
 
 @pytest.mark.parametrize(

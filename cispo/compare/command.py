@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NotRequired
 
@@ -53,6 +54,17 @@ from cispo.runtime.watchdog import Activity
 from cispo.start import make_runtime, num_processes
 
 Status = Literal["done", "diverged", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """A comparison under way."""
+
+    plan: Plan
+    task: Task
+    parallel: int
+    """Runs side by side."""
+    interrupts: Interrupts
 
 
 class Outcome(TypedDict):
@@ -132,7 +144,7 @@ async def run_arms(plan: Plan, parallel: int, console: Console, interrupts: Inte
     )
     if not todo:
         return
-    task = task or load_task(first)
+    setup = _Setup(plan, task or load_task(first), parallel, interrupts)
     needed = max(num_processes(arm.recipe, critic=algorithm_of(arm.recipe).critic) for arm in plan.arms)
     activity = Activity()
     cluster = make_runtime(first, needed * parallel, activity)
@@ -143,7 +155,7 @@ async def run_arms(plan: Plan, parallel: int, console: Console, interrupts: Inte
         seed = arm.recipe.seed + index
         if seed not in warm:
             screen = Screen(console, bars=bars, label=f"seed {seed}")
-            warm[seed] = asyncio.create_task(_warm_up(plan, seed, task, slots, screen, interrupts))
+            warm[seed] = asyncio.create_task(_warm_up(setup, seed, slots, screen))
         return warm[seed]
 
     async def one(arm: Arm, index: int) -> None:
@@ -152,7 +164,7 @@ async def run_arms(plan: Plan, parallel: int, console: Console, interrupts: Inte
             if interrupts.requested:
                 return
             label = f"{arm.folder_name} seed {arm.recipe.seed + index}"
-            await _run_arm(plan, arm, index, start, task, Screen(console, bars=bars, label=label), interrupts)
+            await _run_arm(setup, arm, index, start, Screen(console, bars=bars, label=label))
             # Without their cluster the other runs would fail one after the other.
             activity.check()
 
@@ -224,19 +236,17 @@ def _made(folder: Path) -> RunFolder:
     return only_user_of(folder)
 
 
-async def _warm_up(
-    plan: Plan, seed: int, task: Task, slots: asyncio.Semaphore, screen: Screen, interrupts: Interrupts
-) -> str:
+async def _warm_up(setup: _Setup, seed: int, slots: asyncio.Semaphore, screen: Screen) -> str:
     """The policy after the supervised warm-up of a seed, made once: the first arm's, without its algorithm."""
-    folder = plan.folder / "warm" / f"seed_{seed}"
-    neutral = changed(plan.arms[0].recipe, {"seed": seed, "name": "warm", "algorithm": {}}, where="the warm-up")
+    folder = setup.plan.folder / "warm" / f"seed_{seed}"
+    neutral = changed(setup.plan.arms[0].recipe, {"seed": seed, "name": "warm", "algorithm": {}}, where="the warm-up")
     done = CheckpointFolder(folder, 1).whole()
     if done and _holds(folder, neutral) and damage(done[-1], hashes=True) is None:
         return str(done[-1])
     async with slots:
         with _made(folder) as locked:
             locked.empty()
-            return str(await Run(neutral, task, locked, screen, interrupts, alone=False).sft())
+            return str(await _run(setup, neutral, locked, screen).sft())
 
 
 def _holds(folder: Path, recipe: Recipe) -> bool:
@@ -245,28 +255,34 @@ def _holds(folder: Path, recipe: Recipe) -> bool:
     return file.exists() and difference(read_stored(file), recipe) is None
 
 
-async def _run_arm(
-    plan: Plan, arm: Arm, index: int, start: str | None, task: Task, screen: Screen, interrupts: Interrupts
-) -> None:
+def _run(
+    setup: _Setup, recipe: Recipe, locked: RunFolder, screen: Screen, *, checkpoint: Path | None = None, group: str = ""
+) -> Run:
+    return Run(
+        recipe,
+        setup.task,
+        locked,
+        screen,
+        setup.interrupts,
+        checkpoint=checkpoint,
+        alone=False,
+        group=group,
+        side_by_side=setup.parallel,
+    )
+
+
+async def _run_arm(setup: _Setup, arm: Arm, index: int, start: str | None, screen: Screen) -> None:
     """Runs one arm with one seed, from its last checkpoint on, and writes its outcome.
 
     A run that breaks does not end the others. Raises UserError, which is the same for every arm.
     """
-    with _made(run_folder(plan, arm, index)) as locked:
-        await _run_in(locked, plan, arm, index, start, task, screen, interrupts)
+    with _made(run_folder(setup.plan, arm, index)) as locked:
+        await _run_in(locked, setup, arm, index, start, screen)
 
 
-async def _run_in(
-    locked: RunFolder,
-    plan: Plan,
-    arm: Arm,
-    index: int,
-    start: str | None,
-    task: Task,
-    screen: Screen,
-    interrupts: Interrupts,
-) -> None:
-    folder, recipe = locked.path, _with_seed(plan, arm, index)
+async def _run_in(locked: RunFolder, setup: _Setup, arm: Arm, index: int, start: str | None, screen: Screen) -> None:
+    plan, folder = setup.plan, locked.path
+    recipe = _with_seed(plan, arm, index)
     identity = _identity(recipe)
     status: Status = "done"
     sentence: str | None = None
@@ -280,9 +296,9 @@ async def _run_in(
         locked.empty()
     started = time.perf_counter()
     try:
-        run = Run(recipe, task, locked, screen, interrupts, checkpoint=checkpoint, alone=False, group=plan.folder.name)
+        run = _run(setup, recipe, locked, screen, checkpoint=checkpoint, group=plan.folder.name)
         await run.train()
-        if interrupts.requested:
+        if setup.interrupts.requested:
             return
     except UserError:
         raise

@@ -59,11 +59,18 @@ class Placement:
 
 
 def placement_of(
-    recipe: Recipe, *, available: int, critic: bool = False, learners: bool = True, engines: bool = True
+    recipe: Recipe,
+    *,
+    available: int,
+    critic: bool = False,
+    learners: bool = True,
+    engines: bool = True,
+    side_by_side: int = 1,
 ) -> Placement:
     """The recipe's placement on `available` GPUs; bundles are for the processes that a command starts.
 
-    Raises UserError where the processes cannot share GPUs, or there are too few.
+    `side_by_side` runs divide the GPUs, and share each where they are more than these. Raises UserError where the
+    processes cannot share GPUs, or there are too few.
     """
     rollout, ranks = recipe.rollout, recipe.learner.ranks
     in_process, per_rank = recipe.runtime == "local", 1 + int(critic)
@@ -79,9 +86,14 @@ def placement_of(
     separate = _gpus(recipe, critic=critic, shared=False)
     placement = rollout.placement
     if placement == "auto":
-        placement = "separate" if available >= separate else "split"
+        placement = "separate" if available // side_by_side >= separate else "split"
+    runs_per_gpu = math.ceil(side_by_side / available)
     if in_process:
-        return Placement(device="cuda", rank_gpus=1, cache_share=rollout.gpu_memory, sleeps=placement == "sleep")
+        share = rollout.gpu_memory / runs_per_gpu
+        return Placement(device="cuda", rank_gpus=1, cache_share=share, sleeps=placement == "sleep")
+    if runs_per_gpu > 1 and (placement == "separate" or ranks > 1):
+        key = "rollout.placement separate" if placement == "separate" else f"learner.ranks {ranks}"
+        raise UserError(f"--parallel {side_by_side} on {available} GPUs: with {key} runs cannot share a GPU")
     if placement == "separate":
         if available < separate:
             raise UserError(
@@ -96,11 +108,11 @@ def placement_of(
             engine_gpus=rollout.tensor_parallel,
             cache_share=rollout.gpu_memory,
         )
-    return _shared(recipe, available, per_rank, sleeps=placement == "sleep")
+    return _shared(recipe, available, per_rank, runs_per_gpu, sleeps=placement == "sleep")
 
 
-def _shared(recipe: Recipe, available: int, per_rank: int, *, sleeps: bool) -> Placement:
-    """Each learner rank, of `per_rank` processes, and its engines on one GPU."""
+def _shared(recipe: Recipe, available: int, per_rank: int, runs_per_gpu: int, *, sleeps: bool) -> Placement:
+    """Each learner rank, of `per_rank` processes, and its engines on one GPU, or on their part of it."""
     rollout, ranks = recipe.rollout, recipe.learner.ranks
     if rollout.tensor_parallel > 1:
         raise UserError(f"rollout.tensor_parallel {rollout.tensor_parallel} needs rollout.placement separate")
@@ -108,14 +120,15 @@ def _shared(recipe: Recipe, available: int, per_rank: int, *, sleeps: bool) -> P
         raise UserError(f"learner.ranks {ranks} is more than the {available} GPUs that there are")
     engines = math.ceil(rollout.engines / ranks)
     occupants = per_rank + engines
-    share = math.floor(10_000 / occupants) / 10_000  # Ray counts GPUs in ten-thousandths
+    part = 10_000 // runs_per_gpu  # Ray counts GPUs in ten-thousandths
+    share = part // occupants / 10_000
     return Placement(
         device="cuda",
-        rank_bundles=tuple({"GPU": 1, "CPU": occupants} for _ in range(ranks)),
+        rank_bundles=tuple({"GPU": part / 10_000, "CPU": occupants} for _ in range(ranks)),
         rank_gpus=share,
         engine_gpus=share,
         sleeps=sleeps,
-        cache_share=rollout.gpu_memory / engines,
+        cache_share=rollout.gpu_memory / engines / runs_per_gpu,
     )
 
 

@@ -61,6 +61,9 @@ def test_an_empty_mapping_replaces_and_others_merge(tmp_path: Path):
     """The arguments of a recipe's chat template are of no use to a policy with another one."""
     write(tmp_path, MINIMAL + "data: {source: 'a:b', args: {x: 1}, template_args: {think: false}}\n", "base.yaml")
     file = write(tmp_path, "base: base.yaml\ndata: {args: {y: 2}}\n")
+    for items, left in ((["data.args={}", "data.args.z=3"], {"z": 3}), (["data.args.z=3", "data.args={}"], {})):
+        emptied = load_recipe(file, items).data
+        assert emptied is not None and emptied.args == left, "an emptied mapping is filled by later items alone"
     data = load_recipe(file, ["data.template_args={}"]).data
     assert data is not None and data.template_args == {} and data.args == {"x": 1, "y": 2}
     data = load_recipe(write(tmp_path, "base: base.yaml\ndata: {args: {}}\n"), ["data.args.z=3"]).data

@@ -49,7 +49,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if "base" in base_layer:
             raise UserError(f"{base_file}: a base recipe cannot have a base of its own")
         layers.insert(0, base_layer)
-    layers.append(_overridden(overrides))
+    layers += _overridden(overrides)
     recipe, kept = _parsed([migrate(layer, str(file)) for layer in layers], str(file))
     return _keeping(_with_paths(recipe, file, folders), kept)
 
@@ -159,8 +159,9 @@ def _keeping(recipe: Recipe, kept: Mapping[Place, str]) -> Recipe:
     return recipe
 
 
-def _overridden(overrides: Sequence[str]) -> Values:
-    """The nested values of key=value items; of two for one key the later holds."""
+def _overridden(overrides: Sequence[str]) -> list[Values]:
+    """The nested values of key=value items, of two for one key the later; before them the mappings that one empties."""
+    emptied: Values = {}
     layer: Values = {}
     for item in overrides:
         key, equals, given = item.partition("=")
@@ -172,15 +173,18 @@ def _overridden(overrides: Sequence[str]) -> Values:
         if key == "base":
             raise UserError(f"override {_short(item)}: base stands in a recipe's file alone")
         value = text.read_value(given, key, f"override {_short(item)}")
+        empties = value == {}
         for name in reversed(names[1:]):
             value = {name: value}
         layer[names[0]] = _over(layer.get(names[0]), value)
-    return layer
+        if empties:
+            emptied[names[0]] = _over(emptied.get(names[0]), value)
+    return [emptied, layer]
 
 
 def _over(low: object, high: object) -> object:
-    """`high`, with the keys of `low` that it lacks where both are mappings."""
-    if not isinstance(low, dict) or not isinstance(high, dict):
+    """`high`, with the keys of `low` that it lacks where both are mappings and `high` is not the empty one."""
+    if not isinstance(low, dict) or not isinstance(high, dict) or not high:
         return high
     return {**low, **{key: _over(low.get(key), value) for key, value in high.items()}}
 

@@ -3,7 +3,8 @@
     python scripts/bench_lightning.py [--lengths 8192 32768 131072] [--heads 64] [--dim 128] [--skip-peer]
 
 One document in bfloat16. The floor is what must move at the speed of a large copy: four tensors forward, and seven more
-backward. The peer is `chunk_lightning_attn` (its slopes differ from MiniMax's, its cost does not); its first call
+backward. `products` is the time of the products at the rate of a large one: 4 D (C + D) operations a token and head in
+chunks of C = 64, and three times as many backward (dq, dk and dv are such passes). The peer is `chunk_lightning_attn` (its slopes differ from MiniMax's, its cost does not); its first call
 searches its tile sizes for minutes. `issued` times calls as a program makes them, `graph` replays of a CUDA graph, in
 which the host plays no part. Errors are |ours - exact| / |exact| against the float64 form on eight heads.
 """
@@ -20,6 +21,9 @@ from torch import Tensor
 from cispo.ops.lightning import lightning_attention, lightning_decode, lightning_prefill
 
 Step = Callable[[], object]
+
+CHUNK = 64
+"""Tokens of a chunk: fewer mean fewer operations, and products too narrow for the matrix units."""
 
 
 def median(step: Step) -> float:
@@ -39,6 +43,12 @@ def copy_rate() -> float:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / median(lambda: target.copy_(source))
+
+
+def product_rate() -> float:
+    """Operations a millisecond of a product of two random matrices of 8,192 rows in bfloat16."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / median(lambda: a @ b)
 
 
 def inputs(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
@@ -76,21 +86,24 @@ def step_of(attend: Callable[..., Tensor], data: list[Tensor], backward: bool) -
 
 
 def compare(lengths: list[int], heads: int, dim: int, skip_peer: bool) -> None:
-    rate = copy_rate()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {rate / 1e9:.2f} TB/s")
+    rate, products = copy_rate(), product_rate()
+    copied = f"copy {rate / 1e9:.2f} TB/s, product {products / 1e9:.0f} TFLOP/s"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {copied}")
     print(f"H={heads} D={dim} bfloat16; ours, then fla; their ratio")
-    print(f"{'':>8}  {'':<16} {'floor':>8} {'issued':>18} {'ratio':>6} {'graph':>18} {'ratio':>6}")
+    print(f"{'':>8}  {'':<16} {'floor':>8} {'products':>8} {'issued':>18} {'ratio':>6} {'graph':>18} {'ratio':>6}")
     for tokens in lengths:
         data = inputs(tokens, heads, dim, torch.bfloat16)
         runs = contestants(tokens, heads, skip_peer)
         for name, tensors in (("forward", 4), ("forward+backward", 11)):
             floor = tensors * data[0].numel() * data[0].element_size() / rate
+            passes = 1 if tensors == 4 else 4
+            least = passes * 4 * (CHUNK + dim) * data[0].numel() / products
             steps = [step_of(attend, data, backward=tensors == 11) for attend in runs.values()]
             times = [(median(step), median_of_graph(step)) for step in steps]
             cells = []
             for kind in zip(*times, strict=True):
                 cells.append(f"{' '.join(f'{t:8.3f}' for t in kind):>18} {kind[-1] / kind[0]:6.2f}")
-            print(f"{tokens:>8}  {name:<16} {floor:8.3f} {' '.join(cells)}", flush=True)
+            print(f"{tokens:>8}  {name:<16} {floor:8.3f} {least:8.3f} {' '.join(cells)}", flush=True)
 
 
 def errors(heads: int, dim: int) -> None:

@@ -5,8 +5,9 @@
 One document in bfloat16. The floor is what must move at the speed of a large copy: four tensors forward, and seven more
 backward. `products` is the time of the products at the rate of a large one: 4 D (C + D) operations a token and head in
 chunks of C = 64, and three times as many backward (dq, dk and dv are such passes). The peer is `chunk_lightning_attn`
-(its slopes differ from MiniMax's, its cost does not); its first call searches its tile sizes for minutes. `issued` times calls as a program makes them, `graph` replays of a CUDA graph, in
-which the host plays no part. Errors are |ours - exact| / |exact| against the float64 form on eight heads.
+(its slopes differ from MiniMax's, its cost does not); its first call searches its tile sizes for minutes. `issued`
+times calls as a program makes them, `graph` replays of a CUDA graph, in which the host plays no part. Errors are
+|ours - exact| / |exact| against the float64 form on eight heads.
 """
 
 from __future__ import annotations

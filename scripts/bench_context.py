@@ -4,6 +4,7 @@
     python scripts/bench_context.py --out FILE                       two GPUs, everything below
     python scripts/bench_context.py steps --tokens 65536,1048576     a training step on documents of such lengths
     python scripts/bench_context.py attention --tokens 131072        one layer's attention, forward and backward
+    python scripts/bench_context.py latents --tokens 8192,65536      one layer's latent attention, forward and backward
     python scripts/bench_context.py --device cpu --policy tiny --tokens 256
 
 steps       one      1 rank, one document a micro-batch          dp       ranks with a document each, sharded weights
@@ -13,6 +14,9 @@ steps       one      1 rank, one document a micro-batch          dp       ranks 
 attention   whole    all tokens on one rank                      lasp, heads      lightning: LASP+, heads by all-to-all
             gather, ring                                         softmax
             Milliseconds of one document split over the ranks, bfloat16, shapes of the policy's layers.
+latents     whole, gather, ring                                  as many heads as the policy's, of DeepSeek-V3's shape
+            Milliseconds, memory, and up to 8,192 tokens the largest error of output and gradients, over their largest
+            entry, beside float32 on one rank.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import functools
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +36,11 @@ from unittest import mock
 from bench_ranks import Cards, clock, kernels, run, slowest
 from bench_sharding import GIB, POLICIES, TINY, random_weights
 
-STEP_FORMS = ("one", "dp", "gather", "ring")
-ATTENTION_FORMS = ("whole lightning", "lasp", "heads", "whole softmax", "gather", "ring")
+FORMS = {
+    "steps": ("one", "dp", "gather", "ring"),
+    "attention": ("whole lightning", "lasp", "heads", "whole softmax", "gather", "ring"),
+    "latents": ("whole", "gather", "ring"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +191,83 @@ def attention(work: Work, rank: int, address: str) -> dict[str, Any]:
     return {"ms": 1e3 * statistics.median(seconds[2:] or seconds)}
 
 
+def latents(work: Work, rank: int, address: str) -> dict[str, Any]:
+    """Milliseconds, GiB and errors of one layer's latent attention, forward and backward."""
+    import torch
+    import torch.distributed as dist
+
+    from cispo.learner.parallel import join
+    from cispo.ops.cuts import Cut
+    from cispo.policies.attention import Documents
+    from cispo.policies.pieces import Cost, split_plan
+    from cispo.policies.split_documents import SplitDocuments
+
+    device, heads = torch.device(work.device), int(str(work.config["num_attention_heads"]))
+    mesh = join(rank=rank, world=work.ranks, device=device, address=address, cp=work.ranks)
+    generator = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    whole = [draw(work.tokens, *shape).bfloat16() for shape in ((heads, 192), (512,), (1, 64), (heads, 128))]
+    weight = (draw(heads * 256, 512) / 512**0.5).bfloat16()
+    bounds = torch.tensor([0, work.tokens], dtype=torch.int32, device=device)
+    attention, rows = Documents(bounds, work.tokens, work.tokens), slice(None)
+    expected = latent_results(attention, [x.float() for x in (*whole, weight)]) if work.tokens <= 8192 else []
+    if mesh.context is not None:
+        cut = Cut([work.tokens], split_plan([work.tokens], work.ranks, Cost()).pieces, rank, device)
+        nothing, rows = Documents(bounds[:1], 0, 1), cut.own_order
+        attention = SplitDocuments(nothing, 0, cut, mesh.context, form="ring" if work.form == "ring" else "gather")
+    own, now, seconds = [x[rows] for x in whole], clock(work.device), []
+    del whole
+    if work.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(work.steps + 2):
+        before = now()
+        found = latent_results(attention, [*own, weight])
+        seconds.append(now() - before)
+    peak = torch.cuda.max_memory_allocated() if work.device == "cuda" else 0
+    figures = {"ms": 1e3 * statistics.median(seconds[2:]), "peak_gib": peak / GIB}
+    if expected:
+        found = [x.float() for x in found]
+        if mesh.context is not None:
+            dist.all_reduce(found[-1], group=mesh.context.processes)
+        pairs = zip(found, [*(x[rows] for x in expected[:-1]), expected[-1]], expected, strict=True)
+        errors = [float((ours - theirs).abs().max() / of_all.abs().max()) for ours, theirs, of_all in pairs]
+        figures |= {"output error": errors[0], "gradient error": max(errors[1:])}
+    mesh.leave()
+    return figures
+
+
+def latent_results(attention: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Output, gradients of q, latents, rotary keys, and last of the expansion's weight.
+
+    inputs: q, latents, rotary keys, the gradient of the output, the weight.
+    """
+    import torch
+
+    from cispo.ops.expansion import Expansion
+    from cispo.policies.attention import latent_attention
+
+    q, latent, rope, weight = (x.detach().requires_grad_() for x in (*inputs[:3], inputs[4]))
+
+    def keys(latent: Any, rope: Any) -> tuple[Any, Any]:
+        nope, v = (latent @ weight.mT).unflatten(-1, (q.shape[1], -1)).split(128, -1)
+        return torch.cat([nope, rope.expand(-1, q.shape[1], -1)], -1), v
+
+    output = latent_attention(attention, q, [latent, rope], Expansion(keys, [weight]))
+    output.backward(inputs[3])
+    return [output.detach(), q.grad, latent.grad, rope.grad, weight.grad]
+
+
 def table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     names = list(dict.fromkeys(n for figures in results.values() for n in figures if n != "kernels_ms"))
     yield f"| measurement | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for key, figures in results.items():
         cells = (figures.get(n, "") for n in names)
-        yield f"| {key} | {' | '.join(c if isinstance(c, str) else f'{c:,.2f}' for c in cells)} |"
+        yield f"| {key} | {' | '.join(c if isinstance(c, str) else cell(c) for c in cells)} |"
+
+
+def cell(figure: float) -> str:
+    return f"{figure:,.2f}" if not figure or abs(figure) >= 0.1 else f"{figure:.1e}"
 
 
 def check() -> None:
@@ -207,7 +284,7 @@ def check() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=["steps", "attention", []], help="both where none is given")
+    parser.add_argument("kinds", nargs="*", choices=[*FORMS, []], help="steps and attention where none is given")
     parser.add_argument("--check", action="store_true")
     Cards.add_arguments(parser, limit=180.0)
     parser.add_argument("--policy", default="hybrid-1.4b")
@@ -222,14 +299,13 @@ def main() -> None:
         return check()
     cards, results = Cards.of(args), dict[str, dict[str, Any]]()
     for kind in args.kinds or ["steps", "attention"]:
-        forms = STEP_FORMS if kind == "steps" else ATTENTION_FORMS
         for tokens in map(int, args.tokens.split(",")):
-            for form in forms if args.forms is None else [f for f in forms if f in args.forms.split(",")]:
+            for form in [f for f in FORMS[kind] if args.forms is None or f in args.forms.split(",")]:
                 options = {"policy": args.policy, "device": args.device, "world": args.ranks, "steps": args.steps}
                 options |= {"profile": args.profile, "documents": args.documents}
                 work = Work(kind=kind, form=form, tokens=tokens, **options)
                 key = f"{kind} {tokens} {form}"
-                task = functools.partial({"steps": step, "attention": attention}[kind], work)
+                task = functools.partial({"steps": step, "attention": attention, "latents": latents}[kind], work)
                 results[key] = slowest(run(task, cards, ranks=work.ranks))
                 print(f"{key}: {results[key]}", flush=True)
                 if args.out is not None:

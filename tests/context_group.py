@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cispo.algorithms import ALGORITHMS
 from cispo.algorithms.losses import Cispo
@@ -27,6 +28,7 @@ from cispo.batch.packing import pack
 from cispo.learner import critic as critic_module
 from cispo.learner import learner as learner_module
 from cispo.learner import parallel
+from cispo.learner.adapters import Adapters
 from cispo.learner.critic import Critic
 from cispo.learner.learner import Learner
 from cispo.learner.sharding import rows_of
@@ -34,13 +36,17 @@ from cispo.ops.collectives import Group
 from cispo.ops.convolution import CONVOLUTION
 from cispo.ops.cuts import Cut
 from cispo.ops.delta import DELTA
+from cispo.ops.expansion import Expansion
 from cispo.ops.lightning import LIGHTNING
 from cispo.ops.sparse_attention import Index
+from cispo.policies import split_documents
 from cispo.policies.attention import Attention, Documents, latent_attention
+from cispo.policies.lora import AdaptedPolicy
 from cispo.policies.pieces import Cost
 from cispo.policies.split_documents import SoftmaxForm, SplitDocuments
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
+from cispo.recipe.schema import Lora
 from cispo.types import MicroBatch, Sample
 from tests.shard_group import F64, Case, gradients, prompts_shared
 from tests.test_learner import samples
@@ -147,7 +153,9 @@ class Attended:
         index = [draw(tokens, 2, 4), draw(tokens, 4), draw(tokens, 2)] if "sparse" in self.kind else []
         if self.kind == "sparse":
             return [draw(tokens, 4, 8), draw(tokens, 2, 8), draw(tokens, 2, 6), *index, draw(tokens, 4, 6)], []
-        return [draw(tokens, 4, 8), draw(tokens, 5), draw(tokens, 1, 3), *index, draw(tokens, 4, 6)], [draw(5, 44)]
+        # Keys of variance 1, as of normed latents: the rounding of a probability grows with its score.
+        expansion = draw(5, 44) / 5**0.5
+        return [draw(tokens, 4, 8), draw(tokens, 5), draw(tokens, 1, 3), *index, draw(tokens, 4, 6)], [expansion]
 
     def run(self, attention: Attention, tokens: Sequence[Tensor], of_layer: Sequence[Tensor]) -> Tensor:
         if self.kind == "softmax":
@@ -167,7 +175,7 @@ class Attended:
             nope, v = (latent @ of_layer[0]).unflatten(-1, (4, 11)).split([5, 6], -1)
             return torch.cat([nope, rope.expand(-1, 4, -1)], -1), v
 
-        return latent_attention(attention, tokens[0], tokens[1:3], expand, 0.4, index)
+        return latent_attention(attention, tokens[0], tokens[1:3], Expansion(expand, of_layer), 0.4, index)
 
     def results(self, attention: Attention, rows: Tensor, total: int) -> list[Tensor]:
         """Output and gradients of all inputs at `rows` of the pack; the layer's at the end."""
@@ -202,21 +210,58 @@ ATTENDED = {
     "kda": Attended("kda"),
     "sparse": Attended("sparse"),
     "latent": Attended("latent"),
+    "latent ring": Attended("latent", form="ring"),
     "sparse latent": Attended("sparse latent"),
     "softmax float32": Attended("softmax", torch.float32),
     "ring float32": Attended("softmax", torch.float32, form="ring"),
+    "latent ring float32": Attended("latent", torch.float32, form="ring"),
     "lightning float32": Attended("lightning", torch.float32),
     "lightning bfloat16": Attended("lightning", torch.bfloat16),
     "ring bfloat16": Attended("softmax", torch.bfloat16, form="ring"),
+    "latent ring bfloat16": Attended("latent", torch.bfloat16, form="ring"),
 }
 
+
+def rows_expanded(form: SoftmaxForm, group: Group) -> tuple[int, int]:
+    """Latents of which keys and values are in memory together, at most, and of all ranks, in a pass with gradient."""
+    lengths, made, most = LENGTHS["ragged"], list[tuple[StorageWeakRef, int]](), 0
+    cut = Cut(lengths, zigzag(lengths, group.size), group.rank, torch.device("cpu"))
+    weight = torch.randn(5, 44).requires_grad_()
+
+    def expand(latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal most
+        nope, v = (latent @ weight).unflatten(-1, (4, 11)).split([5, 6], -1)
+        if len(latent):
+            made.append((StorageWeakRef(v.untyped_storage()), len(latent)))
+            most = max(most, sum(rows for storage, rows in made if not storage.expired()))
+        return torch.cat([nope, rope.expand(-1, 4, -1)], -1), v
+
+    q, latent, rope = (torch.randn(cut.tokens, *n).requires_grad_() for n in ((4, 8), (5,), (1, 3)))
+    attention = SplitDocuments(Documents(torch.zeros(1, dtype=torch.int32), 0, 1), 0, cut, group, form=form)
+    attention.latent_softmax(q, [latent, rope], Expansion(expand, [weight])).sum().backward()
+    return most, sum(lengths)
+
+
 # The learner
+
+
+@dataclass(frozen=True)
+class ContextCase(Case):
+    """A batch's loss and gradient beside one rank's."""
+
+    ring: bool = False
+    """Softmax layers of split documents in a ring, whatever their keys and values are."""
+    lora: bool = False
+    """An adapter alone is trained, both of its halves off zero."""
+    bound: float = 1e-6
+    """On errors in float32. A tiny policy of latent attention has 2e-6 on one rank, from its own float64."""
+
 
 MESHES = {2: [(1, 2)], 4: [(2, 2), (1, 4)]}
 """(shares, ranks of a group) by world."""
 
 
-def meshes_of(case: Case, world: int, every: bool = False) -> list[tuple[int, int]]:
+def meshes_of(case: ContextCase, world: int, every: bool = False) -> list[tuple[int, int]]:
     """`every` mesh for the table of `scripts/bench_context.py`; in tests all for two cases, fewer for the others."""
     if every or (world in case.worlds and "tied" in case.folder and case.dtype == F64):
         return MESHES[world]
@@ -224,16 +269,23 @@ def meshes_of(case: Case, world: int, every: bool = False) -> list[tuple[int, in
 
 
 CASES = [
-    Case("hybrid", "untied", aux=0.5, checkpointing=True),
-    Case("hybrid float32", "untied", dtype="float32", aux=0.5, worlds=(2,)),
-    Case("tied, sequences, shared prompts", "tied", objective=SEQUENCE, share_prompts=True, aux=0.5),
-    Case("sequences float32", "tied", dtype="float32", objective=SEQUENCE, checkpointing=True, worlds=(2,)),
-    Case("one sample", "untied", aux=0.5, share_prompts=True, count=1, worlds=(4,)),
-    Case("gated DeltaNet", "qwen3_next", aux=0.5, checkpointing=True),
-    Case("Kimi Delta", "kimi_linear", aux=0.5, worlds=(2,)),
-    Case("latent attention", "deepseek_v3", objective=SEQUENCE),
-    Case("sparse attention", "deepseek_v32", aux=0.5, checkpointing=True, worlds=(2,)),
-    Case("dense", "dense", share_prompts=True, objective=SEQUENCE, worlds=(2,)),
+    ContextCase("hybrid", "untied", aux=0.5, checkpointing=True),
+    ContextCase("hybrid float32", "untied", dtype="float32", aux=0.5, worlds=(2,)),
+    ContextCase("tied, sequences, shared prompts", "tied", objective=SEQUENCE, share_prompts=True, aux=0.5),
+    ContextCase("sequences float32", "tied", dtype="float32", objective=SEQUENCE, checkpointing=True, worlds=(2,)),
+    ContextCase("one sample", "untied", aux=0.5, share_prompts=True, count=1, worlds=(4,)),
+    ContextCase("gated DeltaNet", "qwen3_next", aux=0.5, checkpointing=True),
+    ContextCase("Kimi Delta", "kimi_linear", aux=0.5, worlds=(2,)),
+    ContextCase("latent attention", "deepseek_v3", objective=SEQUENCE),
+    ContextCase("sparse attention", "deepseek_v32", aux=0.5, checkpointing=True, worlds=(2,)),
+    ContextCase("dense", "dense", share_prompts=True, objective=SEQUENCE, worlds=(2,)),
+    ContextCase("latent ring", "deepseek_v3", objective=SEQUENCE, ring=True),
+    ContextCase(
+        "latent ring float32", "deepseek_v3", dtype="float32", objective=SEQUENCE, worlds=(2,), ring=True, bound=3e-6
+    ),
+    ContextCase("latent ring, recomputed layers", "deepseek_v3", aux=0.5, checkpointing=True, ring=True),
+    ContextCase("Kimi Delta, latent ring", "kimi_linear", aux=0.5, ring=True),
+    ContextCase("latent ring, adapter", "deepseek_v3", checkpointing=True, worlds=(2,), ring=True, lora=True),
 ]
 
 
@@ -248,7 +300,18 @@ def packed(
     return pack(given, reduction=reduction, ranks=shares, context=context, cost=Cost(quadratic=30.0), **options)  # type: ignore[arg-type]
 
 
-def learner_result(learner: Learner, case: Case, own: Sequence[MicroBatch]) -> dict[str, Any]:
+def new_learner(root: Path, case: ContextCase, rank: int = 0, world: int = 1) -> Learner:
+    adapters = Adapters(lora=Lora(rank=2, alpha=4.0), seed=3) if case.lora else None
+    options = {"dtype": case.dtype, "rank": rank, "world": world, "adapters": adapters}
+    learner = Learner(str(root / case.folder), case.config, **options)
+    if isinstance(learner.policy, AdaptedPolicy):
+        generator = torch.Generator().manual_seed(5)
+        shapes = {name: half.shape for name, half in learner.policy.adapter().items()}
+        learner.policy.load_adapter({n: 0.1 * torch.randn(s, generator=generator) for n, s in shapes.items()})
+    return learner
+
+
+def learner_result(learner: Learner, case: ContextCase, own: Sequence[MicroBatch]) -> dict[str, Any]:
     """Loss, gradients (this rank's rows), norm, and log-probabilities a micro-batch."""
     logprobs = learner.logprobs(own)
     result = learner.forward_backward(own, case.objective)
@@ -291,15 +354,21 @@ def _entry(own: int, world: int, root: Path, address: str, every: bool) -> None:
         for kind, layout in attended.cuts:
             pieces = LAYOUTS[layout](LENGTHS[kind], world)
             results[f"{name}, {kind}, {layout}"] = attended.pieces(LENGTHS[kind], pieces, group)
+    forms: list[SoftmaxForm] = ["gather", "ring"]
+    results |= {f"rows expanded, {form}": rows_expanded(form, group) for form in forms}
     for shares, context in MESHES[world]:
         for number, case in enumerate(CASES):
             if (shares, context) not in meshes_of(case, world, every):
                 continue
             made = meshes[context, number % 2 == 0]
-            with mock.patch.object(learner_module, "join", lambda made=made, **_: made):
-                learner = Learner(str(root / case.folder), case.config, dtype=case.dtype, rank=own, world=world)
-            mine = batch(shares, context, count=case.count, share_prompts=case.share_prompts)[own]
-            results[f"{case.name}, {shares} x {context}"] = learner_result(learner, case, mine)
+            most = 0 if case.ring else split_documents._GATHERED
+            with (
+                mock.patch.object(learner_module, "join", lambda made=made, **_: made),
+                mock.patch.object(split_documents, "_GATHERED", most),
+            ):
+                mine = batch(shares, context, count=case.count, share_prompts=case.share_prompts)[own]
+                learner = new_learner(root, case, own, world)
+                results[f"{case.name}, {shares} x {context}"] = learner_result(learner, case, mine)
         made = meshes[context, True]
         with mock.patch.object(critic_module, "join", lambda made=made, **_: made):
             critic = Critic(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cispo.errors import UserError
+from cispo.ops.expansion import Recomputed
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.sparse_attention import Index
 from cispo.policies.families import family_of
@@ -20,6 +21,8 @@ from cispo.policies.hybrid import deepseek, kimi_linear
 from cispo.policies.hybrid.config import IndexerConfig, MLAConfig
 from cispo.policies.hybrid.mla import Indexer, MultiHeadLatentAttention, turn
 from cispo.policies.loading import count_parameters, init_policy, load_policy
+from cispo.policies.lora import adapt
+from cispo.recipe.schema import Lora
 from tests.tiny_hybrids import COMMON, TINY, VOCAB, draw_weights, save
 from tests.tiny_policies import assert_close, bounds, logprobs, tokens_of
 
@@ -141,6 +144,31 @@ def test_expanded_keys_by_hand() -> None:
     assert_close(absorbed, torch.tensor([1.0, 4.0]), 1e-5)
     assert_close(latents @ absorbed, torch.tensor([1.0, 5.0]), 1e-5)
     assert attention.scale == 0.25 and v.shape == (2, 1, 1)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_recomputed_expansion_has_the_gradients_of_a_kept_one(adapter: bool) -> None:
+    """Of the latents and of all weights that are trained: with an adapter its two matrices alone. float64, 1e-12."""
+    policy = init_policy(TINY["deepseek_v3"].hf_config, seed=0)
+    if adapter:
+        policy = adapt(policy, Lora(rank=3, targets=["kv_b_proj"]))
+        policy.load_adapter({name: torch.randn(w.shape) for name, w in policy.adapter().items()})
+    policy.double()
+    mla = next(module for module in policy.modules() if isinstance(module, MultiHeadLatentAttention))
+    expand, config = mla.expansion, mla.config
+    assert len(expand.trained) == (2 if adapter else 1)
+    latents = torch.randn(7, config.kv_lora_rank).double(), torch.randn(7, 1, config.rope_dim).double()
+    kept = [x.clone().requires_grad_() for x in latents]
+    k, v = expand(*kept)
+    above = torch.randn_like(k), torch.randn_like(v)
+    expected = torch.autograd.grad((k, v), (*kept, *expand.trained), above)
+    recomputed = Recomputed(expand, *latents)
+    assert torch.equal(recomputed.keys, k) and torch.equal(recomputed.values, v)
+    assert [tuple(x.shape) for x in expand.shapes(*latents)] == [(0, *k.shape[1:]), (0, *v.shape[1:])]
+    of_latents, of_weights = recomputed.gradients(*above)
+    for ours, theirs in zip((*of_latents, *of_weights), expected, strict=True):
+        assert_close(ours, theirs, 1e-12)
+    assert all(weight.grad is None for weight in expand.weights)
 
 
 def test_pairs_and_halves_by_hand() -> None:

@@ -13,7 +13,7 @@ forward pass. Bytes received are as many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cispo.learner.memory import layers_of
 from cispo.learner.parallel import Mesh
+from cispo.ops.expansion import Expansion
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.sparse_attention import Index
 from cispo.policies.moe import Experts
@@ -110,12 +111,12 @@ class _Widths:
         self,
         q: Tensor,
         latents: Sequence[Tensor],
-        expand: Callable[..., tuple[Tensor, Tensor]],
+        expand: Expansion,
         scale: float | None = None,
         index: Index | None = None,
     ) -> Tensor:
         self._rows(*latents, *(() if index is None else (index.keys,)))
-        return q.new_empty(*q.shape[:2], expand(*latents)[1].shape[2])
+        return q.new_empty(*q.shape[:2], expand.shapes(*latents)[1].shape[2])
 
     def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
         output = torch.empty_like(inputs[min(2, op.token_inputs - 1)])

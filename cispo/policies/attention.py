@@ -23,7 +23,7 @@ The index tensors of a form are computed once a forward pass, for all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cispo.ops.expansion import Expansion
 from cispo.ops.product_attention import Batch, Padding, product_attention
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.sparse_attention import Index, sparse_attention
@@ -68,12 +69,11 @@ class ReadsLatents(Protocol):
         self,
         q: Tensor,
         latents: Sequence[Tensor],
-        expand: Callable[..., tuple[Tensor, Tensor]],
+        expand: Expansion,
         scale: float | None = None,
         index: Index | None = None,
     ) -> Tensor:
-        """`softmax`, `sparse_softmax` with an index, over the k [n, H, D] and v [n, H, E] that `expand` makes of
-        latents [n, ...]."""
+        """`softmax`, `sparse_softmax` with an index, over the keys and values that `expand` makes of two latents."""
         ...
 
 
@@ -81,7 +81,7 @@ def latent_attention(
     attention: Attention,
     q: Tensor,
     latents: Sequence[Tensor],
-    expand: Callable[..., tuple[Tensor, Tensor]],
+    expand: Expansion,
     scale: float | None = None,
     index: Index | None = None,
 ) -> Tensor:

@@ -7,7 +7,7 @@
     convolution      the few inputs before each piece by one all-gather
     delta rule       heads by all-to-all: each rank runs the kernel on all tokens of some heads
     softmax          keys and values by one all-gather, or in a ring (`ops.split_attention`)
-    latents          the same by all-gathered latents, which each rank expands
+    latents          the same by latents instead, which each rank expands, in a ring those of one rank at a time
     sparse softmax   by all-gathered keys, values and index keys; the selection is that of one rank
 
 The delta rule's states could travel too, with the products of all transitions of a piece. They would be exact only in
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -29,19 +30,17 @@ from torch import Tensor
 
 from cispo.ops.collectives import Counts, Gather, Group, empty_of, exchange, tie
 from cispo.ops.cuts import Cut
+from cispo.ops.expansion import Expansion
 from cispo.ops.lasp import Lasp
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.sparse_attention import Index, sparse_suffix
 from cispo.ops.split_attention import over_keys, ring
 from cispo.policies.attention import Attention, choose_form, widened
 
-# Bytes of all keys and values of one layer on each rank.
+# Bytes of all keys and values of one layer on each rank, those of latents expanded.
 _GATHERED = 4 << 30
 
 SoftmaxForm = Literal["gather", "ring"]
-
-Expand = Callable[..., tuple[Tensor, Tensor]]
-"""Latents [n, ...] to keys [n, H, D] and values [n, H, E]."""
 
 
 class SplitDocuments:
@@ -65,7 +64,7 @@ class SplitDocuments:
         if (self.form or self._choose(k, v)) == "ring":
             wide = widened(own_v, own_q) if flash else own_v
             whole = self._of_whole(lambda: self.whole.softmax(q, k, v, scale), q, v)
-            own = ring(own_q, own_k, wide, self.cut, self.group, factor, flash=flash)[..., : v.shape[-1]]
+            own = ring(own_q, (own_k, wide), self.cut, self.group, factor, flash=flash)[..., : v.shape[-1]]
             return torch.cat([whole, own])
         coming = self._gather(own_k, own_v)
         whole = self._of_whole(lambda: self.whole.softmax(q, k, v, scale), q, v)
@@ -77,12 +76,17 @@ class SplitDocuments:
         self,
         q: Tensor,
         latents: Sequence[Tensor],
-        expand: Expand,
+        expand: Expansion,
         scale: float | None = None,
         index: Index | None = None,
     ) -> Tensor:
-        """`softmax`, or `sparse_softmax` with an index, over the keys and values that `expand` makes of latents."""
+        """`softmax`, or `sparse_softmax` with an index, over the keys and values that `expand` makes of two latents.
+
+        Sparse attention has no ring: a query selects among all keys at once.
+        """
         (q, own_q), parts = q.split(self._sizes), [x.split(self._sizes) for x in latents]
+        if index is None and (self.form or self._choose(*expand.shapes(*latents))) == "ring":
+            return self._latent_ring(q, own_q, parts, expand, scale)
         coming = self._gather(*(own for _, own in parts))
         indices, keys_coming = self._indices(index)
 
@@ -123,6 +127,23 @@ class SplitDocuments:
             finish = lambda: [by_heads(op, own, self.cut, self.group)]  # noqa: E731
         done = [self.whole.recurrent(op, *whole, *of_layer)] if self._sizes[0] else []
         return torch.cat([*done, *finish()])
+
+    def _latent_ring(
+        self,
+        q: Tensor,
+        own_q: Tensor,
+        latents: Sequence[tuple[Tensor, ...]],
+        expand: Expansion,
+        scale: float | None,
+    ) -> Tensor:
+        """Of whole documents and pieces; latents: (of the former, of the latter) of each kind."""
+        (first, own_first), (second, own_second) = latents
+        _, v = expand.shapes(first, second)
+        whole = self._of_whole(lambda: self.whole.softmax(q, *expand(first, second), scale), q, v)
+        flash, factor = choose_form(own_q, v) == "varlen", q.shape[-1] ** -0.5 if scale is None else scale
+        wide = replace(expand, function=partial(_widened, expand)) if flash else expand
+        own = ring(own_q, (own_first, own_second), self.cut, self.group, factor, flash=flash, expand=wide)
+        return torch.cat([whole, own[..., : v.shape[-1]]])
 
     def _choose(self, k: Tensor, v: Tensor) -> SoftmaxForm:
         width = k.shape[1:].numel() * k.itemsize + v.shape[1:].numel() * v.itemsize
@@ -178,6 +199,12 @@ class SplitDocuments:
             part = replace(index, queries=index.queries[own], keys=keys[seen], weights=index.weights[own])
             outputs.append(sparse_suffix(q[own], k[seen], v[seen], part, factor))
         return torch.cat(outputs) if outputs else q.new_empty(0, q.shape[1], v.shape[-1])
+
+
+def _widened(expand: Expansion, *latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys, and values as wide as they are."""
+    k, v = expand(*latents)
+    return k, widened(v, k)
 
 
 class _Window:

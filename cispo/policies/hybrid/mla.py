@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cispo.ops.expansion import Expansion
 from cispo.ops.sparse_attention import Index
 from cispo.policies.attention import Attention, latent_attention
 from cispo.policies.hybrid.config import IndexerConfig, MLAConfig
@@ -65,8 +66,13 @@ class MultiHeadLatentAttention(nn.Module):
             k_rope = turn(k_rope, rotary, pairs=pairs)
         index = None if self.indexer is None else self.indexer(x, latent_q, rotary)
         latents = self.kv_a_layernorm(latent), k_rope
-        attended = latent_attention(attention, q, latents, self._expand, config.scale, index)
+        attended = latent_attention(attention, q, latents, self.expansion, config.scale, index)
         return self.o_proj(attended.flatten(1))
+
+    @property
+    def expansion(self) -> Expansion:
+        """Keys and values of `forward`'s latents; one a pass, since FSDP and adapters replace parameters."""
+        return Expansion(self._expand, tuple(self.kv_b_proj.parameters()))
 
     def _expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [n, H, nope + rope] and values [n, H, value_dim] of normed latents [n, R] and k_rope [n, 1, rope]."""

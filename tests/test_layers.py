@@ -37,13 +37,18 @@ ONLY_IN = {
     "vllm": {
         "agents.parsing",
         "engines.vllm_engine",
+        "engines.vllm_sample",
+        "engines.vllm_scheduler",
         "engines.vllm_start",
+        "engines.vllm_steady",
         "policies.hybrid.vllm_attention",
         "policies.hybrid.vllm_config",
         "policies.hybrid.vllm_model",
         "policies.hybrid.vllm_states",
+        "policies.minimax.vllm_lightning",
         "policies.minimax.vllm_model",
         "policies.minimax.vllm_states",
+        "policies.vllm_experts",
         "policies.vllm_plugin",
         "policies.vllm_ranks",
         "policies.vllm_slots",
@@ -62,10 +67,12 @@ ONLY_IN = {
     "triton": {
         "ops.convolution_triton",
         "ops.delta_triton",
+        "ops.experts_triton",
         "ops.lightning_kernels",
         "ops.lightning_overlap",
         "ops.lightning_triton",
         "ops.logprobs_triton",
+        "ops.norms_triton",
     },
 }
 

@@ -69,6 +69,26 @@ def test_steps_are_kept_and_taken_once() -> None:
     assert recorder.take().logprobs.tolist() == [-5, -6]
 
 
+def test_steps_of_the_fused_sampler_are_kept_among_the_others() -> None:
+    """A step that it does not know goes to vLLM's sampler; positions of either kind come in order."""
+    _, outputs = inner = recording([[-1.0]])
+
+    def fused(logits: Tensor, step: Any) -> tuple[Output, Tensor, Tensor] | None:
+        if len(logits) == 1:
+            return None
+        output = Output(torch.zeros(2, 1), None, step.sampled)
+        return output, torch.tensor([7, 8]), torch.tensor([-2.0, -3.0])
+
+    recorder = RecordingSampler(inner[0].sampler, fused)  # type: ignore[arg-type]
+    assert recorder(torch.zeros(2, 4), batch(["a", "b"], [6, 7], [1, 0])).logprobs_tensors is None
+    assert not outputs, "vLLM's sampler has nothing to do"
+    assert recorder(torch.zeros(1, 4), batch(["a"], [7], [1])).logprobs_tensors is None
+    recorder.send()
+    records = recorder.take()
+    assert records.requests == ["a", "b", "a"] and records.positions.tolist() == [7, 8, 8]
+    assert records.logprobs.tolist() == [-2, -3, -1] and records.sampled.tolist() == [True, False, True]
+
+
 def rows(entries: list[tuple[str, int, float, bool]]) -> Records:
     ids, positions, logprobs, sampled = zip(*entries, strict=True)
     return Records(list(ids), np.array(positions), np.array(logprobs, np.float32), np.array(sampled))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cispo.engines.sampled_tokens import StepTokens
 from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.vllm_engine import VLLMEngine
@@ -293,14 +294,24 @@ def as_on_a_gpu(engine: VLLMEngine) -> None:
     sent: list[tuple[str, int, float]] = []
     queue: deque[Any] = deque(maxlen=2)
 
+    def record(request: str, logprob: float) -> None:
+        start = len(engine._requests[request].prompt)
+        positions[request] = positions.get(request, start - 1) + 1
+        records.append((request, positions[request], logprob))
+
     def step() -> tuple[Any, bool]:
         if core.scheduler.has_requests():
             outputs, executed = type(core).step(core)
-            for output in outputs[0].outputs if outputs else []:
-                start = len(engine._requests[output.request_id].prompt)
-                position = positions[output.request_id] = positions.get(output.request_id, start - 1) + 1
-                records.append((output.request_id, position, float(output.new_logprobs.logprobs[0, 0])))
-                output.new_logprobs = None
+            found = outputs[0].outputs if outputs else []
+            if isinstance(found, StepTokens):
+                assert found.logprobs is not None
+                for request, logprob in zip(found.requests, found.logprobs, strict=True):
+                    record(request, logprob)
+                outputs[0].outputs = found._replace(logprobs=None)
+            else:
+                for output in found:
+                    record(output.request_id, float(output.new_logprobs.logprobs[0, 0]))
+                    output.new_logprobs = None
             queue.appendleft((outputs, executed))
             if len(queue) < 2 and core.scheduler.has_requests():
                 return None, executed

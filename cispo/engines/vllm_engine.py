@@ -19,7 +19,8 @@ from torch import nn
 from cispo.engines.drafts import Draft
 from cispo.engines.engine import check_model
 from cispo.engines.random_stream import seeded
-from cispo.engines.vllm_logprobs import PendingLogprobs, SampledTokens
+from cispo.engines.sampled_tokens import SampledTokens, StepTokens
+from cispo.engines.vllm_logprobs import PendingLogprobs
 from cispo.engines.vllm_routes import RouteTable
 from cispo.engines.vllm_start import start_vllm
 from cispo.runtime.start_parts import Parts
@@ -170,8 +171,10 @@ class VLLMEngine:
         self._core.abort_requests(requests)  # vLLM ignores those that have ended
         self._forget(requests)
 
-    def _take(self, outputs: Sequence[EngineCoreOutput]) -> list[Draft]:
+    def _take(self, outputs: Sequence[EngineCoreOutput] | StepTokens) -> list[Draft]:
         """Adds the tokens of a step to their requests; returns the drafts completed by them."""
+        if isinstance(outputs, StepTokens):
+            return self._take_step(outputs)
         # Others were dropped, or ended by a rule, while this step was under way.
         outputs = [output for output in outputs if output.request_id in self._requests]
         self.sampled += sum(len(output.new_token_ids) for output in outputs)
@@ -182,6 +185,15 @@ class VLLMEngine:
             return self._extend(map(_sampled_tokens, outputs))
         for output in outputs:
             self._pending.add(output.request_id, output.new_token_ids, _reason(output))
+        return []
+
+    def _take_step(self, step: StepTokens) -> list[Draft]:
+        """As `_take`, for a step whose requests all decode."""
+        step = step.only(self._requests)
+        self.sampled += len(step.tokens)
+        if self._pending is None:
+            return self._extend(step.split())
+        self._pending.add_step(step)
         return []
 
     def _extend(self, sampled: Iterable[SampledTokens]) -> list[Draft]:

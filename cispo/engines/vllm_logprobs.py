@@ -6,7 +6,7 @@
 
 vLLM returns log-probabilities as objects, one per token and step, which costs as much host time as all the rest of a
 step (docs/performance.md). Here the sampler computes the same numbers and a wrapper keeps them. The worker runs
-`RecorderExtension`, which vLLM imports by name: this module imports vLLM nowhere.
+`RecorderExtension`, which vLLM imports by name: this module imports vLLM only there (`vllm_sample`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cispo.engines.drafts import Draft
+from cispo.engines.sampled_tokens import SampledTokens, StepTokens
 from cispo.engines.vllm_routes import RouteExtension
 
 # Steps between fetches of running requests where a rule may end one because of its log-probabilities.
@@ -74,6 +75,10 @@ class _Sampler(Protocol):
     def __call__(self, logits: Tensor, batch: _InputBatch, /) -> _SamplerOutput: ...
 
 
+# `vllm_sample.FusedSampler`: a step's output, positions of the samples and log-probabilities, None for other steps.
+_FusedSampler = Callable[[Tensor, _InputBatch], tuple[_SamplerOutput, Tensor, Tensor] | None]
+
+
 class _ModelRunner(Protocol):
     sampler: _Sampler
 
@@ -105,8 +110,9 @@ class _Sent:
 class RecordingSampler:
     """A sampler of vLLM's second model runner that keeps the log-probabilities it computes on the device."""
 
-    def __init__(self, sampler: _Sampler) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: _Sampler, fused: _FusedSampler | None = None) -> None:
+        """`fused` samples the steps that it knows, with the same numbers as `sampler`."""
+        self.sampler, self._fused = sampler, fused
         self.steps: list[_Step] = []
         self._sent: _Sent | None = None
 
@@ -114,13 +120,17 @@ class RecordingSampler:
         return getattr(self.sampler, name)
 
     def __call__(self, logits: Tensor, batch: _InputBatch, /) -> _SamplerOutput:
-        output = self.sampler(logits, batch)
-        if output.logprobs_tensors is None:
-            return output
-        positions = batch.positions[batch.logits_indices] + 1
-        step = _Step(tuple(batch.req_ids), positions, output.logprobs_tensors.logprobs[:, 0], output.num_sampled)
-        self.steps.append(step)
-        return replace(output, logprobs_tensors=None)
+        fused = None if self._fused is None else self._fused(logits, batch)
+        if fused is not None:
+            output, positions, logprobs = fused
+        else:
+            output = self.sampler(logits, batch)
+            if output.logprobs_tensors is None:
+                return output
+            positions, logprobs = batch.positions[batch.logits_indices] + 1, output.logprobs_tensors.logprobs[:, 0]
+            output = replace(output, logprobs_tensors=None)
+        self.steps.append(_Step(tuple(batch.req_ids), positions, logprobs, output.num_sampled))
+        return output
 
     def send(self) -> None:
         """Queues a copy of the recorded steps to the host behind the steps on the device; does not wait for it."""
@@ -155,7 +165,11 @@ class RecorderExtension(RouteExtension):
         """Starts to record; False where this worker's sampler returns log-probabilities with the tokens."""
         if not self.use_v2_model_runner:
             return False
-        self._recorder = RecordingSampler(self.model_runner.sampler)
+        from cispo.engines.vllm_sample import FusedSampler
+
+        runner = self.model_runner
+        fused = FusedSampler.of(runner)  # type: ignore[arg-type]
+        self._recorder = RecordingSampler(runner.sampler, fused)  # type: ignore[arg-type]
         self.model_runner.sampler = self._recorder
         return True
 
@@ -164,16 +178,6 @@ class RecorderExtension(RouteExtension):
 
     def take_logprobs(self) -> Records:
         return self._recorder.take()
-
-
-class SampledTokens(NamedTuple):
-    """The next tokens of a request."""
-
-    request: str
-    tokens: list[int]
-    logprobs: list[float]
-    reason: str | None
-    """Why vLLM ended the request with the last of them; None while more are to come."""
 
 
 @dataclass(slots=True)
@@ -233,6 +237,14 @@ class PendingLogprobs:
         entry.reason = reason
         if reason is not None:
             self._end(entry)
+
+    def add_step(self, step: StepTokens) -> None:
+        """Adds the tokens of a step of many requests."""
+        requests = self._requests
+        for request, token in zip(step.requests, step.tokens, strict=True):
+            requests[request].pending.append(token)
+        for index, reason in step.reasons.items():
+            self.add(step.requests[index], (), reason)
 
     def fetch_due(self) -> bool:
         """Starts a fetch where one is due, once a step; True where every request has ended and no step will follow."""

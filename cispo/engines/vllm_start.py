@@ -28,7 +28,7 @@ from cispo.weights.vllm_receiver import TRANSFER_BACKEND, register_transfer_back
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
-    from vllm.config import VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
     from vllm.v1.executor import Executor
 
 # Read when vLLM and torch are imported. One process holds the whole engine: the two that vLLM would spawn import it
@@ -116,6 +116,7 @@ def start_vllm(
         _check_cpu(config)
     if config.cache_config.kv_cache_memory_bytes is None and "gpu_memory_utilization" not in arguments:
         config.cache_config.kv_cache_memory_bytes = min(_cache_bytes(config), _free_bytes(device, memory))
+    choose_scheduler(config.scheduler_config)
     try:
         # As LLMEngine.from_vllm_config, in this process.
         return LLMEngine(
@@ -125,6 +126,14 @@ def start_vllm(
         )
     except SafetensorError as error:
         raise UserError(f"{arguments['model']}: a weight file is broken or cut short: {error}") from error
+
+
+def choose_scheduler(config: SchedulerConfig) -> None:
+    """Ours, unless `rollout.engine_args` name another one."""
+    from cispo.engines.vllm_scheduler import SteadyAsyncScheduler, SteadyScheduler
+
+    if config.scheduler_cls is None:
+        config.scheduler_cls = SteadyAsyncScheduler if config.async_scheduling else SteadyScheduler
 
 
 def _timed(executor: type[Executor], parts: Parts) -> type[Executor]:

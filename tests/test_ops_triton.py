@@ -290,6 +290,27 @@ def test_decode_steps_equal_the_full_forward(dtype: torch.dtype, backend) -> Non
     check(cache[2], exact_state[0], LIMITS[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", DIMS)
+def test_decode_takes_silu_as_it_reads(dim: int, dtype: torch.dtype) -> None:
+    """Of q, k and v as they lie in a projection, between other columns; rounded as torch's own SiLU rounds."""
+    joint = torch.randn(5, HEADS * 3 * dim + 7, generator=torch.Generator().manual_seed(3)).mul(4).to(DEVICE, dtype)
+    joint[:, HEADS * 3 * dim :] = torch.nan
+    qkv = joint[:, : HEADS * 3 * dim].unflatten(-1, (HEADS, 3 * dim))
+    cache, slopes = make_cache(dim, 6), SLOPES.to(DEVICE)
+    slots = torch.tensor([3, -1, 0, 5, 1], dtype=torch.int32, device=DEVICE)
+    fresh = torch.tensor([False, False, True, True, False], device=DEVICE)
+    expected = cache.clone()
+    q, k, v = torch.nn.functional.silu(qkv).split(dim, -1)
+    wanted = lightning_decode(q, k, v, slopes, expected, slots, fresh, backend="torch")
+    for backend in ("torch", "triton"):
+        states = cache.clone()
+        q, k, v = qkv.split(dim, -1)
+        out = lightning_decode(q, k, v, slopes, states, slots, fresh, silu=True, backend=backend)
+        check(out, wanted.double().cpu(), LIMITS[dtype])
+        check(states, expected.double().cpu(), 1e-5 if dtype == torch.float32 else 1e-4)
+
+
 @pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
 def test_a_graph_of_a_decode_step_follows_its_slots() -> None:
     dim = 128

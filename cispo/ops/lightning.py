@@ -18,6 +18,7 @@ Source: arXiv 2401.04658 (Lightning Attention-2), for any document lengths.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cispo.ops.backend import Backend, choose_backend
@@ -106,17 +107,21 @@ def lightning_decode(
     cache: Tensor,
     slots: Tensor,
     fresh: Tensor | None = None,
+    silu: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """One token of each of S sequences: S = e^-s S + k^T v in the cache, o = q S; without gradient.
 
-    q, k, v [S, H, D]; cache, slots and fresh as in `lightning_prefill`, but negative slots are padding: their outputs
-    are zero. On a GPU it is one launch, which depends on shapes alone, so a CUDA graph can hold it.
+    q, k, v [S, H, D], of which `silu` takes the SiLU first; cache, slots and fresh as in `lightning_prefill`, but
+    negative slots are padding: their outputs are zero. On a GPU it is one launch, which depends on shapes alone, so a
+    CUDA graph can hold it.
     """
     if _uses_kernels(q, k, v, backend):
         from cispo.ops import lightning_triton
 
-        return lightning_triton.decode(q, k, v, slopes, cache, slots, fresh)
+        return lightning_triton.decode(q, k, v, slopes, cache, slots, fresh, silu)
+    if silu:
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
     used = slots >= 0
     state = read_states(cache, slots[used], None if fresh is None else fresh[used])
     dtype = state.dtype
@@ -128,10 +133,14 @@ def lightning_decode(
 
 
 def lightning_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, states: Tensor) -> Tensor:
-    """`lightning_decode` in plain torch where sequence i has its state in row i: states [S, H, D, D], changed in place.
+    """`lightning_decode` where sequence i has its state in row i: states [S, H, D, D], changed in place.
 
-    q, k, v [S, H, D]; returns the outputs, [S, H, D].
+    q, k, v [S, H, D]; returns the outputs, [S, H, D]. One launch on a GPU.
     """
+    if _uses_kernels(q, k, v, None):
+        from cispo.ops import lightning_triton
+
+        return lightning_triton.decode(q, k, v, slopes, states, torch.arange(len(q), device=q.device))
     dtype = states.dtype
     states.mul_(torch.exp(-slopes.to(dtype))[:, None, None])
     states.addcmul_(k[..., None].to(dtype), v[..., None, :].to(dtype))

@@ -198,11 +198,23 @@ def local_kernel(
 
 
 @triton.jit
+def _activated(x, SILU: tl.constexpr):
+    """x, or silu(x) rounded to x's dtype, in float32."""
+    wide = x.to(tl.float32)
+    if SILU:
+        wide = (wide / (1 + tl.exp(-wide))).to(x.dtype).to(tl.float32)
+    return wide
+
+
+@triton.jit
 def decode_kernel(
     q, k, v, out, slopes, cache, owners, fresh, heads, row, head_row, owner_stride,
-    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """S = e^-s S + k^T v in place and o = q S for one token, head and block of dims; negative owners are padding."""
+    """S = e^-s S + k^T v in place and o = q S for one token, head and block of dims; negative owners are padding.
+
+    SILU: of q, k and v as they are read, rounded to their dtype.
+    """
     blocks: tl.constexpr = (D + BV - 1) // BV
     block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head, token = rest % heads, (rest // heads).to(tl.int64)
@@ -213,9 +225,9 @@ def decode_kernel(
         tl.store(out + dims, tl.zeros((BV,), out.dtype.element_ty), mask=dims < D)
         return
     offset = token * row + head * head_row
-    b_q = tl.load(q + offset + d, mask=d < D, other=0.0).to(tl.float32)
-    b_k = tl.load(k + offset + d, mask=d < D, other=0.0).to(tl.float32)
-    b_v = tl.load(v + offset + dims, mask=dims < D, other=0.0).to(tl.float32)
+    b_q = _activated(tl.load(q + offset + d, mask=d < D, other=0.0), SILU)
+    b_k = _activated(tl.load(k + offset + d, mask=d < D, other=0.0), SILU)
+    b_v = _activated(tl.load(v + offset + dims, mask=dims < D, other=0.0), SILU)
     offsets, inside = _state_block(block, False, D, BD, BV)
     place = cache + owner * owner_stride + head * D * D + offsets
     known = inside

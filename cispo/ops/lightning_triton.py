@@ -72,7 +72,14 @@ def prefill(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, cache: Tensor, slots: Tensor, fresh: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    fresh: Tensor | None = None,
+    silu: bool = False,
 ) -> Tensor:
     """`lightning.lightning_decode` in one launch that depends on no value in a tensor."""
     _check_cache(cache, q)
@@ -84,7 +91,7 @@ def decode(
     if tokens:
         decode_kernel[(tokens * heads * triton.cdiv(dim, block),)](
             q, k, v, out, slopes, cache, slots, fresh, heads, q.stride(0), q.stride(1), cache.stride(0),
-            D=dim, BD=padded, BV=block, num_warps=4,
+            D=dim, BD=padded, BV=block, SILU=silu, num_warps=4,
         )  # fmt: skip
     return out
 

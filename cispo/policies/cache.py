@@ -31,11 +31,17 @@ _IDLE_BYTES = 64 << 20
 
 
 class Cache:
-    """Keys, values and states of n sequences, which grow by a token in every step."""
+    """Keys, values and states of n sequences, which grow by a token in every step, on the policy's device.
 
-    def __init__(self) -> None:
-        self.lengths = torch.zeros(0, dtype=torch.long)
+    A step reads nothing back from a GPU.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device` is the policy's, a CPU where None."""
+        self.lengths = torch.zeros(0, dtype=torch.long, device=device)
         """[n] int64: tokens of each row's sequence that have been read."""
+        self.longest = 0
+        """The largest of `lengths`, known to the host."""
         self.stores: list[list[Tensor]] = []
         """Keys [rows, K, room, D] and values [rows, K, room, E] of each softmax layer, and index keys [rows, 1, room,
         Di] of a sparse one; finite everywhere, rows and room as reserved."""
@@ -53,24 +59,27 @@ class Cache:
 
         Returns the hidden state after each new row's last token, [len(copies), d].
         """
+        device = self.lengths.device
         lengths, chosen = torch.tensor([len(p) for p in prompts]), torch.tensor(copies)
         self._reserve(len(self) + len(copies), int(lengths.max()))
         bounds = torch.tensor(list(accumulate(lengths.tolist(), initial=0)))
-        positions = torch.cat([torch.arange(n) for n in lengths.tolist()])
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(device)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt]).to(device)
         hidden, self.router = policy.attend(tokens, positions, _Reading(self, bounds, chosen))
-        self.lengths = torch.cat([self.lengths, lengths[chosen]])
-        return hidden[bounds[1:] - 1][chosen]
+        self.lengths = torch.cat([self.lengths, lengths[chosen].to(device)])
+        self.longest = max(self.longest, int(lengths[chosen].max()))
+        return hidden[(bounds[1:] - 1)[chosen].to(device)]
 
     def step(self, policy: Policy, tokens: Tensor, short: ShortStep | None = None) -> Tensor:
         """Reads one token of every row, [n] int64; returns the hidden state after it, [n, d].
 
         `short` is the policy's step in fewer operations, where it has one (`families.short_step`).
         """
-        self._reserve(len(self), int(self.lengths.max()) + 1)
+        self._reserve(len(self), self.longest + 1)
         stepping = _Stepping(self)
         hidden, self.router = (short or policy.attend)(tokens, self.lengths, stepping)
         self.lengths = self.lengths + 1
+        self.longest += 1
         return hidden
 
     def drop(self, gone: Tensor) -> Tensor:
@@ -78,7 +87,7 @@ class Cache:
         left = len(gone) - int(gone.sum())
         holes = gone[:left].nonzero()[:, 0]
         movers = left + (~gone[left:]).nonzero()[:, 0]
-        order = torch.arange(left).index_copy(0, holes, movers)
+        order = torch.arange(left, device=gone.device).index_copy(0, holes, movers)
         if len(holes):
             longest = int(self.lengths[movers].max())
             for store in chain.from_iterable(self.stores):
@@ -86,6 +95,7 @@ class Cache:
             for layer in self.states:
                 layer[holes] = layer[movers]
         self.lengths = self.lengths[order]
+        self.longest = int(self.lengths.max()) if left else 0
         if not left and sum(x.nbytes for x in chain(self.states, *self.stores)) > _IDLE_BYTES:
             self.stores, self.states, self.rows, self.room = [], [], 0, _FIRST_ROOM
         return order
@@ -104,7 +114,7 @@ class Cache:
 
 def _vectors(rows: Tensor, places: Tensor, heads: int, room: int) -> Tensor:
     """[n * heads]: the indices, among a layer's vectors [rows * heads * room, D], of place places[i] of rows[i]."""
-    return ((rows[:, None] * heads + torch.arange(heads)) * room + places[:, None]).flatten()
+    return ((rows[:, None] * heads + torch.arange(heads, device=rows.device)) * room + places[:, None]).flatten()
 
 
 def _write(store: Tensor, vectors: Tensor, new: Tensor) -> None:
@@ -123,15 +133,17 @@ class _Reading:
     """The pass over new prompts: attention inside packed documents; the cache keeps their keys, values and states."""
 
     def __init__(self, cache: Cache, bounds: Tensor, copies: Tensor) -> None:
-        """bounds [P + 1] int64: where each prompt starts; copies [R] int64: the prompt of each new row."""
-        self.cache, self.copies = cache, copies
-        self.documents = Documents(bounds.int(), int(bounds[-1]))
+        """bounds [P + 1] int64: where each prompt starts; copies [R] int64: the prompt of each new row; on the host."""
+        device = cache.lengths.device
+        self.cache, self.copies = cache, copies.to(device)
+        self.documents = Documents(bounds.int().to(device), int(bounds[-1]), int(bounds.diff().max()))
         self.new = slice(len(cache), len(cache) + len(copies))
         lengths = bounds.diff()[copies]
         # Each token of a new row: its row, its place there, and its place in the packed prompts.
-        self.rows = torch.arange(self.new.start, self.new.stop).repeat_interleave(lengths)
-        self.places = torch.cat([torch.arange(n) for n in lengths.tolist()])
-        self.sources = bounds[:-1][copies].repeat_interleave(lengths) + self.places
+        rows = torch.arange(self.new.start, self.new.stop).repeat_interleave(lengths)
+        places = torch.cat([torch.arange(n) for n in lengths.tolist()])
+        sources = bounds[:-1][copies].repeat_interleave(lengths) + places
+        self.rows, self.places, self.sources = rows.to(device), places.to(device), sources.to(device)
         self.softmax_calls = self.recurrent_calls = 0
         self._of_heads: dict[int, Tensor] = {}
 
@@ -171,10 +183,11 @@ class _Stepping:
 
     def __init__(self, cache: Cache) -> None:
         self.stores, self.states = iter(cache.stores), iter(cache.states)
-        self.lengths, self.rows, self.room = cache.lengths, torch.arange(len(cache)), cache.room
-        self.longest = int(cache.lengths.max()) + 1
-        outside = torch.arange(self.longest) > cache.lengths[:, None]
-        self.mask = torch.zeros(outside.shape).masked_fill_(outside, -torch.inf)
+        device = cache.lengths.device
+        self.lengths, self.rows, self.room = cache.lengths, torch.arange(len(cache), device=device), cache.room
+        self.longest = cache.longest + 1
+        outside = torch.arange(self.longest, device=device) > cache.lengths[:, None]
+        self.mask = torch.zeros(outside.shape, device=device).masked_fill_(outside, -torch.inf)
         """[n, longest]: 0 where a row has a token, this one included."""
         self._of_heads: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -204,17 +217,20 @@ class _Stepping:
         """[n, H, E] of q [n, H, D], without the keys where `hidden` [n, longest] is True."""
         n, heads, _, dim = keys.shape
         grouped = q.reshape(n, heads, -1, dim)
-        if q.dtype != torch.float32:
+        if q.dtype != torch.float32 and not q.is_cuda:
             mask = self.mask if hidden is None else self.mask.masked_fill(hidden, -torch.inf)
             shown = mask[:, None, None].to(q.dtype)
             return F.scaled_dot_product_attention(grouped, keys, values, shown, scale=scale).flatten(1, 2)
         mask = self._once(heads)[1]
         if hidden is not None:
             mask = mask.masked_fill(hidden.repeat_interleave(heads, 0)[:, None], -torch.inf)
-        # The same as two products, which take a fifth to a third less time for one query a row.
+        # The same as two products, which take a fifth to a third less time for one query a row. On a GPU some of
+        # SDPA's kernels are planned anew for each length, which is another one in every step.
         factor = dim**-0.5 if scale is None else scale
-        scores = torch.baddbmm(mask, grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=factor)
-        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(n, q.shape[1], -1)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        queries, keys, values = (x.flatten(0, 1).to(wide) for x in (grouped, keys, values))
+        scores = torch.baddbmm(mask.to(wide), queries, keys.transpose(1, 2), alpha=factor)
+        return torch.bmm(scores.softmax(-1), values).view(n, q.shape[1], -1).to(q.dtype)
 
     def _once(self, heads: int) -> tuple[Tensor, Tensor]:
         """For all layers of so many heads: the indices of their new vectors, and the mask [n * heads, 1, longest]."""

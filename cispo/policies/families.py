@@ -63,7 +63,7 @@ class Family:
     Raises UserError where the config has no meaning in the family.
     """
     short_step: Callable[[Policy], ShortStep | None]
-    """The policy's step in few operations, float32 only; None where it has none."""
+    """The policy's step in few operations; None where it has none."""
     vllm: VLLMModel | None = None
     """None where vLLM's own model serves the family."""
 
@@ -134,7 +134,9 @@ def family_of(config: HFConfig) -> Family:
 
 
 def short_step(policy: Policy) -> ShortStep | None:
-    """The policy's step in few operations; None where it has none, and below float32: it would round differently."""
-    if policy.lm_head_weight.dtype != torch.float32:
+    """The policy's step in few operations; None where it has none, and on a CPU in another dtype than float32: it would
+    round differently."""
+    weight = policy.lm_head_weight
+    if weight.dtype != torch.float32 and not weight.is_cuda:
         return None
     return family_of(policy.hf_config()).short_step(policy)

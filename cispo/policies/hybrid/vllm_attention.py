@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadata
 
 from cispo.ops.convolution import CONVOLUTION, convolve_decode, convolve_prefill
 from cispo.ops.delta import DELTA, delta_decode, delta_prefill
@@ -27,6 +25,7 @@ from cispo.ops.slots import read_states, write_states
 from cispo.ops.sparse_attention import Index
 from cispo.policies.hybrid.vllm_plan import Plan
 from cispo.policies.hybrid.vllm_states import StateHolder
+from cispo.policies.vllm_slots import Batch, batches_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,57 +45,12 @@ SLOT_KERNELS: dict[RecurrentOp, SlotKernels] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """The sequences of a step in one holder: the decodes, then the prefills."""
-
-    decodes: int
-    tokens: int
-    """Of both, without padding."""
-    slots: Tensor
-    """[S]."""
-    fresh: Tensor
-    """[S] bool: sequences without a token before this step. Their slot holds the state of its last owner.
-
-    That includes prompts of one token, which vLLM counts among the decodes, and the padding of a CUDA graph.
-    """
-    bounds: Tensor
-    """[prefills + 1]: the start of each prefill among the prefills' tokens, then their number."""
-
-    @classmethod
-    def of(cls, metadata: LinearAttentionMetadata) -> Batch:
-        decodes, sequences = metadata.num_decodes, metadata.num_decodes + metadata.num_prefills
-        assert metadata.num_decode_tokens == decodes, "speculative decoding is not supported"
-        starts = metadata.query_start_loc[: sequences + 1]
-        return cls(
-            decodes=decodes,
-            tokens=decodes + metadata.num_prefill_tokens,
-            slots=metadata.state_indices_tensor[:sequences].contiguous(),
-            fresh=metadata.seq_lens[:sequences] <= starts.diff(),
-            bounds=starts[decodes:] - starts[decodes],
-        )
-
-    @property
-    def prefills(self) -> int:
-        return len(self.slots) - self.decodes
-
-
 class PagedAttention:
     """`Attention` over vLLM's caches, for one forward pass."""
 
     def __init__(self, plan: Plan, layers: Sequence[Attention], holders: Sequence[StateHolder]) -> None:
         self.plan, self.layers, self.holders = plan, layers, holders
-        metadata = get_forward_context().attn_metadata
-        self._batches: list[Batch] = []
-        if isinstance(metadata, dict):
-            # Holders of one group of the cache share the object.
-            batches: dict[int, Batch] = {}
-            for holder in holders:
-                found = metadata[holder.prefix]
-                assert isinstance(found, LinearAttentionMetadata)
-                if id(found) not in batches:
-                    batches[id(found)] = Batch.of(found)
-                self._batches.append(batches[id(found)])
+        self._batches = batches_of(holders)
         self._softmax = self._recurrent = 0
 
     def softmax(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import fused_experts
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 
@@ -29,6 +28,7 @@ from cispo.policies.hybrid.vllm_states import StateHolder
 from cispo.policies.moe import Experts
 from cispo.policies.policy import HFConfig, Policy
 from cispo.policies.replay import route_buffer
+from cispo.policies.vllm_experts import run_experts
 from cispo.policies.vllm_ranks import vllm_ranks
 
 
@@ -42,7 +42,7 @@ class FusedExperts(Experts):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         if not x.is_cuda or x.dtype != torch.bfloat16:
             return super().forward(x, chosen, weights)
-        return fused_experts(x, self.gate_up_proj, self.down_proj, weights.float(), chosen.to(torch.int32))
+        return run_experts(x, self.gate_up_proj, self.down_proj, weights.float(), chosen.to(torch.int32))
 
 
 class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):

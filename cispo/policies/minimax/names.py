@@ -10,6 +10,7 @@ from cispo.policies.policy import Place
 _EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(w[123])\.weight")
 _BUFFER = re.compile(r".*\.(slope_rate|query_decay|key_decay|diagonal_decay|inv_freq)")
 _SOFTMAX_PROJECTION = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.weight")
+_LIGHTNING_PROJECTION = re.compile(r"(.*\.self_attn)\.(qkv_proj|output_gate)\.weight")
 
 _EXPERT_WEIGHTS: dict[str, tuple[str, Literal["gate", "up"] | None]] = {
     "w1": ("gate_up_proj", "gate"),
@@ -47,13 +48,15 @@ def disk_names(parameter: str, num_experts: int) -> list[tuple[str, Place]]:
     ]
 
 
-def vllm_target(place: Place) -> tuple[str, tuple[str | Place, ...]]:
+def vllm_target(place: Place) -> tuple[str, tuple[str | int | Place, ...]]:
     """The parameter of vLLM's model that corresponds to a place of the policy, and further arguments of its loader.
 
-    Those are the letter of the projection where q, k and v are one parameter, the place for one expert's part, and none
-    for a whole parameter.
+    Those are the letter of the projection where q, k and v are one parameter, the number of the part where a lightning
+    layer's gate is one with them, the place for one expert's part, and none for a whole parameter.
     """
     name = place.parameter if place.parameter.startswith("lm_head.") else f"model.{place.parameter}"
     if match := _SOFTMAX_PROJECTION.fullmatch(name):
         return f"{match[1]}.qkv_proj.weight", (match[2],)
+    if match := _LIGHTNING_PROJECTION.fullmatch(name):
+        return f"{match[1]}.qkv_gate_proj.weight", (("qkv_proj", "output_gate").index(match[2]),)
     return name, () if place.expert is None else (place,)

@@ -44,8 +44,9 @@ class LightningStep:
 
 class _Lightning:
     def __init__(self, module: LightningAttention) -> None:
-        self.heads, self.dim, self.slopes = module.num_heads, module.head_dim, module.slopes
+        self.heads, self.dim = module.num_heads, module.head_dim
         self.qkv, self.gate, self.out = module.qkv_proj.weight, module.output_gate.weight, module.out_proj.weight
+        self.slopes = module.slopes.to(self.qkv.device)
         self.norm = norm_of(module.norm)
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
@@ -75,7 +76,8 @@ def _mixer_of(module: LightningAttention | SoftmaxAttention) -> _Lightning | _So
 def _experts(moe: MoE, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`MoE.forward` where all experts compute all rows: without the copy of the weights that one product would need."""
     experts = moe.experts
-    if routes is not None or len(x) > FEW_TOKENS or len(experts.gate_up_proj) > 2 * moe.gate.top_k:
+    few = len(x) <= FEW_TOKENS and len(experts.gate_up_proj) <= 2 * moe.gate.top_k
+    if routes is not None or not few or x.dtype != torch.float32:
         return moe(x, routes)
     probs = F.linear(x, moe.gate.weight).softmax(-1)
     values, chosen = probs.topk(moe.gate.top_k, -1)

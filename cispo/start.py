@@ -251,9 +251,11 @@ def engine_args_of(recipe: Recipe) -> Mapping[str, object]:
     return {"enable_prefix_caching": True, **rollout.engine_args}
 
 
-def sequences_of(recipe: Recipe) -> int:
-    """Concurrent sequences of one engine."""
+def sequences_of(recipe: Recipe, device: Literal["cpu", "cuda"] = "cpu") -> int:
+    """Concurrent sequences of one engine on a device."""
     rollout = recipe.rollout
+    if rollout.kind == "torch" and device == "cuda":
+        return _MAX_SEQUENCES  # it reserves none ahead, and a step takes as long for few as for many
     prompts = rollout.prompts_per_step * (1 + recipe.control.max_staleness)
     return min(math.ceil(prompts / rollout.engines) * rollout.group_size, _MAX_SEQUENCES)
 
@@ -272,7 +274,7 @@ async def start_engine(
         concurrent=True,
         dtype=recipe.policy.number_format,
         max_context=rollout.max_context,
-        max_sequences=sequences_of(recipe),
+        max_sequences=sequences_of(recipe, placement.device),
         tensor_parallel=rollout.tensor_parallel,
         memory=placement.cache_share,
         sleeps=placement.sleeps,

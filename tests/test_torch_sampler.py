@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cispo.engines import torch_sampler
+from cispo.engines.drafts import start_drafts
 from cispo.engines.serving import ServedEngine
 from cispo.engines.torch_engine import TorchEngine
 from cispo.engines.torch_sampler import Sampled, Sampler, draw
@@ -25,8 +27,10 @@ from cispo.policies.families import short_step
 from cispo.policies.loading import init_policy, save_policy
 from cispo.policies.policy import Policy
 from cispo.types import FinishReason, RepetitionStop, Sampling
+from cispo.weights.buckets import WeightSender
 from tests import served
 from tests.patterns import repeats_pattern
+from tests.tiny_hybrids import TINY
 from tests.tiny_policies import DENSE, LLAMA, MINIMAX, ORIGINAL, QWEN3, bounds, logprobs, tokens_of
 
 TOLERANCE = 1e-5
@@ -109,6 +113,92 @@ def test_logprobs_are_the_policys(config: dict[str, Any]) -> None:
     assert [len(c.tokens) for c in completions] == list(LIMITS)
     assert {c.reason for c in completions} == {FinishReason.LENGTH}
     assert largest_difference(policy, PROMPTS, completions) <= TOLERANCE
+
+
+@pytest.mark.parametrize("looks", [1, 4, 1000])
+def test_ended_rows_that_the_host_has_not_seen(looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change nothing: on a GPU the host looks every few steps."""
+    policy = make(KINDS["minimax"])
+    expected = sampled(policy, PROMPTS, LIMITS, temperature=0.0)
+    monkeypatch.setattr(torch_sampler, "_LOOKS", {"cpu": looks})
+    sampler = Sampler(policy, Sampling(max_tokens=90, eos_ids=(), temperature=0.0))
+    sampler.add(range(len(PROMPTS)), PROMPTS, LIMITS)
+    done, steps = list[Sampled](), 0
+    while len(sampler):
+        done += sampler.step()
+        steps += 1
+        if steps == max(LIMITS):
+            done += sampler.collect()
+    assert steps == max(LIMITS)
+    done.sort(key=lambda one: one.request)
+    assert [(d.tokens, d.reason) for d in done] == [(e.tokens, e.reason) for e in expected]
+    assert largest_difference(policy, PROMPTS, done) <= TOLERANCE
+
+
+def test_settling_completes_what_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_sampler, "_LOOKS", {"cpu": 1000})
+    save_policy(make(KINDS["minimax"]), tmp_path)
+    engine = TorchEngine(str(tmp_path), dtype="float32", max_context=100, max_sequences=8)
+    drafts = start_drafts([[3, 4, 5]] * 3, PLAIN, 0, max_context=100, limits=[2, 9, 4])
+    engine.submit(drafts)
+    assert [engine.step() for _ in range(6)] == [[]] * 6
+    assert set(engine.settle()) == {drafts[0], drafts[2]}
+    assert [len(draft.tokens) for draft in drafts] == [2, 6, 4]
+    engine.drop([drafts[1]])
+    assert engine.step() == []
+
+
+HYBRIDS = {name: tiny.hf_config for name, tiny in TINY.items()}
+
+
+@pytest.mark.parametrize("kind", ["minimax", "llama", "qwen3", *HYBRIDS])
+def test_a_step_reads_nothing_back_and_stays_on_its_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device no value can be read, and no tensor meets one of another device: as a GPU wants it."""
+    # A width of 16 bytes: products of experts with any other one are cut on the host.
+    config = {**KINDS, **HYBRIDS, "minimax": {**MINIMAX, "intermediate_size": 48}}[kind]
+    monkeypatch.setattr(torch_sampler, "_LOOKS", {"cpu": 8})
+    policy = init_policy({"vocab_size": 40, **config}, seed=0).bfloat16().eval()
+    sampler = Sampler(policy, PLAIN)
+    sampler.add(range(3), [[4, 5, 6], [4, 5, 6], [7, 8]], [9, 9, 9])
+    assert sampler.step() == []
+    meta = torch.device("meta")
+    policy.to(meta)
+    for module in policy.modules():
+        if isinstance(slopes := getattr(module, "slopes", None), Tensor):
+            module.slopes = slopes.to(meta)
+    rows, cache = sampler._rows, sampler._cache
+    assert rows is not None
+    for name in rows.__slots__:
+        setattr(rows, name, getattr(rows, name).to(meta))
+    cache.lengths, cache.states = cache.lengths.to(meta), [state.to(meta) for state in cache.states]
+    cache.stores = [[store.to(meta) for store in layer] for layer in cache.stores]
+    sampler._device = meta
+    assert [sampler.step() for _ in range(6)] == [[]] * 6
+    assert rows.tokens.device == rows.hidden.device == rows.count.device == meta
+
+
+@pytest.mark.parametrize("kind", ["minimax", "qwen3"])
+def test_buckets_of_a_learner_in_the_same_process_arrive(kind: str, tmp_path: Path) -> None:
+    policy = make(KINDS[kind])
+    save_policy(policy, tmp_path)
+    engine = ServedEngine(TorchEngine(str(tmp_path), dtype="float32", max_context=100, max_sequences=8))
+    served.sampled(engine, [[3, 4, 5]], PLAIN, seed=0)  # copies of merged weights exist
+    policy.load_hf((name, 1.2 * weight) for name, weight in policy.to_hf().items())
+    sender = WeightSender(policy.to_hf(), bucket_bytes=1 << 14)
+    assert len(sender.buckets) > 2
+    asyncio.run(engine.begin_update("wait"))
+    for number in range(len(sender.buckets)):
+        engine.receive_weights(sender.stage(number, "direct"))
+    engine.finish_update(1)
+    (done,) = served.sampled(engine, [[3, 4, 5]], PLAIN, seed=0)
+    assert set(done.versions) == {1}
+    as_sampled = Sampled(0, list(done.token_ids), list(done.logprobs), done.finish_reason)
+    assert largest_difference(policy, [[3, 4, 5]], [as_sampled]) <= TOLERANCE
+    # A version with a part missing is refused.
+    asyncio.run(engine.begin_update("wait"))
+    engine.receive_weights(sender.stage(0, "direct"))
+    with pytest.raises(AssertionError, match="the weights lack"):
+        engine.finish_update(2)
 
 
 @EVERY_KIND

@@ -4,8 +4,8 @@
     the driver      overlapping     step by step
                     calls, updates
 
-`VLLMEngine` runs vLLM inside this process; `TorchEngine` runs the learner's policy with a cache, for small policies on
-a CPU. `drafts` says when a completion ends, `serving.make_engine` builds an engine for a recipe.
+`VLLMEngine` runs vLLM inside this process; `TorchEngine` runs the learner's policy with a cache, for small policies.
+`drafts` says when a completion ends, `serving.make_engine` builds an engine for a recipe.
 """
 
 from __future__ import annotations

@@ -355,13 +355,17 @@ def make_engine(
     engine_args: Mapping[str, object],
     record_routes: bool = False,
     read_weights: bool = True,
+    device: str = "cpu",
 ) -> ServedEngine:
-    """The engine named by a recipe's rollout.engine. Without `read_weights` those of vLLM's are undefined at first."""
+    """The engine named by a recipe's rollout.engine. Without `read_weights` those of vLLM's are undefined at first.
+
+    `device` is torch's; vLLM finds its own.
+    """
     if kind == "torch":
         from cispo.engines.torch_engine import TorchEngine
 
         sizes = {"max_context": max_context, "max_sequences": max_sequences}
-        return ServedEngine(TorchEngine(model, dtype=dtype, **sizes, record_routes=record_routes))
+        return ServedEngine(TorchEngine(model, dtype=dtype, **sizes, record_routes=record_routes, device=device))
     from cispo.engines.vllm_engine import VLLMEngine
 
     engine = VLLMEngine(

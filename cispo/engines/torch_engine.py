@@ -1,14 +1,15 @@
-"""The learner's policy as an engine, for small policies on a CPU: `torch_sampler` behind the engines' protocol.
+"""The learner's policy as an engine, for small policies: `torch_sampler` behind the engines' protocol.
 
     submit -> waiting      step -> waiting drafts start running -> one token of every running draft
 
-Tokens stay in the samplers' tensors until a draft is complete or `settle` asks for them.
+Tokens stay in the samplers' tensors until a draft is complete or `settle` asks for them. Weights come in files, or in
+buckets on the GPU of a learner in the same process (transport `direct`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -17,7 +18,7 @@ from cispo.engines.engine import check_model
 from cispo.engines.torch_sampler import Sampled, Sampler
 from cispo.policies.loading import load_policy
 from cispo.types import RoutedExperts, Sampling
-from cispo.weights.buckets import tensor_checksum
+from cispo.weights.buckets import WeightReceiver, tensor_checksum
 from cispo.weights.publish import FileMessage, WeightMessage, mapped_weights
 
 
@@ -25,19 +26,30 @@ class TorchEngine:
     """The policy that trains, with a cache.
 
     `model` is a folder in checkpoint format. `max_context` bounds prompt and completion together, `max_sequences` the
-    sequences at a time. Tokens are drawn from torch's random stream. With `record_routes` completions carry the experts
-    of their tokens.
+    sequences at a time. Tokens are drawn from torch's random stream of the host. With `record_routes` completions carry
+    the experts of their tokens.
     """
 
     def __init__(
-        self, model: str, *, dtype: str, max_context: int, max_sequences: int, record_routes: bool = False
+        self,
+        model: str,
+        *,
+        dtype: str,
+        max_context: int,
+        max_sequences: int,
+        record_routes: bool = False,
+        device: str = "cpu",
     ) -> None:
         check_model(model, max_context)
-        self._policy = load_policy(model, dtype=getattr(torch, dtype)).eval()
+        self._policy = load_policy(model, dtype=getattr(torch, dtype)).to(device).eval()
         assert not record_routes or self._policy.router_shape[0], "the policy has no experts to record"
         self._record_routes = record_routes
         self.max_context, self.max_sequences = max_context, max_sequences
         self.sampled = 0
+        """On a GPU with the tokens of ended rows that are not yet seen to have ended."""
+        self._receiver = WeightReceiver(torch.device(device))
+        self._arrived: set[str] | None = None
+        """Weights that came in buckets of the update under way; None where none has."""
         self._numbers = itertools.count()
         self._waiting: list[Draft] = []
         """Drafts that start in the next step."""
@@ -53,18 +65,18 @@ class TorchEngine:
         complete = []
         for sampler in self._samplers.values():
             self.sampled += len(sampler)
-            for sampled in sampler.step():
-                draft = self._running.pop(sampled.request)
-                _extend(draft, sampled)
-                complete.append(draft)
+            complete += self._completed(sampler.step())
         self._forget_idle()
         return complete
 
     def settle(self) -> list[Draft]:
+        complete = []
         for sampler in self._samplers.values():
+            complete += self._completed(sampler.collect())
             for sampled in sampler.unfinished():
                 _extend(self._running[sampled.request], sampled)
-        return []
+        self._forget_idle()
+        return complete
 
     def drop(self, drafts: Sequence[Draft]) -> None:
         dropped = set(drafts)
@@ -77,10 +89,20 @@ class TorchEngine:
         self._forget_idle()
 
     def receive_weights(self, message: WeightMessage) -> None:
-        assert isinstance(message, FileMessage), "only vLLM's engine takes buckets"
-        self._policy.load_hf(mapped_weights(message.path))
+        if isinstance(message, FileMessage):
+            return self._policy.load_hf(mapped_weights(message.path))
+        assert message.buffer is not None, "only vLLM's engine takes buckets of another process"
+        own = self._policy.to_hf()
+        self._arrived = self._arrived or set()
+        with torch.no_grad():
+            for name, weight in self._receiver.receive(message):
+                own[name].copy_(weight)
+                self._arrived.add(name)
 
     def finish_update(self, *, recompute: bool) -> None:
+        arrived, self._arrived = self._arrived, None
+        missing = set() if arrived is None else self._policy.to_hf().keys() - arrived
+        assert not missing, f"the weights lack {min(missing)} and {len(missing) - 1} more parameters"
         if recompute:
             prompts = {number: draft.prompt for number, draft in self._running.items()}
             for sampler in self._samplers.values():
@@ -91,7 +113,7 @@ class TorchEngine:
         return {name: tensor_checksum(weight) for name, weight in self._policy.to_hf().items()}
 
     def join_broadcast(self, address: str, first_rank: int, world: int) -> None:
-        raise AssertionError("only vLLM's engine takes buckets")
+        raise AssertionError("only vLLM's engine takes buckets of another process")
 
     def sleep(self) -> None:
         pass
@@ -102,6 +124,14 @@ class TorchEngine:
     def close(self) -> None:
         self._samplers.clear()
         del self._policy
+
+    def _completed(self, ended: Iterable[Sampled]) -> list[Draft]:
+        complete = []
+        for sampled in ended:
+            draft = self._running.pop(sampled.request)
+            _extend(draft, sampled)
+            complete.append(draft)
+        return complete
 
     def _admit(self) -> None:
         admitted = {next(self._numbers): draft for draft in self._waiting}
@@ -128,4 +158,4 @@ def _extend(draft: Draft, sampled: Sampled) -> None:
     draft.extend(sampled.tokens[known:], sampled.logprobs[known:], sampled.reason)
     if sampled.routes is not None:
         tokens, layers, k = sampled.routes.shape
-        draft.routed_experts = RoutedExperts(data=sampled.routes.numpy().tobytes(), shape=(tokens, layers, k))
+        draft.routed_experts = RoutedExperts(data=sampled.routes.cpu().numpy().tobytes(), shape=(tokens, layers, k))

@@ -1,11 +1,12 @@
-"""Sampling with the learner's policy on a CPU: a batch of sequences that grow by a token a step and leave as they end.
+"""Sampling with the learner's policy: a batch of sequences that grow by a token a step and leave as they end.
 
     add(prompts)  -> rows with the hidden state after their prompt          `policies.cache` reads a shared prompt once
-    step          -> read each row's last token, draw the next, end rows -> [Sampled]
+    step          -> read each row's last token, draw the next, end rows -> [Sampled] of those seen to have ended
     abort         -> rows leave without a result
     recompute     -> prompts and tokens are read again, under the present weights
 
-A step is a fixed number of operations on all rows; only ended sequences are visited one by one.
+A step is a fixed number of operations on all rows; only ended sequences are visited one by one. On a GPU the host looks
+for them every `_LOOKS["cuda"]` steps and reads nothing back in between: until then ended rows are computed in vain.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ from cispo.types import FinishReason, RepetitionStop, Sampling
 # Maximum number of tokens of different prompts in one forward pass; it bounds the memory of activations.
 _TOKENS_PER_READ = 8192
 _FIRST_ROOM = 64
+
+# Steps between two looks at the rows that have ended. Each look waits for a GPU.
+_LOOKS = {"cpu": 1, "cuda": 8}
+
+_REASONS = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.REPETITION)
+"""In order of precedence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,8 @@ class _Rows:
     """[n] int64: maximum number of tokens."""
     count: Tensor
     """[n] int64: tokens sampled so far."""
+    ended: Tensor
+    """[n] int64: 0 while the sequence goes on, else 1 + the index of its reason in `_REASONS`."""
     run: Tensor
     """[n] int64: length of the run of near-certain tokens that ends with the last token."""
     repeats: Tensor
@@ -75,9 +84,9 @@ class _Rows:
         pairs = ((getattr(self, name), getattr(new, name)) for name in self.__slots__)
         return _Rows(*(torch.cat([old, more]) for old, more in pairs))
 
-    def make_room(self) -> None:
-        """Doubles the room once a row has filled it."""
-        if int(self.count.max()) == self.tokens.shape[1]:
+    def make_room(self, most: int) -> None:
+        """Doubles the room where a row of `most` tokens may have filled it."""
+        if most == self.tokens.shape[1]:
             self.tokens = torch.cat([self.tokens, torch.zeros_like(self.tokens)], 1)
             self.logprobs = torch.cat([self.logprobs, torch.zeros_like(self.logprobs)], 1)
             self.routes = torch.cat([self.routes, torch.zeros_like(self.routes)], 1)
@@ -102,11 +111,16 @@ class Sampler:
         """`record_routes` keeps the experts of every token; the policy has MoE layers then."""
         self._policy, self._sampling, self._short = policy, sampling, short_step(policy)
         self._record_routes = record_routes
+        self._device = policy.lm_head_weight.device
+        self._looks = _LOOKS[self._device.type]
+        self._steps = 0
         self._prompts: dict[int, tuple[int, Tensor]] = {}
         """Request -> tokens of its prompt, and the experts of those read before the rows' own: of the prompt, and after
         `recompute` of sampled tokens too. Empty where experts are not recorded."""
-        self._cache = Cache()
+        self._cache = Cache(self._device)
         self._rows: _Rows | None = None
+        self._most = 0
+        """The largest of the rows' counts, or a bound on it."""
         self._behind = False
         """Whether the tokens of the last step are unread; the next step reads them, under its own weights."""
 
@@ -126,38 +140,51 @@ class Sampler:
 
     @torch.inference_mode()
     def step(self) -> list[Sampled]:
-        """Samples a token for every sequence; removes and returns those that end with it."""
+        """Samples a token for every sequence; removes and returns those that are seen to have ended."""
         rows = self._rows
         if rows is None:
             return []
         self._catch_up(rows)
         head = self._policy.lm_head_weight
         tokens, logprobs = draw(rows.hidden.float() @ head.float().T, self._sampling)
-        rows.make_room()
-        index = torch.arange(len(rows)), rows.count
+        rows.make_room(self._most)
+        index = self._index(rows), rows.count
         rows.tokens[index] = tokens
         rows.logprobs[index] = logprobs
-        rows.count = rows.count + 1
+        going = rows.ended == 0
+        rows.count = rows.count + going
+        self._most += 1
         self._behind = True
-        ends = self._ends(rows, tokens, logprobs)
-        gone = torch.stack(list(ends.values())).any(0)
-        ended = [self._with_routes(rows, *pair) for pair in _collect(rows, ends, gone)]
-        if ended:
-            self._drop(gone)
+        rows.ended = torch.where(going, self._ends(rows, tokens, logprobs), rows.ended)
+        self._steps += 1
+        return [] if self._steps % self._looks else self.collect()
+
+    @torch.inference_mode()
+    def collect(self) -> list[Sampled]:
+        """Removes and returns the sequences that have ended."""
+        rows = self._rows
+        if rows is None:
+            return []
+        gone = rows.ended > 0
+        which = gone.nonzero()[:, 0]
+        if not len(which):
+            return []
+        ended = [self._with_routes(rows, *pair) for pair in zip(which.tolist(), _sampled(rows, which), strict=True)]
+        self._drop(gone)
         return ended
 
     @torch.inference_mode()
     def abort(self, requests: Sequence[int]) -> None:
         """Removes the sequences of these requests without a result; unknown ones are ignored."""
         if self._rows is not None:
-            self._drop(torch.isin(self._rows.request, torch.tensor(requests, dtype=torch.long)))
+            named = torch.tensor(requests, dtype=torch.long, device=self._device)
+            self._drop(torch.isin(self._rows.request, named))
         for request in requests:
             self._prompts.pop(request, None)
 
     def unfinished(self) -> list[Sampled]:
-        """Tokens so far of every sequence that goes on."""
-        rows = self._rows
-        return [] if rows is None else [_sampled(rows, row, None) for row in range(len(rows))]
+        """Tokens so far of every sequence that `collect` has left."""
+        return [] if self._rows is None else _sampled(self._rows, self._index(self._rows))
 
     @torch.inference_mode()
     def recompute(self, prompts: Mapping[int, Sequence[int]]) -> None:
@@ -165,7 +192,7 @@ class Sampler:
         if self._rows is None:
             return
         running = self.unfinished()
-        self._cache = Cache()
+        self._cache = Cache(self._device)
         read = self._read([[*prompts[sampled.request], *sampled.tokens] for sampled in running])
         self._rows.hidden = read.hidden
         for sampled, routes in zip(running, read.routes, strict=False):
@@ -187,11 +214,14 @@ class Sampler:
 
     def _catch_up(self, rows: _Rows) -> None:
         if self._behind:
-            last = rows.tokens[torch.arange(len(rows)), rows.count - 1]
-            rows.hidden = self._cache.step(self._policy, last, self._short)
+            index = self._index(rows), rows.count - 1
+            rows.hidden = self._cache.step(self._policy, rows.tokens[index], self._short)
             if self._record_routes:
-                rows.routes[torch.arange(len(rows)), rows.count - 1] = routes_of(self._cache.router)
+                rows.routes[index] = routes_of(self._cache.router)
             self._behind = False
+
+    def _index(self, rows: _Rows) -> Tensor:
+        return torch.arange(len(rows), device=self._device)
 
     def _with_routes(self, rows: _Rows, row: int, sampled: Sampled) -> Sampled:
         """The ended sequence of a row, with its experts where they are recorded."""
@@ -206,27 +236,30 @@ class Sampler:
         n = len(requests)
         room = _FIRST_ROOM if self._rows is None else self._rows.tokens.shape[1]
         one = routes_of(self._cache.router)[0] if self._record_routes else torch.zeros(0, 0, dtype=torch.uint8)
-        return _Rows(
-            request=torch.tensor(requests),
-            limit=torch.tensor(limits),
-            count=torch.zeros(n, dtype=torch.long),
-            run=torch.zeros(n, dtype=torch.long),
-            repeats=torch.zeros(n, self._sampling.repetition.pattern_size, dtype=torch.long),
-            tokens=torch.zeros(n, room, dtype=torch.long),
-            logprobs=torch.zeros(n, room),
-            hidden=hidden,
-            routes=one.new_zeros(n, room, *one.shape),
-        )
+        with self._device:
+            return _Rows(
+                request=torch.tensor(requests),
+                limit=torch.tensor(limits),
+                count=torch.zeros(n, dtype=torch.long),
+                ended=torch.zeros(n, dtype=torch.long),
+                run=torch.zeros(n, dtype=torch.long),
+                repeats=torch.zeros(n, self._sampling.repetition.pattern_size, dtype=torch.long),
+                tokens=torch.zeros(n, room, dtype=torch.long),
+                logprobs=torch.zeros(n, room),
+                hidden=hidden,
+                routes=torch.zeros(n, room, *one.shape, dtype=one.dtype),
+            )
 
     def _drop(self, gone: Tensor) -> None:
         """Removes the rows where `gone` [n] is True."""
         assert self._rows is not None
         order = self._cache.drop(gone)
         self._rows = self._rows.take(order) if len(order) else None
+        self._most = int(self._rows.count.max()) if self._rows is not None else 0
         self._behind = self._behind and self._rows is not None
 
-    def _ends(self, rows: _Rows, tokens: Tensor, logprobs: Tensor) -> dict[FinishReason, Tensor]:
-        """Rows ended by the tokens [n] just sampled: {reason: [n] bool}, in order of precedence."""
+    def _ends(self, rows: _Rows, tokens: Tensor, logprobs: Tensor) -> Tensor:
+        """[n] int64: the rows ended by the tokens [n] just sampled, as in `_Rows.ended`."""
         rule = self._sampling.repetition
         ends = {FinishReason.STOP: torch.zeros_like(tokens, dtype=torch.bool)}
         for token in self._sampling.eos_ids:
@@ -238,28 +271,31 @@ class Sampler:
             rows.run = (rows.run + 1).masked_fill_(logprobs.double() <= math.log(rule.probability), 0)
             ran = rows.run >= rule.run_length
             ends[FinishReason.REPETITION] = ends.get(FinishReason.REPETITION, ran) | ran
-        return ends
+        ended = torch.zeros_like(tokens)
+        for reason, where in reversed(ends.items()):  # so that an earlier one prevails
+            ended.masked_fill_(where, 1 + _REASONS.index(reason))
+        return ended
 
 
 def _count_repeats(rows: _Rows, tokens: Tensor, rule: RepetitionStop) -> Tensor:
     """[n] bool: whether a row ends in `pattern_count` copies of a pattern of at most `pattern_size` tokens."""
-    sizes = torch.arange(1, rule.pattern_size + 1)
+    sizes = torch.arange(1, rule.pattern_size + 1, device=tokens.device)
     before = rows.count[:, None] - 1 - sizes
     same = (rows.tokens.gather(1, before.clamp(min=0)) == tokens[:, None]) & (before >= 0)
     rows.repeats = torch.where(same, rows.repeats + 1, 0)
     return (rows.repeats >= sizes * (rule.pattern_count - 1)).any(1)
 
 
-def _collect(rows: _Rows, ends: dict[FinishReason, Tensor], gone: Tensor) -> list[tuple[int, Sampled]]:
-    """Rows that end, each with its sequence."""
-    ended = gone.nonzero()[:, 0].tolist()
-    return [(row, _sampled(rows, row, next(reason for reason, where in ends.items() if where[row]))) for row in ended]
-
-
-def _sampled(rows: _Rows, row: int, reason: FinishReason | None) -> Sampled:
-    count = int(rows.count[row])
-    tokens, logprobs = rows.tokens[row, :count].tolist(), rows.logprobs[row, :count].tolist()
-    return Sampled(int(rows.request[row]), tokens, logprobs, reason)
+def _sampled(rows: _Rows, which: Tensor) -> list[Sampled]:
+    """The sequences of the rows `which` [m] int64."""
+    # A single read for all of them: each one waits for a GPU.
+    numbers = torch.stack([rows.request, rows.count, rows.ended], 1)[which].tolist()
+    longest = max((count for _, count, _ in numbers), default=0)
+    tokens, logprobs = (values[which, :longest].tolist() for values in (rows.tokens, rows.logprobs))
+    return [
+        Sampled(request, tokens[row][:count], logprobs[row][:count], _REASONS[ended - 1] if ended else None)
+        for row, (request, count, ended) in enumerate(numbers)
+    ]
 
 
 def _parts(prompts: Sequence[Sequence[int]]) -> Iterator[slice]:
@@ -291,7 +327,9 @@ def draw(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
         # By the inverse of the distribution function: one random number a row, where torch.multinomial takes V.
         ends = logprobs.exp().cumsum(-1, dtype=torch.float64)
         below_one = 1 - 2.0**-50  # so that the product stays below the total, and no token without probability is hit
-        points = torch.rand(len(logits), 1, dtype=torch.float64) * below_one * ends[:, -1:]
+        # From the host's stream for a GPU too, by way of pinned memory: neither waits for the other.
+        points = torch.rand(len(logits), 1, dtype=torch.float64, pin_memory=logits.is_cuda)
+        points = points.to(logits.device, non_blocking=True) * below_one * ends[:, -1:]
         # Rows of NaN get some token; its log-probability, NaN too, reveals that the policy has diverged.
         tokens = torch.searchsorted(ends, points, right=True).clamp_(max=logits.shape[-1] - 1)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]

@@ -290,7 +290,7 @@ class SteadyScheduler(Scheduler):
             self.running = remove_all(self.running, {requests[place] for place in ended})
         if not ids:
             return {}
-        # Typed as a list of objects, which nobody but `VLLMEngine` reads.
+        # Typed as a list of objects; `VLLMEngine` alone reads it.
         taken: Any = StepTokens(ids, tokens, logprobs, reasons)
         return {0: EngineCoreOutputs(outputs=taken)}
 

@@ -1,9 +1,11 @@
 """Start, weight sync and end of a run: seconds by their parts, on a CPU and on GPUs alike.
 
     python scripts/bench_start.py RECIPE [key=value ...] [--steps 3] [--runs 2]
+    python scripts/bench_start.py recipes/smollm2_chain_sum.yaml --shape qwen3-4b --tokenizer FOLDER
 
-Each run is `cispo train RECIPE key=value ...` of `steps` steps in a temporary folder, in a process of its own. The
-first run on a machine fills the caches of files and kernels, the second one shows a usual start.
+`--shape` is a policy of random weights, one of bench_sharding.py's, in place of the recipe's. Each run is
+`cispo train RECIPE key=value ...` of `steps` steps in a temporary folder, in a process of its own. The first run on a
+machine fills the caches of files and kernels, the second one shows a usual start.
 
     start    `time/start` and its parts, of the first step's metrics: from the process to the first prompt of step 1,
              warm-up and first evaluation included. Parts with "/" lie inside the learners' and engines' processes and
@@ -29,6 +31,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from bench_sharding import POLICIES
 
 _POLL_SECONDS = 0.05
 
@@ -119,12 +122,19 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--shape", choices=sorted(POLICIES))
+    parser.add_argument("--tokenizer", help="folder, beside --shape")
     arguments = parser.parse_intermixed_args()
+    overrides = list(arguments.overrides)
+    if arguments.shape:
+        config = {"max_position_embeddings": 4096, **POLICIES[arguments.shape]}
+        policy = {"model": None, "config": config, "tokenizer": arguments.tokenizer}
+        overrides += [f"policy={json.dumps(policy)}"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
-    print(f"{arguments.recipe} {' '.join(arguments.overrides)} on {device}")
+    print(f"{arguments.recipe} {' '.join(arguments.overrides)} {arguments.shape or ''} on {device}")
     for number in range(1, arguments.runs + 1):
         print(f"run {number}, load of the machine {os.getloadavg()[0]:.1f}")
-        show(run(arguments.recipe, arguments.overrides, arguments.steps))
+        show(run(arguments.recipe, overrides, arguments.steps))
 
 
 if __name__ == "__main__":

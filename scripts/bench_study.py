@@ -1,7 +1,7 @@
 """The study of docs/cispo-vs-baselines.md: policies x arms x updates a batch x staleness x learning rates x seeds.
 
     python scripts/bench_study.py --out DIR --minutes 8 --workers 10        runs what is missing in DIR, for 8 minutes
-    python scripts/bench_study.py --out DIR --policies lightning_35m --device cuda --workers 5
+    python scripts/bench_study.py --out DIR --grid gpu --device cuda --workers 10 --starts 1 --model smollm2_135m=FOLDER
     python scripts/bench_study.py --out DIR --plot-only                     tables and figures of the results in DIR
 
     DIR/results/POLICY/ARM-k4-s0-lr0.0002-seed0.json      a run that ended; runs of several machines merge by copying
@@ -10,13 +10,16 @@
 
 Runs go seed after seed, so that the table is balanced whenever the time ends. A run starts only if one like it ended in
 less time than is left; one that is cut short leaves nothing and runs again the next time. `--starts 1` gives all seeds
-the warm-up of the first; seeds then differ in prompts and sampling.
+the warm-up of the first; seeds then differ in prompts and sampling. A worker serves one run after another in one
+process, on a GPU beside other workers; with `runtime=ray` or `rollout.engine=vllm` behind the options each run has a
+process of its own. `--grid` names a list of `study_plan.GRIDS` in place of policies, regimes, arms, rates and seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import io
 import json
 import os
@@ -26,11 +29,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from study_plan import ARMS, POLICIES, STEPS, Order, Queue, Regime, Task, load, tasks_of, warm_folder
+from study_plan import (
+    ARMS,
+    GRIDS,
+    POLICIES,
+    STEPS,
+    Grid,
+    Order,
+    Queue,
+    Regime,
+    Task,
+    load,
+    tasks_of_grids,
+    warm_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,13 +54,23 @@ ROOT = Path(__file__).resolve().parents[1]
 # One run, in a worker
 
 
-def warm_up(out: Path, policy: str, start: int, keys: Sequence[str]) -> None:
-    """Trains a policy on the demonstrations, and puts it into its folder at once when it is whole."""
+def warm_up(out: Path, policy: str, start: int, model: str | None, keys: Sequence[str]) -> None:
+    """Trains a policy on the demonstrations, and puts it into its folder at once when it is whole.
+
+    `model` is the folder of a pretrained one. Its tokenizer goes along without the chat template: the texts of the task
+    go on where a prompt ends.
+    """
     from cispo.commands.train import sft
+    from cispo.rollout.renderer import load_tokenizer
 
     recipe = ROOT / "recipes" / f"{POLICIES[policy]}.yaml"
     work = out / "work" / f"warm-{policy}-{start}"
     shutil.rmtree(work, ignore_errors=True)
+    if model is not None:
+        tokenizer = load_tokenizer(model)
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(str(work / "tokenizer"))
+        keys = [*keys, f"policy.model={model}", f"policy.tokenizer={work / 'tokenizer'}"]
     made = sft(recipe, [*keys, f"seed={start}", "name=warm", f"output_dir={work}", "logging=[]"])
     goal = warm_folder(out, policy, start)
     goal.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +96,7 @@ def train(out: Path, task: Task, start: int, keys: Sequence[str]) -> None:
         recipe, f"policy.model={warm_folder(out, task.policy, start)}", "policy.config=null", "policy.tokenizer=null",
         "sft=null", "algorithm.kl_coef=0", f"learner.lr={task.lr!r}", f"seed={task.seed}", f"output_dir={work}",
         f"control.max_staleness={task.staleness}", *_length(task), "train.save_every=100000",
-        "train.token_samples=100000", "logging=[]", "reward.workers=1", *keys,
+        "train.checkpoint=weights", "train.token_samples=100000", "logging=[]", "reward.workers=1", *keys,
     ]  # fmt: skip
     plan = make_plan(
         items, algorithms=task.arm, seeds=1, metric="eval/accuracy", updates=str(task.updates), name=task.name
@@ -89,9 +115,18 @@ def train(out: Path, task: Task, start: int, keys: Sequence[str]) -> None:
     shutil.rmtree(work / task.name)
 
 
+def _free_memory() -> None:
+    """What the last run held on a GPU goes back, for the workers beside this one."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _length(task: Task) -> list[str]:
     steps = STEPS.get(task.regime)
-    return [f"train.steps={steps}", f"train.eval_every={steps // 4}"] if steps else []
+    return [f"train.steps={steps}", f"train.eval_every={steps // 5}"] if steps else []
 
 
 def _machine() -> str:
@@ -114,7 +149,8 @@ def serve() -> None:
             if "task" in order:
                 train(out, Task(**order["task"]), order["start"], keys)
             else:
-                warm_up(out, order["policy"], order["start"], keys)
+                warm_up(out, order["policy"], order["start"], order["model"], keys)
+            _free_memory()
             answers.write("done\n")
         except Exception as error:
             answers.write(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}\n")
@@ -126,9 +162,11 @@ def serve() -> None:
 class Slot(threading.Thread):
     """One run at a time, in a worker that serves many; with `fresh` in one of its own, started ahead."""
 
-    def __init__(self, queue: Queue, number: int, keys: Sequence[str], *, fresh: bool) -> None:
+    def __init__(
+        self, queue: Queue, number: int, keys: Sequence[str], models: Mapping[str, str], *, fresh: bool
+    ) -> None:
         super().__init__(daemon=True)
-        self.queue, self.number, self.keys, self.fresh = queue, number, list(keys), fresh
+        self.queue, self.number, self.keys, self.models, self.fresh = queue, number, list(keys), models, fresh
         self.workers: list[subprocess.Popen[str]] = []
 
     def run(self) -> None:
@@ -163,7 +201,10 @@ class Slot(threading.Thread):
     def _serve(self, worker: subprocess.Popen[str], order: Order) -> str:
         assert worker.stdin and worker.stdout
         line: dict[str, object] = {"out": str(self.queue.out), "start": order.start, "keys": self.keys}
-        line |= {"policy": order.policy} if order.task is None else {"task": asdict(order.task)}
+        if order.task is None:
+            line |= {"policy": order.policy, "model": self.models.get(order.policy)}
+        else:
+            line |= {"task": asdict(order.task)}
         try:
             worker.stdin.write(json.dumps(line) + "\n")
             worker.stdin.flush()
@@ -191,9 +232,12 @@ class Slot(threading.Thread):
             worker.wait()
 
 
-def run(queue: Queue, workers: int, keys: Sequence[str], *, fresh: bool) -> None:
+def run(
+    queue: Queue, workers: int, keys: Sequence[str], *, fresh: bool, models: Mapping[str, str] | None = None
+) -> None:
+    """`models` are the folders of pretrained policies, by the policy's name."""
     (queue.out / "work").mkdir(parents=True, exist_ok=True)
-    slots = [Slot(queue, number, keys, fresh=fresh) for number in range(workers)]
+    slots = [Slot(queue, number, keys, models or {}, fresh=fresh) for number in range(workers)]
     for slot in slots:
         slot.start()
     try:
@@ -212,6 +256,8 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--rates", default="1e-4,3e-4", help="learning rates of every arm")
     parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--grid", choices=tuple(GRIDS), help="a list of runs by name, in place of the five above")
+    parser.add_argument("--model", action="append", default=[], metavar="POLICY=FOLDER", help="of a pretrained policy")
     parser.add_argument("--starts", type=int, default=0, help="warm-ups that the seeds share in turn; 0: one each")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side")
     parser.add_argument("--minutes", type=float, default=1e6)
@@ -226,18 +272,20 @@ def main() -> None:
     out: Path = args.out.resolve()
     if not args.plot_only:
         deadline = time.monotonic() + 60 * args.minutes
-        tasks = tasks_of(
-            args.policies.split(","),
-            [Regime.of(text) for text in args.regimes.split(",")],
-            args.arms.split(","),
-            [float(rate) for rate in args.rates.split(",")],
-            [int(seed) for seed in args.seeds.split(",")],
+        asked = Grid(
+            policies=args.policies.split(","),
+            regimes=[Regime.of(text) for text in args.regimes.split(",")],
+            arms=args.arms.split(","),
+            rates=[float(rate) for rate in args.rates.split(",")],
+            seeds=[int(seed) for seed in args.seeds.split(",")],
         )
+        tasks = tasks_of_grids(GRIDS[args.grid] if args.grid else [asked])
         queue = Queue(out, tasks, starts=args.starts, deadline=deadline, expect=args.expect)
         print(f"{len(tasks) - len(queue.waiting)} of {len(tasks)} runs ended", flush=True)
-        cuda = args.device == "cuda"
-        form = ["device=cuda", "runtime=ray", "rollout.engine=vllm"] if cuda else ["device=cpu", "runtime=local"]
-        run(queue, args.workers, [*form, *args.keys], fresh=cuda)
+        form = [f"device={args.device}", "runtime=local", "rollout.engine=torch"]
+        fresh = bool({"runtime=ray", "rollout.engine=vllm"} & set(args.keys))
+        models = dict(text.split("=", 1) for text in args.model)
+        run(queue, args.workers, [*form, *args.keys], fresh=fresh, models=models)
     else:
         from study_report import write_report
 

@@ -1,6 +1,6 @@
 """Figures of `study_report.py`: curves a policy, dropped tokens, differences.
 
-study_POLICY.png          accuracy over completions and tokens, checked completions over steps, a column a regime
+study_POLICY.png          accuracy over completions and tokens, checked completions over steps, a row a regime
 study_tokens_POLICY.png   the tokens that a clip drops, their ratios, entropy
 study_differences.png     every arm against the reference
 """
@@ -8,14 +8,13 @@ study_differences.png     every arm against the reference
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from study_plan import ARMS, Regime
-from study_report import LEVEL, METRIC, Result, Row, Run, Runs, drops, regime_name
+from study_report import LEAST_SEEDS, LEVEL, METRIC, Result, Row, Runs, best, covered, drops, regime_name
 
 from cispo.compare.figures import arm_style
 from cispo.compare.statistics import bootstrap_band
@@ -26,15 +25,17 @@ if TYPE_CHECKING:
 
 # Seeds from which bands are bootstrap intervals; below, the lowest to the highest seed.
 _BOOTSTRAP_FROM = 4
-_TICKS = (0.25, 0.5, 1, 2, 4, 8)
+_TICKS = (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 Points = tuple[Sequence[float], Sequence[float]]
 
 
 def draw(out: Path, study: Mapping[tuple[str, Regime], Runs], rows: Sequence[Row]) -> None:
     for policy in dict.fromkeys(name for name, _ in study):
-        of_policy = {regime: runs for (name, regime), runs in study.items() if name == policy}
-        _save(_curves(of_policy), out / f"study_{policy}.png")
-        _save(_tokens(of_policy), out / f"study_tokens_{policy}.png")
+        of_policy = {regime: covered(runs) for (name, regime), runs in study.items() if name == policy}
+        tested = {regime: runs for regime, runs in of_policy.items() if len(best(runs[ARMS[0]])) >= LEAST_SEEDS}
+        shown = tested or of_policy
+        _save(_curves(shown), out / f"study_{policy}.png")
+        _save(_tokens(of_policy, list(shown)), out / f"study_tokens_{policy}.png")
     if any(row.p is not None for row in rows):
         _save(_differences(rows), out / "study_differences.png")
 
@@ -44,14 +45,6 @@ def _save(figure: Figure, file: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     figure.savefig(file, dpi=130)
-
-
-def best(runs: Mapping[float, Mapping[int, Run]]) -> list[Run]:
-    """The runs at the rate with the best mean final accuracy."""
-    means = {lr: statistics.fmean(run.final for run in seeds.values()) for lr, seeds in runs.items() if seeds}
-    if not means:
-        return []
-    return list(runs[max(means, key=lambda lr: means[lr])].values())
 
 
 def of_history(name: str, over: str = "step") -> Callable[[Result], Points]:
@@ -100,28 +93,28 @@ def _lines(axis: Axes, arms: Runs, points: Callable[[Result], Points]) -> None:
 
 
 def _curves(regimes: Mapping[Regime, Runs]) -> Figure:
+    """A row a regime, of those with seeds enough for a test where there are any."""
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = _figure(3, len(regimes))
-    for column, (regime, arms) in enumerate(regimes.items()):
-        places = [row[column] for row in axes]
-        places[0].set_title(regime_name(regime), fontsize=9, loc="left")
+    figure, axes = _figure(len(regimes), 3)
+    for (regime, arms), places in zip(regimes.items(), axes, strict=True):
+        places[0].set_title(regime_name(regime), fontsize=10, loc="left")
         for axis, total in zip(places, ("completions", "tokens"), strict=False):
             _lines(axis, arms, of_history(METRIC, f"total/{total}"))
-            axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.set_xlabel(f"sampled {total}", fontsize=8)
+            axis.set_ylabel("held-out accuracy", fontsize=8)
         _lines(places[2], arms, checked)
         places[2].set_xlabel("step", fontsize=8)
+        places[2].set_ylabel("completions with a check", fontsize=8)
         for axis in places:
             axis.set_ylim(0, 1.02)
-    for row, label in zip(axes, ("held-out accuracy", "held-out accuracy", "completions with a check"), strict=True):
-        row[0].set_ylabel(label, fontsize=9)
     _legend(figure, [arm for arm in ARMS if any(best(arms[arm]) for arms in regimes.values())])
     return figure
 
 
-def _tokens(regimes: Mapping[Regime, Runs]) -> Figure:
-    """What the clip drops, in every regime and over the run of the one in which it drops most of the marks."""
+def _tokens(regimes: Mapping[Regime, Runs], shown: Sequence[Regime]) -> Figure:
+    """What the clip drops, in every regime and over the run of the shown one in which it drops most of the marks."""
     figure, axes = _figure(2, 2)
     (bars, ratios), (dropped, entropy) = axes
     _bars(bars, regimes)
@@ -130,7 +123,7 @@ def _tokens(regimes: Mapping[Regime, Runs]) -> Figure:
         gone, every = drops(regimes[regime][ARMS[0]], "mark", "pos", "ppo_dropped")
         return gone / max(every, 1)
 
-    regime = max(regimes, key=share)
+    regime = max(shown, key=share)
     arms, place = regimes[regime], f"{regime.updates}:{regime.staleness}"
     _ratios(ratios, [run.result for run in best(arms[ARMS[0]])])
     ratios.set_title(f"ratios, {ARMS[0]}, {place}", fontsize=9, loc="left")
@@ -156,7 +149,9 @@ def _bars(axis: Axes, regimes: Mapping[Regime, Runs]) -> None:
     axis.set_xticks(range(len(names)), names)
     axis.set_xlabel("updates : staleness", fontsize=8)
     axis.set_title("dropped by PPO's band while checks are rare", fontsize=9, loc="left")
-    axis.legend(fontsize=7, frameon=False)
+    axis.set_ylim(0, 1.35)
+    axis.set_yticks(np.linspace(0, 1, 6))
+    axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper center")
 
 
 def _ratios(axis: Axes, results: Sequence[Result]) -> None:
@@ -181,7 +176,7 @@ def _ratios(axis: Axes, results: Sequence[Result]) -> None:
     for bound in (0.8, 1.2):
         axis.axhline(bound, color="#222222", linewidth=0.8, linestyle=":")
     axis.set_yscale("log")
-    axis.set_ylim(0.2, 8)
+    axis.set_ylim(0.2, 300)
     axis.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     axis.minorticks_off()
     axis.legend(fontsize=7, frameon=False)
@@ -191,6 +186,7 @@ def _differences(rows: Sequence[Row]) -> Figure:
     """Intervals of the difference in final accuracy, a panel a policy; filled where it is resolved."""
     shown = [row for row in rows if row.measure == "final" and row.p is not None]
     policies = list(dict.fromkeys(row.policy for row in shown))
+    farthest = 1.05 * max(abs(end) for row in shown for end in row.found.student or ())
     tallest = max(sum(row.policy == policy for row in shown) for policy in policies)
     from matplotlib.figure import Figure
 
@@ -206,6 +202,9 @@ def _differences(rows: Sequence[Row]) -> Figure:
             axis.plot(
                 row.found.mean, place, "o", color=colour, markersize=6, markerfacecolor=colour if filled else "white"
             )
+            if place and row.regime != own[place - 1].regime:
+                axis.axhline(place - 0.5, color="#dddddd", linewidth=0.6)
+        axis.set_xlim(-farthest, farthest)
         axis.set_yticks(
             range(len(own)),
             [f"{row.found.arm}  {row.regime.updates}:{row.regime.staleness}" for row in own],
@@ -214,6 +213,6 @@ def _differences(rows: Sequence[Row]) -> Figure:
         axis.invert_yaxis()
         axis.axvline(0, color="#222222", linewidth=0.8)
         axis.set_title(policy, fontsize=9, loc="left")
-        axis.set_xlabel(f"final accuracy - {ARMS[0]}'s", fontsize=8)
+        axis.set_xlabel(f"final accuracy - {ARMS[0]}'s, 95 %; filled: resolved", fontsize=8)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ POLICIES = {
     "lightning_1m": "study",
     "qwen3_next_1m": "study_qwen3_next",
     "lightning_35m": "study_35m",
+    "smollm2_135m": "study_smollm2",
 }
 """Name -> recipe."""
 ARMS = ("cispo", "cispo_masked", "grpo", "dapo", "ppo", "gspo")
@@ -57,6 +59,40 @@ class Task:
         return out / "results" / self.policy / f"{self.name}.json"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Runs of every combination."""
+
+    policies: Sequence[str]
+    regimes: Sequence[Regime]
+    rates: Sequence[float]
+    seeds: Sequence[int]
+    arms: Sequence[str] = ARMS
+
+
+GRIDS: Mapping[str, Sequence[Grid]] = {
+    "gpu": (
+        Grid(policies=["lightning_35m"], regimes=[Regime(16, 0)], rates=[5e-5, 1e-4], seeds=[0]),
+        Grid(policies=["lightning_35m"], regimes=[Regime(4, 8)], rates=[1e-4, 2e-4], seeds=[0]),
+        Grid(policies=["smollm2_135m"], regimes=[Regime(16, 0)], rates=[2e-5, 4e-5], seeds=[0]),
+        Grid(policies=["smollm2_135m"], regimes=[Regime(4, 8)], rates=[4e-5, 8e-5], seeds=[0]),
+        Grid(policies=["lightning_35m"], regimes=[Regime(16, 0)], rates=[5e-5, 1e-4], seeds=[1, 2]),
+        Grid(policies=["lightning_35m"], regimes=[Regime(4, 8)], rates=[1e-4, 2e-4], seeds=[1, 2]),
+        Grid(policies=["smollm2_135m"], regimes=[Regime(16, 0)], rates=[2e-5, 4e-5], seeds=[1, 2]),
+        Grid(policies=["smollm2_135m"], regimes=[Regime(4, 8)], rates=[4e-5, 8e-5], seeds=[1, 2]),
+        Grid(policies=["lightning_35m"], regimes=[Regime(4, 2), Regime(4, 0)], rates=[1e-4], seeds=[0, 1, 2]),
+        Grid(policies=["lightning_35m"], regimes=[Regime(16, 2), Regime(1, 0)], rates=[1e-4], seeds=[0, 1, 2]),
+        Grid(policies=["lightning_35m"], regimes=[Regime(16, 0)], rates=[5e-5, 1e-4], seeds=[3, 4]),
+        Grid(policies=["lightning_35m"], regimes=[Regime(4, 8)], rates=[1e-4, 2e-4], seeds=[3, 4]),
+    ),
+    "cpu": (
+        Grid(policies=["lightning_1m"], regimes=[Regime(4, 2), Regime(16, 2)], rates=[2e-4, 4e-4], seeds=[0, 1, 2]),
+        Grid(policies=["lightning_1m"], regimes=[Regime(1, 0)], rates=[4e-4, 8e-4], seeds=[1, 2]),
+    ),
+}
+"""Lists of runs in the order of their importance, for a machine that may be taken away."""
+
+
 def tasks_of(
     policies: Sequence[str],
     regimes: Sequence[Regime],
@@ -73,6 +109,12 @@ def tasks_of(
         for lr in rates
         for arm in arms
     ]
+
+
+def tasks_of_grids(grids: Sequence[Grid]) -> list[Task]:
+    """The runs of one grid after another, each once."""
+    lists = (tasks_of(grid.policies, grid.regimes, grid.arms, grid.rates, grid.seeds) for grid in grids)
+    return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
 def warm_folder(out: Path, policy: str, start: int) -> Path:

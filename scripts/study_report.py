@@ -1,4 +1,4 @@
-"""Tables and figures of `bench_study.py --plot-only`.
+"""Statistics of `bench_study.py --plot-only`; its tables are in `study_tables`, its figures in `study_figures`.
 
     results --Study--> policy, regime -> arm -> learning rate -> seed -> Run
     final --chosen--> a rate a seed, which the other seeds choose by their final accuracy
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from study_plan import ARMS, Regime, Task
 
 from cispo.compare.comparison import RunResult, collapse
-from cispo.compare.statistics import Difference, average, difference, first_reach, median_with_never, student_interval
+from cispo.compare.statistics import Difference, average, difference, first_reach
 
 METRIC = "eval/accuracy"
 LEVEL = 0.05
@@ -33,8 +33,8 @@ MEASURES = {
 RARE = 0.2
 """Share of marked completions below which the mark counts as rare."""
 
-# Of two seeds Student's t says next to nothing.
-_LEAST_SEEDS = 3
+LEAST_SEEDS = 3
+"""Of two seeds Student's t says next to nothing."""
 
 # Any: the JSON of a result file.
 Result = Mapping[str, Any]
@@ -49,6 +49,7 @@ class Run:
     risen: float | None
     """Training steps until half of the completions are marked."""
     result: Result
+    as_run: RunResult
 
 
 Runs = Mapping[str, Mapping[float, Mapping[int, Run]]]
@@ -101,6 +102,7 @@ def _run(task: Task, result: Result) -> Run:
         collapsed=failure is not None or collapse(as_run, METRIC) is not None,
         risen=first_reach(steps, [step["marked"] for step in result["steps"]], 0.5),
         result=result,
+        as_run=as_run,
     )
 
 
@@ -117,16 +119,35 @@ def chosen(table: Mapping[float, Mapping[int, float]]) -> dict[int, float]:
     return found
 
 
+def covered(arms: Runs) -> Runs:
+    """The runs without the rates that the time cut short; all arms keep the same rates.
+
+    Those are rates with fewer than three seeds of an arm, where another rate has three of each.
+    """
+    fewest = {lr: min(len(rates[lr]) for rates in arms.values() if any(rates.values())) for lr in arms[ARMS[0]]}
+    enough = {lr for lr, seeds in fewest.items() if seeds >= LEAST_SEEDS} or set(fewest)
+    return {arm: {lr: seeds for lr, seeds in rates.items() if lr in enough} for arm, rates in arms.items()}
+
+
 def values_of(runs: Mapping[float, Mapping[int, Run]], measure: str) -> dict[int, float]:
     """Seed -> the measure at the seed's rate."""
     rates = chosen({lr: {seed: run.final for seed, run in seeds.items()} for lr, seeds in runs.items()})
     return {seed: getattr(runs[rate][seed], measure) for seed, rate in rates.items()}
 
 
+def best(runs: Mapping[float, Mapping[int, Run]]) -> list[Run]:
+    """The runs at the rate with the best mean final accuracy."""
+    means = {lr: statistics.fmean(run.final for run in seeds.values()) for lr, seeds in runs.items() if seeds}
+    if not means:
+        return []
+    return list(runs[max(means, key=lambda lr: means[lr])].values())
+
+
 def rows_of(study: Mapping[tuple[str, Regime], Runs]) -> list[Row]:
     """Every arm against the reference, with p and q; the false discovery rate is over all rows (Benjamini-Hochberg)."""
     rows = []
-    for (policy, regime), arms in study.items():
+    for (policy, regime), every in study.items():
+        arms = covered(every)
         for measure, label in MEASURES.items():
             reference = values_of(arms[ARMS[0]], measure)
             for arm in ARMS[1:]:
@@ -141,7 +162,7 @@ def p_value(values: Sequence[float]) -> float | None:
     """Two-sided, of Student's t test that the mean is 0; None of too few values or values without spread."""
     from scipy.stats import t
 
-    if len(values) < _LEAST_SEEDS or max(values) == min(values):
+    if len(values) < LEAST_SEEDS or max(values) == min(values):
         return None
     error = statistics.stdev(values) / math.sqrt(len(values))
     return float(2 * t.sf(abs(statistics.fmean(values)) / error, len(values) - 1))
@@ -159,111 +180,28 @@ def adjusted(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-# Tables
-
-
 def regime_name(regime: Regime) -> str:
     return f"{regime.updates} update{'s' * (regime.updates > 1)}, staleness {regime.staleness}"
 
 
-def tables(study: Mapping[tuple[str, Regime], Runs], rows: Sequence[Row]) -> Iterator[str]:
-    total = sum(len(seeds) for arms in study.values() for rates in arms.values() for seeds in rates.values())
-    yield f"{total} runs; {sum(row.p is not None for row in rows)} comparisons, false discovery rate {LEVEL}."
-    for policy in dict.fromkeys(policy for policy, _ in study):
-        regimes = {regime: runs for (name, regime), runs in study.items() if name == policy}
-        for measure, label in MEASURES.items():
-            own = {(row.regime, row.found.arm): row for row in rows if (row.policy, row.measure) == (policy, measure)}
-            cells = {
-                (regime, arm): _cell(runs[arm], measure, own.get((regime, arm)))
-                for regime, runs in regimes.items()
-                for arm in ARMS
-            }
-            yield from _table(f"{policy}: {label}", list(regimes), cells)
-        for title, cell in (
-            ("steps until half of the completions are checked, median at each rate", _risen),
-            ("collapsed, at each rate", _collapsed),
-        ):
-            cells = {(regime, arm): cell(runs[arm]) for regime, runs in regimes.items() for arm in ARMS}
-            yield from _table(f"{policy}: {title}", list(regimes), cells)
-    yield from drop_table(study)
-
-
-def _table(title: str, regimes: Sequence[Regime], cells: Mapping[tuple[Regime, str], str]) -> Iterator[str]:
-    yield f"\n### {title}\n"
-    yield f"| | {' | '.join(map(regime_name, regimes))} |"
-    yield "|---|" + "---|" * len(regimes)
-    for arm in ARMS:
-        yield f"| {arm} | {' | '.join(cells[regime, arm] for regime in regimes)} |"
-
-
-def _cell(runs: Mapping[float, Mapping[int, Run]], measure: str, row: Row | None) -> str:
-    """ "0.712 (-0.020..+0.034, q 0.61)": mean, and the interval of the difference from the reference."""
-    values = list(values_of(runs, measure).values())
-    if not values:
-        return "not run"
-    mean = f"{math.fsum(values) / len(values):.3f} n={len(values)}"
-    if row is None:
-        if len(values) < _LEAST_SEEDS or len(set(values)) < 2:
-            return mean
-        low, high = student_interval(values)
-        return f"{mean} [{low:.3f}..{high:.3f}]"
-    if row.p is None or row.found.student is None:
-        return f"{mean} ({row.found.mean:+.3f})"
-    span = f"{row.found.student.low:+.3f}..{row.found.student.high:+.3f}, q {row.q:.3f}"
-    return f"**{mean} ({span})**" if row.word in ("better", "worse") else f"{mean} ({span})"
-
-
-def _risen(runs: Mapping[float, Mapping[int, Run]]) -> str:
-    cells = []
-    for lr, seeds in sorted(runs.items()):
-        if not seeds:
-            continue
-        middle = median_with_never([run.risen for run in seeds.values()])
-        cells.append(f"{lr:g}: {'never' if middle is None else f'{middle:.1f}'}")
-    return ", ".join(cells) or "not run"
-
-
-def _collapsed(runs: Mapping[float, Mapping[int, Run]]) -> str:
-    cells = [
-        f"{lr:g}: {sum(r.collapsed for r in seeds.values())} of {len(seeds)}"
-        for lr, seeds in sorted(runs.items())
-        if seeds
-    ]
-    return ", ".join(cells) or "not run"
-
-
 def drops(runs: Mapping[float, Mapping[int, Run]], kind: str, sign: str, name: str) -> tuple[int, int]:
-    """(dropped, all) trained tokens of a kind with that sign of the advantage, in the steps in which marks are rare."""
+    """(dropped, all) trained tokens of a kind with that sign of the advantage, in the steps in which marks are rare.
+
+    Runs that collapsed do not count: marks are rare there because the policy is lost.
+    """
     gone = every = 0
-    for seeds in runs.values():
-        for run in seeds.values():
-            for step in run.result["steps"]:
-                counts = step["kinds"].get(kind)
-                if counts and step["marked"] < RARE:
-                    gone += counts[f"{name}_{sign}"]
-                    every += counts[sign]
+    for run in (run for seeds in runs.values() for run in seeds.values() if not run.collapsed):
+        for step in run.result["steps"]:
+            counts = step["kinds"].get(kind)
+            if counts and step["marked"] < RARE:
+                gone += counts[f"{name}_{sign}"]
+                every += counts[sign]
     return gone, every
-
-
-def drop_table(study: Mapping[tuple[str, Regime], Runs]) -> Iterator[str]:
-    yield f"\n### Tokens without gradient while fewer than {RARE:.0%} of the completions are checked\n"
-    columns = "PPO's band in cispo's runs: marks | others | grpo: marks | others | dapo: marks | others"
-    yield f"| policy | regime | tokens | {columns} |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for (policy, regime), arms in study.items():
-        for sign, words in (("pos", "A > 0"), ("neg", "A < 0")):
-            cells = [_share(*drops(arms[ARMS[0]], kind, sign, "ppo_dropped")) for kind in ("mark", "other")]
-            for arm in ("grpo", "dapo"):
-                cells += [_share(*drops(arms[arm], kind, sign, "dropped")) for kind in ("mark", "other")]
-            yield f"| {policy} | {regime_name(regime)} | {words} | {' | '.join(cells)} |"
-
-
-def _share(gone: int, every: int) -> str:
-    return f"{gone / every:.2%} of {every:,}" if every else "none"
 
 
 def write_report(out: Path, found: Sequence[tuple[Task, Result]]) -> None:
     from study_figures import draw
+    from study_tables import tables
 
     study = study_of(found)
     rows = rows_of(study)

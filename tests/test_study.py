@@ -20,9 +20,9 @@ from rewards.numeric import numeric
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from scripts.bench_study import run  # noqa: E402
-from scripts.study_plan import ARMS, Queue, Regime, Task, load, tasks_of, warm_folder  # noqa: E402
-from scripts.study_report import adjusted, chosen, rows_of, study_of, write_report  # noqa: E402
+from scripts.bench_study import run, train, warm_up  # noqa: E402
+from scripts.study_plan import ARMS, GRIDS, POLICIES, Queue, Regime, Task, load, tasks_of, tasks_of_grids, warm_folder  # noqa: E402
+from scripts.study_report import adjusted, chosen, drops, rows_of, study_of, write_report  # noqa: E402
 from scripts.study_results import by_kind  # noqa: E402
 
 
@@ -157,6 +157,8 @@ def test_results_of_several_machines_merge_into_one_page(tmp_path: Path):
     assert text.startswith("36 runs; ")
     assert "| cispo | 0.810 n=3 " in text, "0.5 + 0.01 + 0.3, at the better rate"
     assert "| small | 16 updates, staleness 0 | A > 0 | 20.00% of 0" not in text
+    assert "| small | 16 updates, staleness 0 | A > 0 | none | none |" in text, "marks are never rare"
+    assert "| gspo | 0.0001: 0.610, 0.0003: 0.810 |" in text, "each rate's mean"
     for name in ("study_small", "study_tokens_small"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -175,17 +177,68 @@ def test_dropped_tokens_are_counted_by_kind():
     assert by_kind(ids[2:5], ratio[2:5], weight[2:5], advantages[2:5], mark=7)["mark"]["pos"] == 0
 
 
+def test_dropped_tokens_are_those_of_rare_marks_in_whole_runs():
+    """Of steps with 10, 20, 30 and 40 % marks the first has rare ones; a lost run does not count."""
+    tasks = tasks_of(["small"], [Regime(16, 0)], ["cispo"], [1e-4], [0, 1])
+    found = [(task, result(task, 0.6)) for task in tasks]
+    for _, run_found in found:
+        for step in run_found["steps"]:
+            step["marked"] /= 2
+    runs = study_of(found)["small", Regime(16, 0)]["cispo"]
+    assert drops(runs, "mark", "pos", "ppo_dropped") == (4, 20), "one step of each of two runs"
+    found[1][1]["status"] = "diverged"
+    runs = study_of(found)["small", Regime(16, 0)]["cispo"]
+    assert drops(runs, "mark", "pos", "ppo_dropped") == (2, 10)
+
+
+SMALL = (
+    "device=cpu", "runtime=local", "rollout.engine=torch", "train.steps=2", "train.eval_every=2",
+    "rollout.prompts_per_step=2", "rollout.group_size=4", "sft.steps=2", "sft.batch_size=4", "eval.args.size=8",
+    "data.args.size=64", "rollout.max_tokens=6", "sft.data.args.size=64",
+)  # fmt: skip
+
+
 def test_a_run_leaves_its_result_alone(tmp_path: Path):
     """A run of two steps through the workers: the result file, and nothing else once it ended."""
-    keys = ["device=cpu", "runtime=local", "train.steps=2", "train.eval_every=2", "rollout.prompts_per_step=2"]
-    keys += ["rollout.group_size=4", "sft.steps=2", "sft.batch_size=4", "eval.args.size=8", "data.args.size=64"]
-    keys += ["rollout.max_tokens=6", "sft.data.args.size=64"]
     tasks = tasks_of(["lightning_1m"], [Regime(2, 0)], ["cispo"], [1e-4], [0])
     queue = Queue(tmp_path, tasks, starts=0, deadline=time.monotonic() + 60, expect=1.0)
-    run(queue, 1, keys, fresh=False)
+    run(queue, 1, SMALL, fresh=False)
     ((task, found),) = load(tmp_path)
     assert task == tasks[0] and found["status"] == "done"
     assert [row["step"] for row in found["history"]] == [0, 1, 2]
     assert [step["step"] for step in found["steps"]] == [1, 2] and [one["step"] for one in found["held_out"]] == [0, 2]
     assert [file.suffix for file in (tmp_path / "work").iterdir() if file.is_file()] == [".log"]
     assert not list((tmp_path / "work" / "lightning_1m").iterdir())
+
+
+def test_a_run_served_later_is_the_run_served_first(tmp_path: Path):
+    """Bit for bit, with a critic and old samples too: a worker's runs leave nothing behind for one another."""
+    first, second = (Task("lightning_1m", arm, 2, staleness, 1e-4, 0) for arm, staleness in (("cispo", 0), ("ppo", 8)))
+    warm_up(tmp_path / "a", "lightning_1m", 0, None, SMALL)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "warm").symlink_to(tmp_path / "a" / "warm")
+    for place, task in (("a", first), ("a", second), ("b", second), ("b", first)):
+        train(tmp_path / place, task, 0, SMALL)
+    ours, theirs = (dict(load(tmp_path / place)) for place in "ab")
+    assert ours.keys() == theirs.keys() == {first, second}
+    for task in ours:
+        assert [ours[task][key] for key in ("steps", "held_out")] == [
+            theirs[task][key] for key in ("steps", "held_out")
+        ]
+        assert timeless(ours[task]) == timeless(theirs[task])
+
+
+def timeless(found: Mapping[str, Any]) -> list[dict[str, float]]:
+    clocks = ("total/seconds", "time/step")
+    return [{name: value for name, value in row.items() if name not in clocks} for row in found["history"]]
+
+
+def test_the_grids_name_known_policies_and_arms():
+    for grids in GRIDS.values():
+        tasks = tasks_of_grids(grids)
+        assert len(tasks) == len(set(tasks)) >= 50
+        assert {task.policy for task in tasks} <= set(POLICIES) and {task.arm for task in tasks} == set(ARMS)
+    # The regimes of the claim come first, and seed after seed.
+    first = tasks_of_grids(GRIDS["gpu"])[:24]
+    assert {(task.policy, task.seed) for task in first} == {("lightning_35m", 0)}
+    assert {task.regime for task in first} == {Regime(16, 0), Regime(4, 8)}

@@ -6,7 +6,8 @@
 The first form shares `sequences` completions of exactly `tokens` tokens over engines in processes of their own, on one
 GPU or CPU; the peer is `vllm.LLM.generate` with `logprobs=0`, the way TRL samples. The second builds both policies from
 random weights, with as many parameters a token, and lets one engine decode up to each context; the time of the prompts
-is taken off. bfloat16 on a GPU; medians of three calls after one that is not counted.
+is taken off. bfloat16 on a GPU; medians of three calls after one that is not counted. Each row is printed once it is
+measured, ours before the peer's.
 """
 
 from __future__ import annotations
@@ -141,17 +142,20 @@ def peer(model: str, prompts: int, length: int, tokens: int, dtype: str) -> floa
 
 def against_vllm(arguments: argparse.Namespace, dtype: str) -> None:
     sequences, tokens = arguments.sequences, arguments.tokens
-    print(f"{arguments.model}: {sequences} completions of {tokens} tokens, {dtype}, log-probability of every token")
-    base = None if arguments.skip_peer else peer(arguments.model, sequences, PROMPT, tokens, dtype)
-    if base:
-        print(f"  vLLM's LLM.generate, logprobs=0     {base:9,.0f} tokens/s", flush=True)
+    head = f"{arguments.model}: {sequences} completions of {tokens} tokens, {dtype}, log-probability of every token"
+    print(head, flush=True)
+    speeds: dict[int, float] = {}
     for engines in map(int, arguments.engines.split(",")):
-        speed = ours(arguments.model, engines, sequences, PROMPT, tokens, dtype)
-        ratio = f"   {speed / base:.2f} x" if base else ""
-        print(
-            f"  ours, {engines} engine{'s' if engines > 1 else ' '}                     {speed:9,.0f} tokens/s{ratio}",
-            flush=True,
-        )
+        speeds[engines] = ours(arguments.model, engines, sequences, PROMPT, tokens, dtype)
+        name = f"ours, {engines} engine{'s' if engines > 1 else ''}"
+        print(f"  {name:<34}{speeds[engines]:11,.0f} tokens/s", flush=True)
+    if arguments.skip_peer:
+        return
+    base = peer(arguments.model, sequences, PROMPT, tokens, dtype)
+    name = "vLLM's LLM.generate, logprobs=0"
+    print(f"  {name:<34}{base:11,.0f} tokens/s")
+    for engines, speed in speeds.items():
+        print(f"  {engines} engine{'s' if engines > 1 else ''}: {speed / base:.2f} x")
 
 
 def hybrid_config() -> dict[str, Any]:
@@ -201,16 +205,12 @@ def hybrid_against_dense(arguments: argparse.Namespace, dtype: str) -> None:
             length = max(context - 256, PROMPT) if context > 1024 else PROMPT
             tokens = context - length
             for engines in map(int, arguments.engines.split(",")):
-                speeds = {
-                    name: ours(f"{folder}/{name}", engines, arguments.sequences, length, tokens, dtype, True)
-                    for name in models
-                }
-                print(
-                    f"{arguments.sequences} sequences on {engines} engine(s), prompt {length}, {tokens} tokens each: "
-                    f"hybrid {speeds['hybrid']:,.0f}, dense {speeds['dense']:,.0f} tokens/s, "
-                    f"{speeds['hybrid'] / speeds['dense']:.2f} x",
-                    flush=True,
-                )
+                print(f"{arguments.sequences} sequences on {engines} engine(s), prompt {length}, {tokens} tokens each")
+                speeds = {}
+                for name in models:
+                    speeds[name] = ours(f"{folder}/{name}", engines, arguments.sequences, length, tokens, dtype, True)
+                    print(f"  {name:<8}{speeds[name]:11,.0f} tokens/s", flush=True)
+                print(f"  {speeds['hybrid'] / speeds['dense']:.2f} x", flush=True)
 
 
 def main() -> None:

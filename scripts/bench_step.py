@@ -8,7 +8,7 @@ the weights, metrics and samples are logged. Theirs is one step of `GRPOTrainer.
 its own, and all get the same environment, initial weights, prompts, reward and number of tokens. On a CPU ours is
 measured twice, "vllm" with `rollout.engine: vllm` and "torch" with `rollout.engine: torch` and
 `learner.share_prompts: true`, and the sides take turns, step by step; on a GPU one side ends before the other starts,
-so that each has the card to itself.
+so that each has the card to itself, and its figures are printed then.
 
 Completions have the same lengths on both sides. A policy with random weights ends its completions at random, so the
 end-of-sequence token is ignored and completion i has `lengths[i]` tokens in every step. Ours: `limits` of
@@ -271,6 +271,7 @@ def measure(sides: dict[str, Side], job: Job) -> dict[str, list[Seconds]]:
                     seconds[name].append(side.step())
         if watch is not None:
             print(f"{names[0]}: {watch.peak:.1f} GiB of the GPU in use at most", flush=True)
+            report(f"{names[0]} alone", {names[0]: seconds[names[0]][1:]})
         for side in running.values():
             side.close()
     return {name: steps[1:] for name, steps in seconds.items()}

@@ -5,9 +5,10 @@
 bfloat16, random experts. Workers compile side by side, run each candidate and compare it with vLLM's own tiles (norm of
 the difference over the norm; at most 2e-2); one that is wrong or does not fit is left out. Then one process times them,
 vLLM's own tiles among them, as replays of a CUDA graph of twenty calls: from chosen experts to the mixture with vLLM's
-kernels, to the rows of `ops.experts` with ours, which are weighed elsewhere. The floor is the weights of the chosen
-experts at the speed of a large copy. Winners over vLLM's own by at least 3 % are printed as entries of
-`cispo/policies/expert_tiles.py`; ours are `GATE_UP` and `DOWN` of `cispo/ops/experts_triton.py`.
+kernels, to the rows of `ops.experts` with ours, which are weighed elsewhere. Each call has operands of its own, as a
+model's layers have: the weights of small experts would stay in the card's cache from call to call. The floor is the
+weights of the chosen experts at the speed of a large copy. Winners over vLLM's own by at least 3 % are printed as
+entries of `cispo/policies/expert_tiles.py`; ours are `GATE_UP` and `DOWN` of `cispo/ops/experts_triton.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import product
 
 import torch
+from bench_lightning import copy_rate
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe import fused_experts, override_config
 
@@ -69,10 +71,10 @@ def of_ours(tokens: int) -> list[Candidate]:
     return [*((t, DOWN) for t in first), *((GATE_UP, t) for t in second)]
 
 
-def inputs(case: Case) -> tuple[Tensor, ...]:
+def inputs(case: Case, call: int = 0) -> tuple[Tensor, ...]:
     """x, the two weights, and weights and experts of each token."""
     shape, tokens = case
-    torch.manual_seed(tokens)
+    torch.manual_seed(tokens * CALLS + call)
     experts, hidden, width, top_k = shape
     x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
     gate_up = torch.randn(experts, 2 * width, hidden, device="cuda", dtype=torch.bfloat16) * hidden**-0.5
@@ -129,14 +131,14 @@ def check(cases: list[Case], workers: int, until: float) -> dict[Case, list[Cand
     return right
 
 
-def microseconds(data: tuple[Tensor, ...], candidate: Candidate | None) -> float:
+def microseconds(calls: list[tuple[Tensor, ...]], candidate: Candidate | None) -> float:
     """Of a call, the least of five replays."""
-    run(data, candidate)
+    run(calls[0], candidate)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
+        for data in calls:
             run(data, candidate)
-    return min(_replays(graph)) / CALLS
+    return min(_replays(graph)) / len(calls)
 
 
 def _replays(graph: torch.cuda.CUDAGraph) -> Iterator[float]:
@@ -149,23 +151,17 @@ def _replays(graph: torch.cuda.CUDAGraph) -> Iterator[float]:
         yield 1e3 * begun.elapsed_time(ended)
 
 
-def copy_rate() -> float:
-    """Bytes a microsecond, read and written, of a copy of half a GiB."""
-    source = torch.empty(1 << 28, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        target.copy_(source)
-    return 2 * source.numel() * 2 / min(_replays(graph))
-
-
 def compare(case: Case, right: list[Candidate], rate: float, until: float) -> ExpertTiles | None:
-    """Prints the best of a case beside vLLM's own; returns vLLM's winner, None where its own tiles are as good."""
+    """Prints the best of a case beside vLLM's own; returns vLLM's winner, None where its own tiles are as good.
+
+    `rate` in bytes a microsecond.
+    """
     shape, tokens = case
-    data = inputs(case)
-    own = microseconds(data, None)
-    times = {tiles: microseconds(data, tiles) for tiles in right if time.monotonic() < until}
-    floor = len(data[4].unique()) * 3 * shape.hidden * shape.width * 2 / rate
+    calls = [inputs(case, call) for call in range(CALLS)]
+    own = microseconds(calls, None)
+    times = {tiles: microseconds(calls, tiles) for tiles in right if time.monotonic() < until}
+    chosen = sum(len(call[4].unique()) for call in calls) / len(calls)
+    floor = chosen * 3 * shape.hidden * shape.width * 2 / rate
     print(f"\n{tuple(shape)}, {tokens} tokens: floor {floor:.1f} us, vLLM's own {own:.1f}")
     best = sorted((t for t in times if isinstance(t, ExpertTiles)), key=times.__getitem__)
     ours = [t for t in times if not isinstance(t, ExpertTiles)]
@@ -173,7 +169,7 @@ def compare(case: Case, right: list[Candidate], rate: float, until: float) -> Ex
     second = sorted((t for t in ours if t[0] == GATE_UP), key=times.__getitem__)
     if first and second:
         both = first[0][0], second[0][1]
-        times[both] = microseconds(data, both)
+        times[both] = microseconds(calls, both)
         first.insert(0, both)
     for tiles in [*best[:4], *first[:5], *second[:4]]:
         name = "vLLM" if isinstance(tiles, ExpertTiles) else "ours"
@@ -194,7 +190,7 @@ def main() -> None:
     cases = [(shape, tokens) for tokens in options.tokens for shape in shapes]
     right = check(cases, options.workers, begun + options.seconds * 0.65)
     print(f"{sum(map(len, right.values()))} candidates are right after {time.monotonic() - begun:.0f} s", flush=True)
-    rate, until = copy_rate(), begun + options.seconds
+    rate, until = copy_rate() / 1e3, begun + options.seconds
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {rate / 1e6:.2f} TB/s")
     print("us a call; vLLM: rows, columns, depth, warps, stages; ours: columns, depth, warps, stages of both products")
     winners = {case: compare(case, right[case], rate, until) for case in cases}

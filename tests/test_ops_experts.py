@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cispo.ops.experts import expert_rows, weigh_rows
 from cispo.ops.norms import residual_norm
+from cispo.policies.expert_tiles import ExpertShape, ExpertTiles, expert_tiles
 from cispo.policies.moe import Experts
 
 GPU = torch.cuda.is_available()
@@ -121,3 +122,19 @@ def test_bfloat16_rows_are_the_learners(hidden: int, width: int, experts: int, k
     errors = [float((found.double() - wanted).norm() / wanted.norm()) for found in (total, mixture, learner)]
     # Four roundings to bfloat16 on either side.
     assert max(errors[:2]) <= 1.1 * errors[2] <= 1e-2, errors
+
+
+@pytest.mark.parametrize(
+    ("card", "tokens", "tiles"),
+    [
+        ("NVIDIA H200", 512, ExpertTiles(128, 128, 64, 8, 3)),
+        ("NVIDIA H200", 257, ExpertTiles(128, 128, 64, 8, 3)),
+        ("NVIDIA H200", 256, None),
+        ("NVIDIA H200", 513, None),
+        ("another card", 512, None),
+    ],
+)
+def test_tiles_are_those_found_near_a_number_of_tokens(card: str, tokens: int, tiles: ExpertTiles | None) -> None:
+    """At 128 tokens of this shape vLLM's own choice was as good as any."""
+    assert expert_tiles(card, ExpertShape(8, 2048, 1408, 2), tokens) == tiles
+    assert expert_tiles(card, ExpertShape(16, 2048, 1408, 2), tokens) is None

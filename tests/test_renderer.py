@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -210,6 +215,39 @@ def test_texts_are_those_of_render_and_long_ones_are_left_out(tmp_path: Path, re
     assert [text is None for text in templated.texts(conversations, 60, "data: row")] == [False, True, False]
     with pytest.raises(UserError, match="half of a character"):
         renderer.render([{"role": "u", "content": "\ud800"}])
+
+
+def in_a_daemon(template: str, folder: Path, sending: Connection) -> None:
+    """In a daemonic process: sends a conversation's texts; a sign first, where the template has no end."""
+    renderer = variant(folder, {"chat_template": template})
+    if template != TEMPLATE:
+        sending.send(None)
+    sending.send(renderer.texts([[{"role": "u", "content": "a"}]], 1000, "data: row"))
+
+
+def test_a_daemonic_process_renders_and_leaves_no_orphan(tmp_path: Path) -> None:
+    """`multiprocessing` forbids such a process, a pool's worker for one, to start a `Process`."""
+    context = multiprocessing.get_context("fork")
+
+    def started(template: str, name: str) -> tuple[BaseProcess, Connection]:
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=in_a_daemon, args=(template, tmp_path / name, sending), daemon=True)
+        process.start()
+        return process, receiving
+
+    process, receiving = started(TEMPLATE, "t")
+    assert receiving.poll(20) and receiving.recv() == ["<bos>u:a<eos><bos>me:"]
+    process.join()
+
+    process, receiving = started("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "e")
+    assert receiving.poll(20) and receiving.recv() is None
+    children = psutil.Process(process.pid).children
+    while not (found := children()):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    gone, alive = psutil.wait_procs(found, timeout=5)
+    assert gone and not alive
 
 
 def test_bad_tokenizers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

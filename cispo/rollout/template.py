@@ -5,12 +5,17 @@ conversations --fork--> one text after another over a pipe --> texts, or a sente
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 from cispo.errors import UserError
+from cispo.sandbox.kernel import PR_SET_PDEATHSIG, call
 from cispo.types import Message
 
 Render = Callable[[Sequence[Message]], str]
@@ -32,17 +37,19 @@ def render_bounded(
 ) -> list[str | None]:
     """`render` of each conversation, in a process of limited time and memory; None for over `longest` characters.
 
-    The process is forked: it starts in milliseconds and runs nothing but the template. Raises UserError for the first
-    conversation that it fails on, as `where` ("data: row") and its entry of `numbers`, with the template's `name`.
+    The process is forked: it starts in milliseconds and runs nothing but the template. It ends with its parent, which
+    may be a daemonic process of `multiprocessing`: such a one is not allowed to start a `Process`, for fear of orphans.
+    Raises UserError for the first conversation that it fails on, as `where` ("data: row") and its entry of `numbers`,
+    with the template's `name`.
     """
 
     def refused(reason: str) -> UserError:
         return UserError(f"{where} {numbers[len(texts)]}: the chat template of '{name}' {reason}")
 
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_render_all, args=(render, conversations, longest, sending), daemon=True)
-    process.start()
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        _run_child(parent, render, conversations, longest, sending)
     sending.close()
     texts: list[str | None] = []
     try:
@@ -57,10 +64,25 @@ def render_bounded(
                 raise refused(reason)
             texts.append(text)
     finally:
-        process.kill()
-        process.join()
+        # The program around may ignore its children's ends, and the system forgets them then.
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         receiving.close()
     return texts
+
+
+def _run_child(
+    parent: int, render: Render, conversations: Sequence[Sequence[Message]], longest: int, sending: Connection
+) -> NoReturn:
+    """`_render_all`, then the end of the process, without the exit handlers of the program that was forked."""
+    try:
+        if sys.platform == "linux":
+            call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() == parent:  # it may have ended before
+            _render_all(render, conversations, longest, sending)
+    finally:
+        os._exit(0)
 
 
 def _render_all(render: Render, conversations: Sequence[Sequence[Message]], longest: int, sending: Connection) -> None:

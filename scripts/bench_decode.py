@@ -19,10 +19,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -33,6 +30,7 @@ from cispo.engines.drafts import Draft, start_drafts
 from cispo.engines.serving import ServedEngine
 from cispo.engines.vllm_engine import VLLMEngine
 from cispo.policies.loading import init_policy, save_policy
+from cispo.runtime.start_parts import Parts
 from cispo.types import Completion, RepetitionStop, Sampling
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "long_context.yaml"
@@ -63,50 +61,35 @@ TINY: dict[str, Any] = {
 PARTS = ("schedule", "launch model", "launch sampler", "wait", "read tokens", "update", "take", "log-probabilities")
 
 
-@dataclass
-class Clock:
-    """Seconds by part since they were last cleared."""
+def times(parts: Parts, owner: object, method: str, name: str) -> None:
+    """Counts calls of a method as a part; the method is looked up in the owner's class at each call."""
 
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(type(owner), method)(owner, *args, **kwargs)
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - started
-
-    def times(self, owner: object, method: str, name: str) -> None:
-        """Counts calls of a method as a part; the method is looked up in the owner's class at each call."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return getattr(type(owner), method)(owner, *args, **kwargs)
-
-        setattr(owner, method, call)
+    setattr(owner, method, parts.counted(name, call))
 
 
-def watch(engine: VLLMEngine, clock: Clock) -> None:
+def watch(engine: VLLMEngine, parts: Parts) -> None:
     """Times the parts of the engine's steps."""
     core = engine._core.engine_core
-    clock.times(core.scheduler, "schedule", "schedule")
-    clock.times(core.scheduler, "update_from_output", "update")
-    clock.times(core.model_executor, "execute_model", "launch model")
-    clock.times(core.model_executor, "sample_tokens", "launch sampler")
-    clock.times(engine, "_take", "take")
+    times(parts, core.scheduler, "schedule", "schedule")
+    times(parts, core.scheduler, "update_from_output", "update")
+    times(parts, core.model_executor, "execute_model", "launch model")
+    times(parts, core.model_executor, "sample_tokens", "launch sampler")
+    times(parts, engine, "_take", "take")
     if engine._pending is not None:
-        clock.times(engine._pending, "arrived", "log-probabilities")
-        clock.times(engine._pending, "fetch_due", "log-probabilities")
+        times(parts, engine._pending, "arrived", "log-probabilities")
+        times(parts, engine._pending, "fetch_due", "log-probabilities")
     if torch.cuda.is_available():
         from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
         read = AsyncOutput.get_output
 
         def get_output(self: AsyncOutput) -> Any:
-            with clock.part("wait"):
+            with parts.timed("wait"):
                 self.copy_event.synchronize()
-            with clock.part("read tokens"):
+            with parts.timed("read tokens"):
                 return read(self)
 
         AsyncOutput.get_output = get_output
@@ -135,17 +118,17 @@ def started(engine: VLLMEngine, arguments: argparse.Namespace, vocabulary: int) 
     return drafts
 
 
-def milliseconds(engine: VLLMEngine, clock: Clock, steps: int) -> dict[str, float]:
+def milliseconds(engine: VLLMEngine, parts: Parts, steps: int) -> dict[str, float]:
     """Of a step, whole and by part."""
-    clock.seconds.clear()
+    parts.clear()
     begun = time.perf_counter()
     for _ in range(steps):
         engine.step()
     whole = time.perf_counter() - begun
-    return {name: 1e3 * seconds / steps for name, seconds in {**clock.seconds, "step": whole}.items()}
+    return {name: 1e3 * seconds / steps for name, seconds in {**parts, "step": whole}.items()}
 
 
-def compare(engine: VLLMEngine, clock: Clock, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def compare(engine: VLLMEngine, parts: Parts, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Medians over the rounds, by scheduler."""
     sides = schedulers(engine)
     scheduler: Any = engine._core.engine_core.scheduler
@@ -155,7 +138,7 @@ def compare(engine: VLLMEngine, clock: Clock, arguments: argparse.Namespace) -> 
     for _ in range(arguments.rounds):
         for name, kind in sides.items():
             scheduler.__class__ = kind
-            rounds[name].append(milliseconds(engine, clock, steps))
+            rounds[name].append(milliseconds(engine, parts, steps))
     return {
         name: {part: statistics.median(r.get(part, 0.0) for r in found) for part in ("step", *PARTS)}
         for name, found in rounds.items()
@@ -285,11 +268,11 @@ def main() -> None:
             memory=arguments.memory,
         )
         try:
-            clock, ready = Clock(), time.perf_counter()
-            watch(engine, clock)
+            parts, ready = Parts(), time.perf_counter()
+            watch(engine, parts)
             started(engine, arguments, vocabulary=128)
             print(f"start {ready - begun:.0f} s, prompts {time.perf_counter() - ready:.0f} s", flush=True)
-            found = compare(engine, clock, arguments)
+            found = compare(engine, parts, arguments)
             print("\n".join(lines(found, arguments.sequences)))
             if arguments.kernels:
                 step = min(ms["step"] for ms in found.values())

@@ -116,7 +116,7 @@ def train(out: Path, task: Task, start: int, keys: Sequence[str]) -> None:
 
 
 def _free_memory() -> None:
-    """What the last run held on a GPU goes back, for the workers beside this one."""
+    """Gives the last run's memory on a GPU back, for the workers beside this one."""
     import torch
 
     gc.collect()

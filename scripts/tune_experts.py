@@ -25,6 +25,7 @@ from bench_lightning import copy_rate
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe import fused_experts, override_config
 
+from cispo.ops.experts import FEW_TOKENS
 from cispo.ops.experts_triton import DOWN, GATE_UP, Tiles, expert_rows
 from cispo.policies.expert_tiles import ExpertShape, ExpertTiles
 
@@ -34,8 +35,6 @@ SHAPES = {
     "16 experts": ExpertShape(16, 2048, 1408, 2),
     "64 experts": ExpertShape(64, 2048, 512, 8),
 }
-FEW = 64
-"""Tokens up to which our kernels are tried."""
 CALLS = 20
 MARGIN = 0.97
 LIMIT = 2e-2
@@ -50,7 +49,7 @@ Candidate = ExpertTiles | Ours
 
 def of_vllm(tokens: int) -> list[Candidate]:
     """Tiles worth a try: few rows of an expert for few tokens, and what fits into a multiprocessor's memory."""
-    if tokens <= FEW:
+    if tokens <= FEW_TOKENS:
         found = product((16,), (32, 64, 128), (64, 128, 256), (4, 8), (3, 4))
     else:
         found = product((16, 32) if tokens <= 128 else (64, 128), (64, 128), (64, 128), (4, 8), (3, 4))
@@ -62,7 +61,7 @@ def of_vllm(tokens: int) -> list[Candidate]:
 
 def of_ours(tokens: int) -> list[Candidate]:
     """One of the two products with other tiles."""
-    if tokens > FEW:
+    if tokens > FEW_TOKENS:
         return []
     tiles = [Tiles(c, d, w, s) for c, d, w, s in product((32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5))]
     tiles = [t for t in tiles if (t.warps == 4 or t.columns == 128) and (t.stages == 4 or t.depth * t.columns <= 8192)]

@@ -1,4 +1,4 @@
-"""What a step of vLLM has sampled, by request and of the whole step.
+"""Tokens that a step of vLLM has sampled, by request and of the whole step.
 
 StepTokens -> split -> SampledTokens -> Draft.extend
 """

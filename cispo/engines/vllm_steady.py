@@ -83,7 +83,7 @@ class SteadyBatch:
 
 @dataclass(slots=True)
 class SteadyStep:
-    """What the update of a steady step has to know."""
+    """The part of a steady step that its update reads."""
 
     batch: SteadyBatch
     computed: Integers

@@ -1,4 +1,4 @@
-"""Tiles of vLLM's grouped products for few tokens, by card and shape, as `scripts/tune_experts.py` finds them.
+"""Tiles of vLLM's grouped products of a decode step, by card and shape, as `scripts/tune_experts.py` finds them.
 
 vLLM has files of tuned tiles for the experts of well-known models; other shapes get one rule for all, which is
 vLLM's choice here too where the table has no entry. Up to `ops.experts.FEW_TOKENS` tokens no product is vLLM's.

@@ -19,7 +19,7 @@ _NAME = "time/start"
 
 
 class Parts(dict[str, float]):
-    """Seconds of a start by its parts."""
+    """Seconds by part, of a start for one."""
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +43,14 @@ from cispo.rollout.rewards import rewards_of
 from cispo.rollout.rollout import sampling_of
 from cispo.runtime.ahead import Ahead
 from cispo.runtime.cluster import check_settings
+from cispo.runtime.garbage import no_collections
 from cispo.runtime.interrupts import Interrupts
 from cispo.runtime.ship_code import check_output_dir
 from cispo.runtime.start_parts import StartParts
 from cispo.runtime.together import together
 from cispo.runtime.watchdog import Activity, guarded
 from cispo.start import (
+    asks_of_layers,
     check_adapter,
     check_experts,
     check_new_policy,
@@ -87,14 +88,15 @@ def load_task(recipe: Recipe) -> Task:
         check_settings()
     elif recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda, but there is no GPU here")
-    policy = None if recipe.policy.model is None else chosen_policy(recipe, None)
-    if policy is not None:
-        check_weights(Path(whole_policy(policy)))
-        check_adapter(recipe, policy)
-        check_experts(recipe, shape_of(read_json(Path(policy) / "config.json")))
-    algorithm_of(recipe)
-    renderer = renderer_of(recipe)
-    with _no_collections():
+    with no_collections():
+        policy = None if recipe.policy.model is None else chosen_policy(recipe, None)
+        if policy is not None:
+            check_weights(Path(whole_policy(policy)))
+            check_adapter(recipe, policy)
+            if asks_of_layers(recipe):
+                check_experts(recipe, shape_of(read_json(Path(policy) / "config.json")))
+        algorithm_of(recipe)
+        renderer = renderer_of(recipe)
         task = Task(
             renderer=renderer,
             demonstrations=demonstrations_of(recipe.sft.data, renderer, recipe) if recipe.sft else [],
@@ -110,18 +112,6 @@ def load_task(recipe: Recipe) -> Task:
     if episodes := episodes_of(recipe, renderer, task.sections):
         episodes.close()
     return task
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """A block without searches for cyclic garbage: rows are none, and a search of all of them takes a fifth of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Run:

@@ -89,8 +89,10 @@ def demonstrations_of(data: Data, renderer: Renderer, recipe: Recipe, say: Say =
     # The last token of a demonstration is predicted, not read.
     before = {row: len(prompt) - 1 for row, prompt in enumerate(prompts) if prompt is not None}
 
-    def encode(turns: Turns) -> list[int]:
-        return [token for ids, _ in _encoded(turns, renderer) for token in ids]
+    def encode(completions: Sequence[Turns]) -> list[list[int]]:
+        if all(len(turns) == 1 for turns in completions):
+            return renderer.encode_completions([_content(turns[0]) for turns in completions])
+        return [[token for ids, _ in _encoded(turns, renderer) for token in ids] for turns in completions]
 
     targets = fitting(
         [completions[row] for row in before],

@@ -4,10 +4,11 @@
     python scripts/bench_rollout.py --hybrid [--context 512,8192]           recipes/lightning_30m beside a dense Qwen3
 
 The first form shares `sequences` completions of exactly `tokens` tokens over engines in processes of their own, on one
-GPU or CPU; the peer is `vllm.LLM.generate` with `logprobs=0`, the way TRL samples. The second builds both policies from
-random weights, with as many parameters a token, and lets one engine decode up to each context; the time of the prompts
-is taken off. bfloat16 on a GPU; medians of three calls after one that is not counted. Each row is printed once it is
-measured, ours before the peer's.
+GPU or CPU; the peer is `vllm.LLM.generate` with `logprobs=0`, the way TRL samples. All sides start at once; then one is
+measured while the others are idle, ours before the peer. Below a side of ours: where the time of a call goes, the mean
+of its engines. The second form builds both policies from random weights, with as many parameters a token, and lets one
+engine decode up to each context; the time of the prompts is taken off. bfloat16 on a GPU; medians of three calls after
+a short one that is not counted.
 """
 
 from __future__ import annotations
@@ -17,23 +18,96 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from cispo.engines.serving import make_engine
+from cispo.engines.drafts import Draft
+from cispo.engines.serving import ServedEngine, make_engine
 from cispo.policies.loading import init_policy, save_policy
 from cispo.policies.policy import Policy
 from cispo.recipe.load import load_recipe
-from cispo.runtime.actors import RayRuntime, Resources
+from cispo.runtime.actors import Handle, RayRuntime, Resources, Runtime
+from cispo.runtime.start_parts import Parts
 from cispo.runtime.watchdog import Activity
-from cispo.types import RepetitionStop, Sampling
+from cispo.types import Completion, RepetitionStop, Sampling
 
 PROMPT = 48
 RECIPE = Path(__file__).parents[1] / "recipes" / "lightning_30m.yaml"
 VOCABULARY = 4096
+WARM_UP = 16
+"""Tokens of each completion of the call that is not counted."""
+CALLS = 3
+SHOWN = {
+    "decode": "steps that only sample",
+    "prefill": "steps that read prompts",
+    "logprobs": "fetches of log-probabilities",
+    "admission": "admission",
+    "loop": "event loop between steps",
+}
+"""Part of a call in an engine -> its meaning."""
+
+
+class CallParts(NamedTuple):
+    """Where the time of an engine's last call went."""
+
+    seconds: dict[str, float]
+    """By part; `call` is the whole in the engine's process."""
+    steps: dict[str, int]
+    """By kind: "prefill" reads prompts, "decode" only samples."""
+
+
+class TimedEngine(ServedEngine):
+    """A served engine that counts the seconds of a call by part, one call at a time."""
+
+    def __init__(self, served: ServedEngine) -> None:
+        super().__init__(served.engine)
+        engine: Any = served.engine
+        self._spent, self._steps = Parts(), Counter[str]()
+        scheduler, step = engine._core.engine_core.scheduler, engine.step
+        schedule, orders = scheduler.schedule, []
+
+        def watched(*args: object) -> Any:
+            orders[:] = [schedule(*args)]
+            return orders[0]
+
+        def timed() -> list[Draft]:
+            orders.clear()
+            fetched, begun = self._spent.get("logprobs", 0.0), time.perf_counter()
+            complete = step()
+            seconds = time.perf_counter() - begun - self._spent.get("logprobs", 0.0) + fetched
+            kind = "decode"
+            if any(order.total_num_scheduled_tokens > len(order.num_scheduled_tokens) for order in orders):
+                kind = "prefill"
+            self._steps[kind] += 1
+            self._spent[kind] = self._spent.get(kind, 0.0) + seconds
+            return complete
+
+        scheduler.schedule, engine.step = watched, timed
+        engine.submit = self._spent.counted("admission", engine.submit)
+        for method in () if engine._pending is None else ("fetch", "arrived"):
+            setattr(engine._pending, method, self._spent.counted("logprobs", getattr(engine._pending, method)))
+
+    async def _listen(self, **arguments: Any) -> None:
+        with self._spent.timed("loop"):
+            await super()._listen(**arguments)
+
+    async def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        self._spent.clear()
+        self._steps.clear()
+        with self._spent.timed("call"):
+            return await super().generate(*args, **kwargs)
+
+    def call_parts(self) -> CallParts:
+        return CallParts(dict(self._spent), dict(self._steps))
+
+
+def timed_engine(*args: Any, **settings: Any) -> TimedEngine:
+    return TimedEngine(make_engine(*args, **settings))
 
 
 class PlainVLLM:
@@ -69,93 +143,124 @@ def plain_vllm(model: str, **settings: Any) -> PlainVLLM:
     return PlainVLLM(model, **settings)
 
 
-async def tokens_per_second(
-    build: Callable[..., Any],
-    args: Sequence[Any],
-    engines: int,
-    prompts: int,
-    length: int,
-    tokens: int,
-    decode_only: bool = False,
-    **kwargs: Any,
-) -> float:
-    """Of `engines` actors on one device that share the prompts; `decode_only` takes the prompts' time off."""
-    runtime = RayRuntime(processes=engines, activity=Activity())
-    try:
-        gpus = 0.9 / engines if torch.cuda.is_available() else 0
-        share = prompts // engines
-        kwargs |= {"max_sequences": share, "concurrent": build is make_engine}
-        handles = await asyncio.gather(
-            *(
-                runtime.start(build, *args, name=f"engine-{i}", resources=Resources(gpus=gpus), **kwargs)
-                for i in range(engines)
-            )
-        )
-        generator = torch.Generator().manual_seed(0)
-        asked = torch.randint(3, 4000, (prompts, length), generator=generator).tolist()
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A way to sample: engines of one kind that share the prompts."""
 
-        async def seconds(tokens: int) -> float:
-            sampling = Sampling(max_tokens=tokens, eos_ids=(), repetition=RepetitionStop(run_length=0))
-            times = []
-            for seed in range(4):
-                started = time.perf_counter()
-                parts = (asked[i * share : (i + 1) * share] for i in range(engines))
-                await asyncio.gather(
-                    *(h.call("generate", part, sampling, seed) for h, part in zip(handles, parts, strict=True))
-                )
-                times.append(time.perf_counter() - started)
-            return statistics.median(times[1:])
+    name: str
+    build: Callable[..., Any]
+    model: str
+    engines: int
+    settings: Mapping[str, Any]
 
-        if decode_only:
-            return prompts * (tokens - 1) / (await seconds(tokens) - await seconds(1))
-        return prompts * tokens / await seconds(tokens)
-    finally:
-        runtime.close()
+    @property
+    def is_ours(self) -> bool:
+        return self.build is timed_engine
 
 
-def ours(
-    model: str, engines: int, prompts: int, length: int, tokens: int, dtype: str, decode_only: bool = False
-) -> float:
-    settings: dict[str, Any] = {"tensor_parallel": 1, "sleeps": False, "engine_args": {}, "memory": 0.6 / engines}
-    context = length + tokens
-    return asyncio.run(
-        tokens_per_second(
-            make_engine,
-            ("vllm", model),
-            engines,
-            prompts,
-            length,
-            tokens,
-            decode_only,
-            dtype=dtype,
-            max_context=context,
-            **settings,
+def ours(name: str, model: str, engines: int, context: int, dtype: str, memory: float) -> Side:
+    """`memory` is the share of a GPU for the caches of all its engines."""
+    more = {"tensor_parallel": 1, "sleeps": False, "engine_args": {}, "memory": memory / engines}
+    return Side(name, timed_engine, model, engines, {"dtype": dtype, "max_context": context, **more})
+
+
+def peer(model: str, context: int, dtype: str, memory: float) -> Side:
+    settings = {"dtype": dtype, "max_context": context, "memory": memory}
+    return Side("vLLM's LLM.generate, logprobs=0", plain_vllm, model, 1, settings)
+
+
+async def start(runtime: Runtime, side: Side, prompts: int, gpus: float) -> list[Handle]:
+    """Its engines, each for its share of the prompts and with a fraction of the GPU in Ray's books."""
+    settings: dict[str, Any] = {**side.settings, "max_sequences": prompts // side.engines, "concurrent": side.is_ours}
+    args = ("vllm", side.model) if side.is_ours else (side.model,)
+    return await asyncio.gather(
+        *(
+            runtime.start(side.build, *args, name=f"engine-{number}", resources=Resources(gpus=gpus), **settings)
+            for number in range(side.engines)
         )
     )
 
 
-def peer(model: str, prompts: int, length: int, tokens: int, dtype: str) -> float:
-    context = length + tokens
-    settings: dict[str, Any] = {"dtype": dtype, "max_context": context, "memory": 0.5}
-    return asyncio.run(tokens_per_second(plain_vllm, (model,), 1, prompts, length, tokens, **settings))
+class Measured(NamedTuple):
+    calls: list[float]
+    """Seconds of each."""
+    parts: list[CallParts]
+    """Of each call in each engine of ours."""
 
 
-def against_vllm(arguments: argparse.Namespace, dtype: str) -> None:
-    sequences, tokens = arguments.sequences, arguments.tokens
-    head = f"{arguments.model}: {sequences} completions of {tokens} tokens, {dtype}, log-probability of every token"
-    print(head, flush=True)
-    speeds: dict[int, float] = {}
-    for engines in map(int, arguments.engines.split(",")):
-        speeds[engines] = ours(arguments.model, engines, sequences, PROMPT, tokens, dtype)
-        name = f"ours, {engines} engine{'s' if engines > 1 else ''}"
-        print(f"  {name:<34}{speeds[engines]:11,.0f} tokens/s", flush=True)
-    if arguments.skip_peer:
-        return
-    base = peer(arguments.model, sequences, PROMPT, tokens, dtype)
-    name = "vLLM's LLM.generate, logprobs=0"
-    print(f"  {name:<34}{base:11,.0f} tokens/s")
-    for engines, speed in speeds.items():
-        print(f"  {engines} engine{'s' if engines > 1 else ''}: {speed / base:.2f} x")
+async def measure(side: Side, handles: Sequence[Handle], prompts: Sequence[Sequence[int]], tokens: int) -> Measured:
+    """Calls one after another, the prompts shared by the engines."""
+    share, found = len(prompts) // len(handles), Measured([], [])
+    shares = [prompts[i * share : (i + 1) * share] for i in range(len(handles))]
+    for seed in range(CALLS + 1):
+        length = tokens if seed else min(tokens, WARM_UP)
+        sampling = Sampling(max_tokens=length, eos_ids=(), repetition=RepetitionStop(run_length=0))
+        begun = time.perf_counter()
+        await asyncio.gather(
+            *(handle.call("generate", own, sampling, seed) for handle, own in zip(handles, shares, strict=True))
+        )
+        seconds = time.perf_counter() - begun
+        if seed:
+            found.calls.append(seconds)
+            found.parts.extend([await handle.call("call_parts") for handle in handles if side.is_ours])
+    return found
+
+
+def lines(measured: Measured) -> Iterator[str]:
+    """Where the time of a call goes, means."""
+    whole, found = statistics.mean(measured.calls), measured.parts
+    seconds = {part: statistics.mean(one.seconds.get(part, 0.0) for one in found) for part in (*SHOWN, "call")}
+    known = sum(seconds[part] for part in SHOWN)
+    seconds |= {"rest": seconds["call"] - known, "transport": whole - seconds["call"]}
+    for part, meaning in {**SHOWN, "rest": "drafts, completions", "transport": "between the processes"}.items():
+        steps = statistics.mean(one.steps.get(part, 0) for one in found)
+        each = f", {steps:.0f} of {1e3 * seconds[part] / steps:.2f} ms" if steps else ""
+        yield f"{meaning:<30}{100 * seconds[part] / whole:6.1f} % {1e3 * seconds[part]:9.1f} ms{each}"
+
+
+def random_prompts(count: int, length: int) -> list[list[int]]:
+    return torch.randint(3, 4000, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+async def against_vllm(arguments: argparse.Namespace, dtype: str) -> None:
+    sequences, tokens, model = arguments.sequences, arguments.tokens, arguments.model
+    print(f"{model}: {sequences} completions of {tokens} tokens, {dtype}, log-probability of every token", flush=True)
+    counts = [int(number) for number in arguments.engines.split(",")]
+    context, memory = PROMPT + tokens, 0.4 / len(counts)
+    names = [f"ours, {engines} engine{'s' if engines > 1 else ''}" for engines in counts]
+    sides = [ours(n, model, engines, context, dtype, memory) for n, engines in zip(names, counts, strict=True)]
+    sides += [] if arguments.skip_peer else [peer(model, context, dtype, 0.45)]
+    processes = sum(side.engines for side in sides)
+    gpus = 0.9 / processes if torch.cuda.is_available() else 0
+    runtime, begun = RayRuntime(processes=processes, activity=Activity()), time.perf_counter()
+    try:
+        # None is measured beside the start of another.
+        starting = [asyncio.ensure_future(start(runtime, side, sequences, gpus)) for side in sides]
+        await asyncio.wait(starting)
+        print(f"  started in {time.perf_counter() - begun:.0f} s", flush=True)
+        speeds: list[float] = []
+        for side, started in zip(sides, starting, strict=True):
+            found = await measure(side, started.result(), random_prompts(sequences, PROMPT), tokens)
+            speeds.append(sequences * tokens / statistics.median(found.calls))
+            print(f"  {side.name:<34}{speeds[-1]:11,.0f} tokens/s", flush=True)
+            for line in lines(found) if side.is_ours else ():
+                print(f"    {line}", flush=True)
+        for side, speed in zip(sides, speeds, strict=True) if not sides[-1].is_ours else ():
+            print(f"  {side.name:<34}{speed / speeds[-1]:11.2f} x")
+    finally:
+        runtime.close()
+
+
+async def decoded(side: Side, prompts: int, length: int, tokens: int) -> float:
+    """Tokens a second, the time of the prompts taken off; the side is alone on the device."""
+    runtime = RayRuntime(processes=side.engines, activity=Activity())
+    try:
+        gpus = 0.9 / side.engines if torch.cuda.is_available() else 0
+        handles, asked = await start(runtime, side, prompts, gpus), random_prompts(prompts, length)
+        seconds = [statistics.median((await measure(side, handles, asked, n)).calls) for n in (tokens, 1)]
+        return prompts * (tokens - 1) / (seconds[0] - seconds[1])
+    finally:
+        runtime.close()
 
 
 def hybrid_config() -> dict[str, Any]:
@@ -208,7 +313,8 @@ def hybrid_against_dense(arguments: argparse.Namespace, dtype: str) -> None:
                 print(f"{arguments.sequences} sequences on {engines} engine(s), prompt {length}, {tokens} tokens each")
                 speeds = {}
                 for name in models:
-                    speeds[name] = ours(f"{folder}/{name}", engines, arguments.sequences, length, tokens, dtype, True)
+                    side = ours(name, f"{folder}/{name}", engines, context, dtype, memory=0.6)
+                    speeds[name] = asyncio.run(decoded(side, arguments.sequences, length, tokens))
                     print(f"  {name:<8}{speeds[name]:11,.0f} tokens/s", flush=True)
                 print(f"  {speeds['hybrid'] / speeds['dense']:.2f} x", flush=True)
 
@@ -227,7 +333,7 @@ def main() -> None:
     if arguments.hybrid:
         hybrid_against_dense(arguments, dtype)
     elif arguments.model:
-        against_vllm(arguments, dtype)
+        asyncio.run(against_vllm(arguments, dtype))
     else:
         parser.error("give --model FOLDER or --hybrid")
 

@@ -248,7 +248,7 @@ def test_parts_on_two_nodes_with_a_users_modules(way: str, two_nodes: TwoNodes, 
     assert first == second != engine and {first, engine} == set(two_nodes.nodes)
     assert said["refuse"] == said["fail"] == "no such word"
     assert said["paths"].startswith("policy: /no/such/folder is not seen from node")
-    assert "engine-0 ended unexpectedly" in said["die"]
+    assert "engine-0 ended unexpectedly" in done.stdout
 
 
 def test_what_a_cluster_has_no_room_for_is_refused(two_nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,12 +56,15 @@ and engine up to 3e-5 each from float64 on the same tokens."""
 TIE = 1e-6
 """Scores of experts that are closer are ordered by rounding."""
 
-DEFAULT = ("qwen3_next", "minimax_m2")
-"""Families of the default run: both kinds of layers, both kinds of routers, a buffer."""
+DEFAULT = ("qwen3_next", "minimax_m2", "deepseek_v3")
+"""Families of the default run: all kinds of layers, both kinds of routers, a buffer."""
 
 CONFIGS = {name: tiny.hf_config for name, tiny in TINY.items()}
 # Sparse attention runs in vLLM while it selects every key: in contexts of at most this length.
 CONFIGS["deepseek_v32"] |= {"index_topk": 640}
+# A block is as large as a slot: with one state a latent layer it has 128 tokens, with three it would have 384.
+CONFIGS["kimi_linear"] |= {"layer_types": ["linear_attention", "full_attention"] * 2}
+CONFIGS["ling"] |= {"layer_group_size": 2}
 WITH_RANKS_ONLY = {"qwen3_moe": VARIANTS["qwen3_moe"].hf_config}
 """Families that are run with tensor parallelism alone: their blocks are those of others."""
 

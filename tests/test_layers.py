@@ -43,6 +43,7 @@ ONLY_IN = {
         "engines.vllm_steady",
         "policies.hybrid.vllm_attention",
         "policies.hybrid.vllm_config",
+        "policies.hybrid.vllm_latents",
         "policies.hybrid.vllm_model",
         "policies.hybrid.vllm_states",
         "policies.minimax.vllm_lightning",

@@ -71,7 +71,7 @@ print("folder", os.path.exists(folder.path), "late" if time.monotonic() - starte
 
 
 # No agent of Ray's among them, whose start a raylet waits for.
-SERVERS = "servers cat cat gcs_server ray::clerk"
+SERVERS = "servers cat cat gcs_server python ray::clerk"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cispo.engines.vllm_logprobs import LogprobTable, RecordingSampler, Records
+from cispo.engines.drafts import Draft
+from cispo.engines.logprob_table import LogprobTable, Records
+from cispo.engines.sampled_tokens import StepTokens
+from cispo.engines.vllm_logprobs import PendingLogprobs, RecordingSampler
+from cispo.types import RepetitionStop, Sampling
 
 
 @dataclass
@@ -153,3 +158,54 @@ def test_a_token_that_was_never_recorded_is_an_error() -> None:
     assert table.get("a", 0, 1) == [-0.5]
     with pytest.raises(AssertionError, match="no log-probability"):
         table.get("a", 0, 3)
+
+
+def test_tokens_of_whole_steps_and_of_single_requests_keep_their_order() -> None:
+    """Steps of changing requests, single tokens, ends and fetches in between: every request gets its own, in order."""
+    generator, sent, recorded = random.Random(0), [], []
+    sampling = Sampling(max_tokens=400, eos_ids=(), repetition=RepetitionStop(run_length=0))
+
+    def send() -> None:
+        sent[:] = recorded.copy()
+        recorded.clear()
+
+    pending = PendingLogprobs(send, lambda: [rows(sent or [("a stranger", 0, 0.0, True)])], 400)
+    drafts = {f"r{n}": Draft(prompt=[1] * (1 + n), sampling=sampling, seed=0, limit=400) for n in range(9)}
+    pending.open(dict(list(drafts.items())[:6]))
+    pending.open(dict(list(drafts.items())[6:]))
+    truth: dict[str, list[int]] = {name: [] for name in drafts}
+
+    def token(name: str) -> int:
+        truth[name].append(len(truth[name]) * 100 + int(name[1:]))
+        recorded.append((name, len(drafts[name].prompt) + len(truth[name]) - 1, -float(truth[name][-1]), True))
+        return truth[name][-1]
+
+    def arrive() -> None:
+        for name, tokens, logprobs, reason in pending.arrived():
+            drafts[name].extend(tokens, logprobs, reason)
+            if reason:
+                pending.close([name])
+
+    running = list(drafts)
+    while running:
+        if generator.random() < 0.6:
+            for _ in range(generator.randrange(1, 5)):
+                pending.add_step(StepTokens(running.copy(), [token(name) for name in running], None, {}))
+        name = generator.choice(running)
+        ends = len(truth[name]) > 40
+        if generator.random() < 0.5:
+            pending.add(name, [token(name)], "length" if ends else None)
+        else:
+            reasons = {running.index(name): "length"} if ends else {}
+            pending.add_step(StepTokens(running.copy(), [token(each) for each in running], None, reasons))
+        if ends:
+            running.remove(name)
+        arrive()
+        if generator.random() < 0.2:
+            pending.fetch(running=True)
+        elif pending.fetch_due():
+            arrive()
+    arrive()
+    for name, draft in drafts.items():
+        assert draft.reason is not None and draft.tokens == truth[name]
+        assert draft.logprobs == [-float(value) for value in truth[name]]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from cispo.errors import UserError
 from cispo.recipe.schema import Policy, Recipe
 from cispo.rollout.renderer import Renderer, load_tokenizer, renderer_of
+from cispo.rollout.template import render_bounded
 
 ROOT = Path(__file__).parents[1]
 CHARS = ROOT / "recipes" / "tokenizers" / "chars"
@@ -215,6 +217,87 @@ def test_texts_are_those_of_render_and_long_ones_are_left_out(tmp_path: Path, re
     assert [text is None for text in templated.texts(conversations, 60, "data: row")] == [False, True, False]
     with pytest.raises(UserError, match="half of a character"):
         renderer.render([{"role": "u", "content": "\ud800"}])
+
+
+def rendered_as(renders: Callable[[str], str], contents: Sequence[str], longest: int = 1000) -> list[str | None]:
+    """The texts of conversations of one message each, of the rows 100, 101 ..."""
+    return render_bounded(
+        lambda messages: renders(str(messages[0]["content"])),
+        [[{"role": "u", "content": content}] for content in contents],
+        longest=longest,
+        name="t",
+        where="data: row",
+        numbers=range(100, 100 + len(contents)),
+    )
+
+
+def test_a_conversation_within_a_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts cross in batches, of a tenth of a second or a million characters; the row at fault is the eighth."""
+    contents = [f"{number}" for number in range(20)]
+    faults: dict[str, Callable[[], object]] = {
+        "fails on a prompt: ZeroDivisionError": lambda: 1 // 0,
+        "crashes its process": lambda: os._exit(3),
+        "does not finish within 2 s": lambda: time.sleep(60),
+    }
+    monkeypatch.setattr("cispo.rollout.template._SECONDS", 2.0)
+    for length in (1, 400_000):  # all in one batch, and three in each
+        for sentence, fault in faults.items():
+
+            def renders(content: str, length: int = length, fault: Callable[[], object] = fault) -> str:
+                return content * length if content != "7" else str(fault())
+
+            with pytest.raises(UserError) as raised:
+                rendered_as(renders, contents, longest=10**6)
+            assert str(raised.value).startswith(f"data: row 107: the chat template of 't' {sentence}")
+
+
+def test_a_crash_behind_the_last_text_is_the_last_conversation_s() -> None:
+    def renders(content: str) -> str:
+        Connection.send = lambda self, obj: os._exit(3)  # in the process of the template alone
+        return content
+
+    with pytest.raises(UserError, match="^data: row 102: the chat template of 't' crashes its process$"):
+        rendered_as(renders, list("abc"))
+
+
+def test_the_limit_of_seconds_is_one_conversation_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cispo.rollout.template._SECONDS", 2.0)
+
+    def slowly(content: str) -> str:
+        time.sleep(1.2)
+        return content
+
+    assert rendered_as(slowly, list("abc")) == list("abc")
+
+
+def test_batches_of_texts_are_all_of_them_in_order() -> None:
+    contents = ["a", "b" * 3, "c", "d" * 2, "", "e"]
+    texts = rendered_as(lambda content: content * 600_000, contents, longest=1_200_000)
+    assert texts == [None if len(content) == 3 else content * 600_000 for content in contents]
+    assert rendered_as(str, []) == []
+
+
+def test_texts_are_tokenised_in_batches_as_one_by_one(
+    tmp_path: Path, renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["1,2>", "", "<eos>3", "é", "4", "5" * 30, "a\nb", "<bos>", "6", "7,8"]
+    cut = {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}}
+    tokenizer = json.loads((CHARS / "tokenizer.json").read_text())
+    cutting = variant(tmp_path / "cut", {}, tokenizer={**tokenizer, **cut})
+    templated = variant(tmp_path / "t", {"chat_template": TEMPLATE})
+    for characters in (1, 8, 10**6):
+        monkeypatch.setattr("cispo.rollout.renderer._BATCH_CHARACTERS", characters)
+        monkeypatch.setattr("cispo.rollout.renderer._BATCH", 3)
+        for one in (renderer, cutting, templated):
+            one.highest_id = 0
+            singly = [one.encode_prompt(text) for text in texts]
+            highest, one.highest_id = one.highest_id, 0
+            assert one.encode_prompts(texts) == singly
+            assert one.highest_id == highest > 0
+            assert one.encode_completions(texts) == [one.encode_completion(text) for text in texts]
+            assert one.encode_prompts([]) == []
+            with pytest.raises(UserError, match=r"a text holds '\\ud800', half of a character"):
+                one.encode_prompts([*texts, "a\ud800", "\ud801"])
 
 
 def in_a_daemon(template: str, folder: Path, sending: Connection) -> None:

@@ -8,6 +8,8 @@ import inspect
 import random
 from collections import deque
 from collections.abc import Sequence
+from threading import Thread
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cispo.engines import serving
 from cispo.engines.drafts import Draft
 from cispo.engines.handle import EngineHandle
 from cispo.engines.serving import ServedEngine
@@ -191,6 +194,40 @@ def test_calls_share_steps_and_return_when_their_own_are_done() -> None:
 
     asyncio.run(run())
     assert core.steps == 9
+
+
+def test_the_loop_sleeps_after_each_step_only_where_a_call_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of the main thread, as in an actor, with steps of 4 ms and a host that sleeps for 2 ms at least."""
+    core = Versions()
+    engine, slept, turned = ServedEngine(core), [], []
+
+    def now() -> float:
+        return 0.004 * core.steps + 0.002 * len(slept)
+
+    clock = SimpleNamespace(sleep=lambda seconds: slept.append(core.steps), perf_counter=now)
+    monkeypatch.setattr(serving, "time", clock)
+
+    async def ticks() -> None:
+        while True:
+            turned.append(core.steps)
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        ticking = asyncio.ensure_future(ticks())
+        first = call(engine, 3, 300)
+        await steps(core, 100)
+        second = call(engine, 1, 15)
+        check([*await first, *await second])
+        ticking.cancel()
+
+    thread = Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    thread.join()
+    assert core.submitted == [3, 1] and core.steps == 300
+    assert set(slept) >= {*range(5), *range(100, 105)}, "others may follow the call that has come"
+    quiet = [step for step in slept if 20 <= step < 100 or step >= 120]
+    assert 4 <= len(quiet) <= 6, "a hundredth of the time"
+    assert max(turned.count(step) for step in range(1, 300) if step != 100) <= 4
 
 
 def test_drafts_that_wait_for_room_begin_in_order_and_several_at_a_time() -> None:

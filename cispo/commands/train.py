@@ -12,6 +12,7 @@ from cispo.output.screen import Screen
 from cispo.recipe.load import load_recipe, need
 from cispo.recipe.resume import check_same_run, output_dirs
 from cispo.recipe.schema import Recipe
+from cispo.runtime.garbage import no_collections
 from cispo.runtime.interrupts import Interrupts
 from cispo.runtime.start_parts import StartParts
 from cispo.runtime.watchdog import Activity
@@ -40,7 +41,7 @@ def train(path: Path, overrides: Sequence[str], *, resume: bool | Literal["auto"
     if resume is True:
         raise UserError(f"--resume: {Path(recipe.output_dir) / recipe.name} holds no run")
     with _processes(recipe) as ahead:
-        with start.timed("import"):
+        with start.timed("import"), no_collections():
             from cispo.run import Run, load_task
         with start.timed("inputs"):
             task = load_task(recipe)
@@ -63,7 +64,7 @@ def _go_on(recipe: Recipe, path: Path, screen: Screen, interrupts: Interrupts, s
             screen.print(f"{path} has all its {recipe.train.steps} steps: a larger train.steps goes on from there")
             return
         with _processes(recipe) as ahead:
-            with start.timed("import"):
+            with start.timed("import"), no_collections():
                 from cispo.run import Run, load_task
             with start.timed("inputs"):
                 task = load_task(recipe)

@@ -6,7 +6,7 @@ rollout.engine: auto                                --engine_of----------->  vll
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -39,6 +39,17 @@ def settled(recipe: Recipe, device: Device | None = None) -> Recipe:
     engine = engine_of(recipe, device).name
     recipe = formatted(recipe, device)
     return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
+
+
+def prepare(recipe: Mapping[str, object], device: Device) -> None:
+    """The imports of an engine of the recipe, given as JSON's types, in a process from which others are forked."""
+    from cispo.engines import serving
+
+    chosen = settled(Recipe.model_validate(recipe), device)
+    # A model's class may touch CUDA.
+    model = chosen.policy.model if device == "cpu" and chosen.rollout.tensor_parallel == 1 else None
+    folder = model if model is not None and (Path(model) / "config.json").is_file() else None
+    serving.prepare(chosen.rollout.kind, chosen.policy.number_format, folder)
 
 
 def engine_of(recipe: Recipe, device: Device | None = None) -> EngineChoice:

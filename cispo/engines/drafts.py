@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 
 from cispo.errors import Diverged, UserError
 from cispo.types import Completion, FinishReason, RepetitionStop, RoutedExperts, Sampling
@@ -81,14 +81,15 @@ class Draft:
     def completion(self) -> Completion:
         """The finished completion. Raises Diverged where a log-probability is not finite."""
         assert self.reason is not None, "the engine stopped before this completion did"
-        if not all(map(math.isfinite, self.logprobs)):
+        if not math.isfinite(sum(self.logprobs)):  # of float32 values: a sum of finite ones is finite
             raise Diverged("a sampled token has a log-probability that is not finite: the policy has diverged")
         spans = zip(pairwise([*self.starts, len(self.tokens)]), self.starts.values(), strict=True)
+        versions = chain.from_iterable(repeat(version, end - start) for (start, end), version in spans)
         return Completion(
             token_ids=tuple(self.tokens),
             logprobs=tuple(self.logprobs),
             finish_reason=self.reason,
-            versions=tuple(version for (start, end), version in spans for _ in range(start, end)),
+            versions=tuple(versions),
             cached=self.cached,
             routed_experts=self._routed_experts(),
         )

@@ -36,11 +36,16 @@ _P = ParamSpec("_P")
 # that reads prompts takes twice the time of one that only samples (it is no CUDA graph), for one prompt as for many.
 _ADMIT_SHARE = 0.25
 
-# Before a step the event loop turns until this many turns bring no new call: a call from another process needs several
-# turns from its arrival to its start. The threads that bring it need the interpreter lock, which steps hardly release;
-# where the loop runs in the main thread there are no such threads.
+# Turns of the event loop between two steps: a call from another process needs several from its arrival to its start.
 _QUIET_TURNS = 4
+
+# Once a call has come, the loop turns until `_QUIET_TURNS` bring no other: calls sent together are batched together.
+# The threads that bring them need the interpreter lock, which steps hardly release; where the loop runs in the main
+# thread there are none. So it sleeps: after every step for a moment from a call on, since others may follow it, and for
+# a share of the time afterwards, because some hosts sleep a millisecond and more where they are asked for less.
 _LOCK_RELEASE_SECONDS = 50e-6
+_LOCK_RELEASE_SHARE = 0.01
+_OTHERS_FOLLOW_SECONDS = 0.05
 
 
 class State(StrEnum):
@@ -106,6 +111,8 @@ class ServedEngine:
         self._stepping: asyncio.Task[None] | None = None
         self._arrivals = 0
         """Calls since the start."""
+        self._last_arrival = self._next_sleep = 0.0
+        """Moments for `_release_lock`: the last time that calls arrived, and the time of its next sleep without one."""
 
     @property
     def start_parts(self) -> Mapping[str, float]:
@@ -232,23 +239,35 @@ class ServedEngine:
 
     async def _step(self) -> None:
         """Steps the engine until no draft is active or an update may change the weights."""
-        await self._listen()
+        await self._listen(arriving=True)
         while self._active and self.state in (State.SERVING, State.HOLDING):
             self._run(self.engine.step)
             self._admit()
             if not self._active:
                 self._run(self.engine.settle)
-            await self._listen()
+            await self._listen(arriving=False)
 
-    async def _listen(self) -> None:
-        """Yields to the event loop until no new call arrives, so that calls sent together are batched together."""
-        known = None
-        while known != self._arrivals:
+    async def _listen(self, *, arriving: bool) -> None:
+        """Yields to the event loop; from the first call that comes, or at once where one has, until no other does."""
+        while True:
             known = self._arrivals
             if threading.current_thread() is not threading.main_thread():
-                time.sleep(_LOCK_RELEASE_SECONDS)
+                self._release_lock(arriving=arriving)
             for _ in range(_QUIET_TURNS):
                 await asyncio.sleep(0)
+            if known == self._arrivals:
+                return
+            arriving = True
+
+    def _release_lock(self, *, arriving: bool) -> None:
+        """Lets other threads of the process run for a moment, if it is time to."""
+        begun = time.perf_counter()
+        if arriving:
+            self._last_arrival = begun
+        if begun >= self._next_sleep or begun < self._last_arrival + _OTHERS_FOLLOW_SECONDS:
+            time.sleep(_LOCK_RELEASE_SECONDS)
+            ended = time.perf_counter()
+            self._next_sleep = ended + (ended - begun) / _LOCK_RELEASE_SHARE
 
     def _start(self) -> None:
         """Admits waiting drafts, and creates a stepping task where drafts are active and none runs."""

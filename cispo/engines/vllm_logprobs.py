@@ -13,32 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
-from typing import ClassVar, NamedTuple, Protocol, TypeVar
+from itertools import chain, groupby
+from operator import attrgetter
+from typing import ClassVar, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cispo.engines.drafts import Draft
+from cispo.engines.logprob_table import LogprobTable, Records
 from cispo.engines.sampled_tokens import SampledTokens, StepTokens
 from cispo.engines.vllm_routes import RouteExtension
 
 # Steps between fetches of running requests where a rule may end one because of its log-probabilities.
 _STEPS_BETWEEN_RULE_CHECKS = 64
-
-
-class Records(NamedTuple):
-    """Samples recorded between two calls of `send`, in order: a row is one request in one step."""
-
-    requests: list[str]
-    """[rows] vLLM's internal request ids."""
-    positions: npt.NDArray[np.int64]
-    """[rows] int64: position of the sampled token in its sequence, prompt included."""
-    logprobs: npt.NDArray[np.float32]
-    """[rows] float32."""
-    sampled: npt.NDArray[np.bool_]
-    """[rows] bool: False where the prompt went on and the sample was dropped."""
 
 
 class _Logprobs(Protocol):
@@ -104,7 +93,7 @@ class _Sent:
         if self.arrived is not None:
             self.arrived.synchronize()
         positions, logprobs, sampled = (tensor.numpy() for tensor in self.tensors)
-        return Records(self.requests, positions.astype(np.int64), logprobs, sampled > 0)
+        return Records(self.requests, positions.astype(np.int64, copy=False), logprobs, sampled > 0)
 
 
 class RecordingSampler:
@@ -145,7 +134,7 @@ class RecordingSampler:
         if steps[0].logprobs.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        self._sent = _Sent([request for step in steps for request in step.requests], copies, arrived)
+        self._sent = _Sent(list(chain.from_iterable(step.requests for step in steps)), copies, arrived)
 
     def take(self) -> Records:
         """The records of the last `send`; waits until they have arrived."""
@@ -219,19 +208,25 @@ class PendingLogprobs:
         self._table = LogprobTable(max_tokens)
         self._fetching: dict[str, int] | None = None
         """Request -> number of its tokens in the fetch under way."""
+        self._whole: list[StepTokens] = []
+        """The last steps, not yet in `pending` of their requests."""
         self._due = False
         self._steps = 0
         """Since the last fetch of running requests."""
+        self._ruled = 0
+        """Requests that a rule may end."""
 
     def open(self, drafts: Mapping[str, Draft]) -> None:
         """Registers the requests of a submission by id."""
         submission = _Submission(len(drafts))
         for request, draft in drafts.items():
             self._requests[request] = _Request(submission, has_rule=draft.counter is not None)
+            self._ruled += draft.counter is not None
             self._table.open(request, start=len(draft.prompt), limit=draft.limit)
 
     def add(self, request: str, tokens: Sequence[int], reason: str | None) -> None:
         """Adds tokens sampled in a step; `reason` says why vLLM ended the request with them, None while it runs."""
+        self._split()
         entry = self._requests[request]
         entry.pending += tokens
         entry.reason = reason
@@ -240,16 +235,21 @@ class PendingLogprobs:
 
     def add_step(self, step: StepTokens) -> None:
         """Adds the tokens of a step of many requests."""
-        requests = self._requests
-        for request, token in zip(step.requests, step.tokens, strict=True):
-            requests[request].pending.append(token)
+        self._whole.append(step)
         for index, reason in step.reasons.items():
             self.add(step.requests[index], (), reason)
+
+    def _split(self) -> None:
+        """Gives each request its tokens of the last steps: of all steps of the same requests at once, not in each."""
+        whole, self._whole = self._whole, []
+        for requests, steps in groupby(whole, key=attrgetter("requests")):
+            for request, tokens in zip(requests, zip(*(step.tokens for step in steps), strict=True), strict=True):
+                self._requests[request].pending += tokens
 
     def fetch_due(self) -> bool:
         """Starts a fetch where one is due, once a step; True where every request has ended and no step will follow."""
         self._steps += 1
-        check_rules = self._steps >= _STEPS_BETWEEN_RULE_CHECKS and any(r.has_rule for r in self._requests.values())
+        check_rules = self._steps >= _STEPS_BETWEEN_RULE_CHECKS and self._ruled > 0
         if not self._due and not check_rules:
             return False
         self.fetch(running=check_rules)
@@ -258,6 +258,7 @@ class PendingLogprobs:
     def fetch(self, *, running: bool) -> None:
         """Starts to copy the log-probabilities of ended requests to the host, with `running` those of all requests."""
         self._send()
+        self._split()
         asked = {name: r for name, r in self._requests.items() if r.pending and (running or r.reason is not None)}
         self._fetching = {name: len(request.pending) for name, request in asked.items()}
         self._due = False
@@ -274,8 +275,10 @@ class PendingLogprobs:
 
     def close(self, requests: Sequence[str]) -> None:
         """Forgets requests that are complete or dropped."""
+        self._split()
         for name in requests:
             request = self._requests.pop(name)
+            self._ruled -= request.has_rule
             if request.reason is None:
                 self._end(request)
             self._table.close(name)
@@ -290,60 +293,3 @@ class PendingLogprobs:
     def _end(self, request: _Request) -> None:
         request.submission.running -= 1
         self._due |= request.submission.running == 0
-
-
-class LogprobTable:
-    """Log-probabilities of open requests by token: a row per request, reused once it is closed."""
-
-    def __init__(self, width: int) -> None:
-        """`width` is the most tokens that a request may sample."""
-        self._rows: dict[str, int] = {}
-        self._free: list[int] = []
-        self._starts = np.zeros(0, np.int64)
-        self._limits = np.zeros(0, np.int64)
-        self._values = np.zeros((0, width), np.float32)
-        self._known = np.zeros((0, width), bool)
-
-    def open(self, request: str, *, start: int, limit: int) -> None:
-        """`start` is the prompt's length, `limit` the most tokens; later ones are dropped."""
-        if not self._free:
-            self._grow()
-        row = self._rows[request] = self._free.pop()
-        self._starts[row], self._limits[row] = start, limit
-        self._known[row, :limit] = False
-
-    def close(self, request: str) -> None:
-        self._free.append(self._rows.pop(request))
-
-    def add(self, records: Records) -> None:
-        """Stores records. A token sampled twice, its request preempted meanwhile, keeps the later log-probability."""
-        if not self._rows:
-            return
-        rows = np.fromiter((self._rows.get(r, -1) for r in records.requests), np.int64, len(records.requests))
-        tokens: npt.NDArray[np.int64] = records.positions - self._starts[rows]
-        kept = records.sampled & (rows >= 0) & (tokens < self._limits[rows])
-        self._values[rows[kept], tokens[kept]] = records.logprobs[kept]
-        self._known[rows[kept], tokens[kept]] = True
-
-    def get(self, request: str, start: int, stop: int) -> list[float]:
-        """Log-probabilities of a request's sampled tokens `start` to `stop`."""
-        row = self._rows[request]
-        assert self._known[row, start:stop].all(), "a sampled token has no log-probability"
-        return self._values[row, start:stop].tolist()
-
-    def _grow(self) -> None:
-        """Doubles the rows; a row that is never written takes no memory."""
-        rows = len(self._starts)
-        more = max(rows, 16)
-        self._free += range(rows + more - 1, rows - 1, -1)
-        self._starts, self._limits = (np.pad(values, (0, more)) for values in (self._starts, self._limits))
-        self._values, self._known = _extended(self._values, more), _extended(self._known, more)
-
-
-_Scalar = TypeVar("_Scalar", bound=np.generic)
-
-
-def _extended(table: npt.NDArray[_Scalar], rows: int) -> npt.NDArray[_Scalar]:
-    result = np.zeros((len(table) + rows, table.shape[1]), table.dtype)
-    result[: len(table)] = table
-    return result

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from cispo.errors import UserError
 from cispo.files import read_json
-from cispo.policies.families import FAMILIES, PARSED, family_of
+from cispo.policies.families import FAMILIES, PARSED, POLICY_MODEL, family_of
 from cispo.policies.replay import ROUTES_KEY
 from cispo.runtime.start_parts import Parts
 from cispo.weights.vllm_receiver import TRANSFER_BACKEND, register_transfer_backend
@@ -107,7 +107,7 @@ def start_vllm(
     with parts.timed("config"):
         own = _own_arguments(Path(arguments["model"]), arguments)
         recorded = _recording(arguments) if record_routes else {}
-        settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **own, **arguments, **recorded})
+        settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **arguments, **own, **recorded})
         try:
             config = settings.create_engine_config()
         except ValueError as error:
@@ -200,7 +200,12 @@ def _own_arguments(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]
     resolve_name(family.parser)  # registers itself
     dtype, ranks = getattr(torch, arguments["dtype"]), arguments["tensor_parallel_size"]
     check_context(plan_of(config, folder, dtype, ranks), arguments["max_model_len"])
-    return {"config_format": PARSED}
+    if arguments.get("config_format", PARSED) != PARSED:
+        return {}
+    from cispo.policies.hybrid.vllm_config import cached_heads
+
+    overrides = {**(arguments.get("hf_overrides") or {}), **cached_heads(config, folder, ranks)}
+    return {"config_format": PARSED, "hf_overrides": overrides}
 
 
 def _leave_classes_alone() -> None:
@@ -274,7 +279,9 @@ def _check_cpu(config: VllmConfig) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     model, sizes = config.model_config, CPUAttentionBackend.get_supported_head_sizes()
-    if not model.use_mla and model.get_head_size() not in sizes:
+    # The plan of a policy pads heads to such a size, or caches latents, which are read without this backend.
+    planned = model.architecture in POLICY_MODEL.architectures
+    if not planned and not model.use_mla and model.get_head_size() not in sizes:
         raise UserError(f"head_dim {model.get_head_size()} cannot be sampled on a CPU, which takes one of {sizes}")
 
 

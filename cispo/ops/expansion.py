@@ -2,6 +2,7 @@
 
     latents [n, ...] --Expansion--> k [n, H, D], v [n, H, E]
     latents          --Recomputed--> the same in a backward pass, then the gradients of latents and weights
+    q [T, H, D]      --Absorbed----> queries of the latents themselves, which are then keys and values of one head
 
 A `torch.autograd.Function` gives gradients to its inputs alone, hence the weights of an expansion beside its function.
 """
@@ -16,6 +17,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Absorbed:
+    """Attention to latents in the place of keys and values, the same function (arXiv 2405.04434, section 2.1.2).
+
+    A key is linear in its latents, [first, second] of C = R + S numbers, and a value in the first.
+    """
+
+    queries: Callable[[Tensor], Tensor]
+    """q [T, H, D] to [T, H, C]: products with a token's latents are those of q with its keys."""
+    values: Callable[[Tensor], Tensor]
+    """Sums of weighted first latents [T, H, R] to those of weighted values [T, H, E]."""
+
+
+@dataclass(frozen=True, slots=True)
 class Expansion:
     """Latents to keys and values; no rows to no rows."""
 
@@ -24,6 +38,8 @@ class Expansion:
     weights: Sequence[Tensor]
     """All that the function reads, which it finds unchanged in the backward pass. FSDP's are: it gathers a layer's
     weights into the same parameters once more before the layer's backward pass."""
+    absorbed: Absorbed | None = None
+    """The other way to the same attention, where there is one; it reads the weights as they are when it is called."""
 
     def __call__(self, *latents: Tensor) -> tuple[Tensor, Tensor]:
         return self.function(*latents)

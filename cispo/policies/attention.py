@@ -63,7 +63,7 @@ class Attention(Protocol):
 
 @runtime_checkable
 class ReadsLatents(Protocol):
-    """An `Attention` to which keys and values come from other ranks: their latents are the smaller message."""
+    """An `Attention` that takes latents instead of keys and values: the smaller message, or the smaller cache."""
 
     def latent_softmax(
         self,

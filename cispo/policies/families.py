@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cispo.policies.dense.shapes import Shapes, known_shapes
 from cispo.policies.hybrid import deepseek, gqa_moe, kimi_linear, ling, minimax_m2, qwen3_next
 from cispo.policies.hybrid.config import HybridConfig
 from cispo.policies.hybrid.model import build as build_hybrid
@@ -66,6 +67,8 @@ class Family:
     """The policy's step in few operations; None where it has none."""
     vllm: VLLMModel | None = None
     """None where vLLM's own model serves the family."""
+    known_shapes: Callable[[HFConfig], Shapes | None] = lambda _: None
+    """The weights of a config's policy where they are known without building it, which imports its libraries."""
 
 
 def _minimax_step(policy: Policy) -> ShortStep:
@@ -124,7 +127,7 @@ FAMILIES = {
     "deepseek": _hybrid(deepseek.matches, deepseek.parse),
     "ling": _hybrid(ling.matches, ling.parse),
     "gqa_moe": _hybrid(gqa_moe.matches, gqa_moe.parse),
-    "dense": Family(matches=lambda _: True, build=_build_dense, short_step=_dense_step),
+    "dense": Family(matches=lambda _: True, build=_build_dense, short_step=_dense_step, known_shapes=known_shapes),
 }
 
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from cispo.errors import UserError
 from cispo.files import read_json, write_json
+from cispo.policies.dense.shapes import Shapes
 from cispo.policies.families import family_of
 from cispo.policies.policy import HFConfig, Policy
 
@@ -274,13 +275,29 @@ def check_weights(folder: Path) -> None:
     from safetensors import SafetensorError
 
     try:
+        config = read_json(folder / "config.json")
+        shapes = _known_shapes(config)
+        if shapes is not None and shapes == _shapes_in(weight_files(folder)):
+            return
         with torch.device("meta"):
-            policy = _build(read_json(folder / "config.json"), folder, torch.float32)
+            policy = _build(config, folder, torch.float32)
             policy.load_hf(_read_weights(weight_files(folder), headers=True))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: a weight file is broken or cut short: {error}") from None
     except UserError as error:
         raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+
+
+def _known_shapes(config: HFConfig) -> Shapes | None:
+    try:
+        return family_of(config).known_shapes(config)
+    # A config that means nothing is refused where its policy is built.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UserError):
+        return None
+
+
+def _shapes_in(files: Iterable[Path]) -> Shapes:
+    return {name: tuple(weight.shape) for name, weight in _read_weights(files, headers=True)}
 
 
 class WeightSlice(Protocol):

@@ -166,7 +166,7 @@ class Prompts(Sequence[Prompt]):
         longest = _CHARACTERS_PER_TOKEN * self._max_context
         ids = fitting(
             [text if len(text) <= longest else None],
-            renderer.encode_prompt,
+            renderer.encode_prompts,
             self._max_context,
             part.key,
             numbers=[number],
@@ -267,7 +267,7 @@ def rendered(
     """The rendered prompts of the rows `numbers`, None for those that are too long and dropped."""
     longest = _CHARACTERS_PER_TOKEN * max_context
     texts = renderer.texts([prompt.messages for prompt in prompts], longest, f"{key}: row", numbers)
-    ids = fitting(texts, renderer.encode_prompt, max_context, key, numbers=numbers, drop=drop)
+    ids = fitting(texts, renderer.encode_prompts, max_context, key, numbers=numbers, drop=drop)
     empty = next((number for number, tokens in zip(numbers, ids, strict=True) if tokens == []), None)
     if empty is not None:
         raise UserError(f"{key}: row {empty} makes an empty prompt")
@@ -277,7 +277,7 @@ def rendered(
 
 def fitting(
     texts: Sequence[Encoded | None],
-    encode: Callable[[Encoded], list[int]],
+    encode: Callable[[Sequence[Encoded]], list[list[int]]],
     context: int,
     key: str,
     *,
@@ -288,12 +288,15 @@ def fitting(
 ) -> list[list[int] | None]:
     """The token ids of one text a row, each with `before` tokens in front of it; None is a text that is too long.
 
-    `numbers` are the rows' for errors, `size_of` a text is in characters. UserError naming the rows that leave no room
-    in the `context` for a further token; with `drop`, None in their place.
+    `encode` gets the texts that are short enough to be tokenised, all at once. `numbers` are the rows' for errors,
+    `size_of` a text is in characters. UserError naming the rows that leave no room in the `context` for a further
+    token; with `drop`, None in their place.
     """
     numbers = range(len(texts)) if numbers is None else numbers
     most = _CHARACTERS_PER_TOKEN * context
-    ids = [None if text is None or size_of(text) > most else encode(text) for text in texts]
+    short = [text is not None and size_of(text) <= most for text in texts]
+    encoded = iter(encode([text for text, use in zip(texts, short, strict=True) if use and text is not None]))
+    ids = [next(encoded) if use else None for use in short]
     lengths = [most + 1 if tokens is None else len(tokens) for tokens in ids]
     sizes = [length + more for length, more in zip(lengths, before or [0] * len(lengths), strict=True)]
     over = [row for row, size in enumerate(sizes) if size > context - 1]

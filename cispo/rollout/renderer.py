@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,10 @@ _GENERATION = "generation_config.json"
 
 # Classes fully described by tokenizer.json: loading them by name spares the import of AutoTokenizer (and of torch).
 _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+# Texts that are tokenised at once: a token takes about 100 bytes until its text's ids are read.
+_BATCH = 4096
+_BATCH_CHARACTERS = 1 << 20
 
 
 class Renderer:
@@ -207,6 +211,15 @@ class Renderer:
         prefix = self._prefix if self.tokenizer.chat_template is None else []
         return prefix + self.encode_text(text)
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_prompt` of each text, faster than one by one."""
+        prefix = self._prefix if self.tokenizer.chat_template is None else []
+        return [prefix + ids for ids in self.encode_texts(texts)]
+
+    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_completion` of each text, faster than one by one."""
+        return [[*ids, self.eos_ids[0]] for ids in self.encode_texts(texts)]
+
     def encode_completion(self, text: str) -> list[int]:
         """The token ids of a demonstration, which ends with the end-of-sequence token."""
         return [*self.encode_text(text), self.eos_ids[0]]
@@ -261,13 +274,23 @@ class Renderer:
 
     def encode_text(self, text: str) -> list[int]:
         """The token ids of a text within a sequence. Raises UserError for a lone surrogate."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"a text holds {text[error.start]!r}, half of a character (a lone surrogate)") from None
+        _check_characters(text)
         ids = self._encode(text)
         self.highest_id = max(self.highest_id, max(ids, default=0))
         return ids
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_text` of each text: in batches that use all cores and leave the GIL to other threads."""
+        if self._plain is None or len(texts) < 2:
+            return [self.encode_text(text) for text in texts]
+        found: list[list[int]] = []
+        for batch in _batches(texts):
+            for text in batch:
+                _check_characters(text)
+            encodings = self._plain.encode_batch_fast(batch, add_special_tokens=False)
+            found += [encoding.ids for encoding in encodings]
+        self.highest_id = max(self.highest_id, max(map(max, filter(None, found)), default=0))
+        return found
 
     def _encode(self, text: str) -> list[int]:
         if self._plain is None:
@@ -278,6 +301,27 @@ class Renderer:
 # The policy's turn of a made-up conversation; no template writes such texts itself.
 _ANSWER = "an answer of 4711 words"
 _THOUGHT = "a thought of 4712 words"
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"a text holds {text[error.start]!r}, half of a character (a lone surrogate)") from None
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts in batches of at most `_BATCH` of them, which end with the text that makes `_BATCH_CHARACTERS`."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _first(ends: Sequence[str], text: str) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeAlias
 from cispo.errors import ProcessDied, RunError, UserError
 from cispo.runtime import cluster
 from cispo.runtime.cluster import Bundle
+from cispo.runtime.fork_server import NO_IMPORTS, Imports
 from cispo.runtime.host import ConcurrentHost, Host, named_parts, result_of
 from cispo.runtime.watchdog import Activity
 
@@ -289,8 +290,9 @@ class _RayHandle:
 class RayRuntime:
     """A Ray cluster: the one this process is in, else the one RAY_ADDRESS names, else a new one on this machine."""
 
-    def __init__(self, *, processes: int, activity: Activity) -> None:
-        """`processes` is the number of actors to be started, for which a cluster on this machine is sized.
+    def __init__(self, *, processes: int, activity: Activity, imports: Imports = NO_IMPORTS) -> None:
+        """`processes` is the number of actors to be started, for which a cluster on this machine is sized; those
+        of a new one share `imports`.
 
         A runtime built while another one is open shares its cluster, so that several runs can be side by side.
         """
@@ -301,7 +303,7 @@ class RayRuntime:
         self._actors: list[RayActor] = []
         self._prepared: dict[str, _RayHandle] = {}
         self._reservation = cluster.Reservation()
-        self._leave = cluster.connect(processes)
+        self._leave = cluster.connect(processes, imports)
         self._activity = activity
         activity.checks.append(cluster.check)
         cluster.check()

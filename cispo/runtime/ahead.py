@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cispo.recipe.schema import Recipe
 from cispo.runtime.actors import Planned, RayRuntime, Resources
+from cispo.runtime.fork_server import Import, Imports
+from cispo.runtime.host import CPU_ENV
 from cispo.runtime.interrupts import EXIT_CODE
 from cispo.runtime.ray_address import cluster_is_named
 from cispo.runtime.start_parts import StartParts
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 # Functions that import the libraries of a rank and of an engine.
 _OF_RANKS = "cispo.learner.learner:prepare"
 _OF_ENGINES = "cispo.engines.serving:prepare"
+# The same of an engine that is yet to be chosen.
+_OF_SETTLED = "cispo.engines.choice:prepare"
 
 
 Settle = Callable[[Recipe, Literal["cpu", "cuda"]], Recipe]
@@ -93,7 +97,7 @@ class Ahead:
         if ":" in recipe.algorithm.name:
             self._critic()  # the user's module first: the processes get the search path of this one
         count = 2 * recipe.learner.ranks + (recipe.rollout.engines if engines else 0)
-        runtime = RayRuntime(processes=count, activity=self.activity)
+        runtime = RayRuntime(processes=count, activity=self.activity, imports=shared_imports(recipe, engines=engines))
         try:
             # Imports torch, while Ray's servers begin to run.
             from cispo.runtime.placement import placement_of
@@ -140,11 +144,32 @@ def engines_wait(recipe: Recipe, processes: int) -> bool:
     return recipe.sft is not None and (os.cpu_count() or 1) <= processes
 
 
+def _model_folder(recipe: Recipe) -> str | None:
+    """The folder of the recipe's model; None where it has none, or one of a hub."""
+    model = recipe.policy.model
+    return str(Path(model).absolute()) if model is not None and (Path(model) / "config.json").is_file() else None
+
+
+def _sees_gpu(recipe: Recipe) -> bool:
+    """A guess without CUDA, which no fork may follow."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return recipe.device != "cpu" and not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def shared_imports(recipe: Recipe, *, engines: bool) -> Imports:
+    """The imports that the processes of a run share."""
+    ranks, of_engines = recipe.learner.ranks, recipe.rollout.engines if engines else 0
+    folder, gpu = _model_folder(recipe), _sees_gpu(recipe)
+    of_ranks = Import(_OF_RANKS, (False, folder, recipe.policy.config))
+    later = not engines or engines_wait(recipe, ranks + of_engines)
+    shared = Import(_OF_SETTLED, (recipe.model_dump(mode="json"), "cuda" if gpu else "cpu"))
+    return Imports((of_ranks,), () if later else (shared,), env={} if gpu else CPU_ENV)
+
+
 def planned(recipe: Recipe, placement: Placement, *, critic: bool, settle: Settle, engines: bool) -> Iterator[Planned]:
     """The processes of a run that start at once; those before the engines need no settled recipe."""
     ranks, gpu, rollout = range(recipe.learner.ranks), placement.device == "cuda", recipe.rollout
-    model = recipe.policy.model
-    folder = str(Path(model).absolute()) if model is not None and (Path(model) / "config.json").is_file() else None
+    folder = _model_folder(recipe)
     kinds = ("learner", *(("critic",) if critic else ()))
     for name in kinds:
         for rank in ranks:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cispo.errors import RunError, UserError
+from cispo.runtime.fork_server import NO_IMPORTS, Imports
 from cispo.runtime.interrupts import kept_handlers
 from cispo.runtime.local_cluster import LocalCluster, root_folder
 from cispo.runtime.ray_address import check_ray_address, cluster_is_named
@@ -67,8 +68,10 @@ _local: LocalCluster | None = None
 """The cluster that this process has started."""
 
 
-def connect(processes: int) -> Callable[[], None] | None:
+def connect(processes: int, imports: Imports = NO_IMPORTS) -> Callable[[], None] | None:
     """Joins the cluster that RAY_ADDRESS names, or starts one of this machine with a CPU for each of `processes`.
+
+    The processes of a new cluster share `imports`.
 
     Returns the function that leaves or ends it; None where this process is in a cluster already. Raises UserError where
     RAY_ADDRESS is malformed, or no cluster there lets this process join.
@@ -80,7 +83,7 @@ def connect(processes: int) -> Callable[[], None] | None:
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     address = os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
-        return _start_local(processes)
+        return _start_local(processes, imports)
     return _join(address)
 
 
@@ -101,14 +104,16 @@ def is_alive() -> bool:
     return _local is None or _local.is_alive
 
 
-def _start_local(processes: int) -> Callable[[], None]:
+def _start_local(processes: int, imports: Imports) -> Callable[[], None]:
     # Ray has no option for loopback on Linux, but with this variable, which it reads when it is imported, it knows its
     # node as 127.0.0.1, as it does on Windows and macOS.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Workers register when their libraries are imported, once in a while from a cold disk.
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
     global _local
     # Without address="local" Ray would join any other cluster that runs on this machine.
     with _our_signals():
-        _local = LocalCluster(_quiet_init(), max(os.cpu_count() or 1, processes))
+        _local = LocalCluster(_quiet_init(), max(os.cpu_count() or 1, processes), imports)
     return _stop_local
 
 

@@ -12,10 +12,13 @@ import ctypes
 import gc
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 
+from cispo.runtime import fork_server
+from cispo.runtime.garbage import no_collections
 from cispo.runtime.network import free_port, in_url, listen_on
 
 # One thread a process: an engine and a learner of two threads each on two cores wait at one another's barriers, and one
@@ -46,16 +49,19 @@ class Host:
         self._address: str = ray.util.get_node_ip_address()
         listen_on(self._address)
         self._target: object = None
-        self._parts = {"process": time.time() - psutil.Process().create_time(), "import": 0.0}
+        began = fork_server.asked or psutil.Process().create_time()
+        self._parts = {"process": time.time() - began, "import": 0.0}
 
     def prepare(self, gpu: bool, imports: str, args: tuple[object, ...]) -> None:
         """Settings that libraries read when they are imported, and the imports. A failure is left to `build`."""
         if not gpu:
             os.environ.update(CPU_ENV)
+            if "torch" in sys.modules:
+                sys.modules["torch"].set_num_threads(1)  # as the variables, which it has read
             _keep_freed_memory()
         started = time.perf_counter()
         if imports:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), no_collections():
                 resolve_name(imports)(*args)
         self._parts["import"] = time.perf_counter() - started
 

@@ -1,6 +1,7 @@
 """The Ray cluster that a run starts for itself on this machine: private, deaf to signals, watched.
 
     start --> gcs_server, raylet ... in sessions of their own --check--> RunError where one of them is gone
+              their workers: forks of a server of ours (`fork_server`)
               a folder in the temporary one, mode 0700        --stop--> no process and no folder is left
 
 A batch system signals the process group of a run, or all its processes. Only the driver heeds that: it finishes the
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import psutil
 
 from cispo.errors import RunError, UserError
 from cispo.files import temporary_folder
+from cispo.runtime.fork_server import ForkServer, Imports
 from cispo.runtime.orphans import watch_over
 
 _PREFIX = "cispo-ray-"
@@ -36,7 +40,7 @@ _END_SECONDS = 10.0
 class LocalCluster:
     """A cluster of this process, from its start to `stop`."""
 
-    def __init__(self, init: Callable[..., object], cpus: int) -> None:
+    def __init__(self, init: Callable[..., object], cpus: int, imports: Imports) -> None:
         """`init` is ray.init, but for some arguments.
 
         Raises UserError where no folder can hold Ray's sockets, RunError where Ray does not start.
@@ -47,7 +51,9 @@ class LocalCluster:
         folder = self._stack.enter_context(temporary_folder(_PREFIX, root_folder(), stale=_PREFIX))
         watch_over(folder)
         try:
-            with _starting(self._note):
+            self._forks = ForkServer(folder / "forks", imports)
+            self._sessions.add(self._forks.process.pid)
+            with _starting(self._note, partial(_with_forks, self._forks)):
                 # Ray gives its folder the mode 0777; the one above keeps other users out.
                 init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder / _INNER))
         except BaseException as error:
@@ -86,6 +92,7 @@ class LocalCluster:
 
     def _end_processes(self) -> None:
         """Kills the processes of the cluster's sessions, also those that outlived their parents."""
+        self._forks.close()
         ours = [process for process in psutil.process_iter() if _session(process.pid) in self._sessions]
         for process in ours:
             with contextlib.suppress(psutil.Error):
@@ -94,7 +101,7 @@ class LocalCluster:
 
 
 @contextlib.contextmanager
-def _starting(note: Callable[[str, int], None]) -> Iterator[None]:
+def _starting(note: Callable[[str, int], None], change: Callable[[list[str]], list[str]]) -> Iterator[None]:
     """A block in which Ray starts its servers: each in a session of its own, with SIGTERM, SIGHUP and SIGUSR1 off.
 
     They hand both on to the actors that they start. Ray itself does so for SIGINT alone. Left out are the servers that
@@ -107,7 +114,7 @@ def _starting(note: Callable[[str, int], None]) -> Iterator[None]:
 
     class Apart(original):
         def __init__(self, command: list[str], *args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> None:
-            command = _without_agents(command)
+            command = change(_without_agents(command))
 
             def prepare() -> None:
                 preexec_fn()
@@ -161,14 +168,30 @@ def _without_agents(command: Sequence[str]) -> list[str]:
     session = given["--session_dir"]
     script = Path(session) / "agent.sh"
     script.write_text(_STAND_IN)
-    stand_ins = {
-        option: subprocess.list2cmdline(["/bin/sh", str(script), given["--node_id"], session, *ports])
-        for option, ports in _AGENTS.items()
-    }
-    names = [item.partition("=")[0] for item in command]
-    return [
-        f"{name}={stand_ins[name]}" if name in stand_ins else item for name, item in zip(names, command, strict=True)
-    ]
+    return _changed(
+        command,
+        {option: ["/bin/sh", str(script), given["--node_id"], session, *ports] for option, ports in _AGENTS.items()},
+    )
+
+
+_WORKERS, _AT_ONCE = "--python_worker_command", "--num_prestart_python_workers"
+
+
+def _with_forks(forks: ForkServer, command: Sequence[str]) -> list[str]:
+    """The command of a raylet that forks its workers, on demand; any other as it is.
+
+    Those that Ray starts ahead would hold up the driver, with Python's lock held, until all of them had their imports.
+    """
+    given = dict(item.split("=", 1) for item in command if "=" in item)
+    if not {_WORKERS, _AT_ONCE} <= given.keys():
+        return [*command]
+    return _changed(command, {_WORKERS: forks.command(shlex.split(given[_WORKERS])), _AT_ONCE: ["0"]})
+
+
+def _changed(command: Sequence[str], options: Mapping[str, Sequence[str]]) -> list[str]:
+    """The command with other values, themselves commands, of its `--name=value` options."""
+    values = {name: subprocess.list2cmdline(value) for name, value in options.items()}
+    return [f"{name}={values[name]}" if (name := item.partition("=")[0]) in values else item for item in command]
 
 
 def root_folder() -> Path:

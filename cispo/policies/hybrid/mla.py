@@ -5,7 +5,8 @@
     x, normed q_a -> indexer -> Index, with which attention is `sparse_softmax`
 
 Keys and values are expanded from the latents before attention sees them. The absorbed form, scores against the latents
-themselves, is the same function: its products are larger, and it pays only where a cache of latents is read.
+themselves, is the same function: its products are larger, and it pays only where a cache of latents is read, which is
+vLLM's (`vllm_latents`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cispo.ops.expansion import Expansion
+from cispo.ops.expansion import Absorbed, Expansion
 from cispo.ops.sparse_attention import Index
 from cispo.policies.attention import Attention, latent_attention
 from cispo.policies.hybrid.config import IndexerConfig, MLAConfig
@@ -72,7 +73,8 @@ class MultiHeadLatentAttention(nn.Module):
     @property
     def expansion(self) -> Expansion:
         """Keys and values of `forward`'s latents; one a pass, since FSDP and adapters replace parameters."""
-        return Expansion(self._expand, tuple(self.kv_b_proj.parameters()))
+        absorbed = Absorbed(queries=self._absorb, values=self._sum_values)
+        return Expansion(self._expand, tuple(self.kv_b_proj.parameters()), absorbed)
 
     def _expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [n, H, nope + rope] and values [n, H, value_dim] of normed latents [n, R] and k_rope [n, 1, rope]."""
@@ -80,6 +82,22 @@ class MultiHeadLatentAttention(nn.Module):
         expanded = self.kv_b_proj(latent).unflatten(-1, (config.num_heads, -1))
         k_nope, v = expanded.split([config.nope_dim, config.value_dim], -1)
         return torch.cat([k_nope, k_rope.expand(-1, config.num_heads, -1)], -1), v
+
+    def _absorb(self, q: Tensor) -> Tensor:
+        """q [T, H, nope + rope] to queries of latents [T, H, R + rope]."""
+        q_nope, q_rope = q.split([self.config.nope_dim, self.config.rope_dim], -1)
+        return torch.cat([torch.einsum("thn,hnr->thr", q_nope, self._up[0]), q_rope], -1)
+
+    def _sum_values(self, latent: Tensor) -> Tensor:
+        """Sums of weighted latents [T, H, R] to [T, H, value_dim]."""
+        return torch.einsum("thr,hvr->thv", latent, self._up[1])
+
+    @property
+    def _up(self) -> tuple[Tensor, Tensor]:
+        """The weight of keys [H, nope, R] and that of values [H, value_dim, R]: views, which follow weight updates."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.config.num_heads, -1))
+        k_up, v_up = weight.split([self.config.nope_dim, self.config.value_dim], 1)
+        return k_up, v_up
 
 
 class Indexer(nn.Module):

@@ -10,7 +10,7 @@
     embedding, head, norms of blocks, routers       whole on every rank
 
 A mixer's output projection and an MLP sum over the ranks, and so do norms over all heads. States and keys in an
-engine's cache are those of the rank's heads.
+engine's cache are those of the rank's heads; latents in it are whole.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The attention of one step of vLLM's engine, as a policy's layers call it.
 
     softmax    -> vLLM's Attention over paged keys and values, heads padded with zeros to one size
+    latents    -> `LatentAttention` over a row of latents a token; softmax where keys and values are no more than that
     recurrent  -> states in slots: decodes (one token each) first, then the prefills, each from the state it left
 
 A step of decodes alone reads nothing back to the host and has shapes that depend on the batch size only, so a CUDA
@@ -19,10 +20,12 @@ from vllm.model_executor.layers.attention import Attention
 
 from cispo.ops.convolution import CONVOLUTION, convolve_decode, convolve_prefill
 from cispo.ops.delta import DELTA, delta_decode, delta_prefill
+from cispo.ops.expansion import Expansion
 from cispo.ops.lightning import LIGHTNING, lightning_decode, lightning_prefill
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.slots import read_states, write_states
 from cispo.ops.sparse_attention import Index
+from cispo.policies.hybrid.vllm_latents import LatentAttention
 from cispo.policies.hybrid.vllm_plan import Plan
 from cispo.policies.hybrid.vllm_states import StateHolder
 from cispo.policies.vllm_slots import Batch, batches_of
@@ -48,7 +51,9 @@ SLOT_KERNELS: dict[RecurrentOp, SlotKernels] = {
 class PagedAttention:
     """`Attention` over vLLM's caches, for one forward pass."""
 
-    def __init__(self, plan: Plan, layers: Sequence[Attention], holders: Sequence[StateHolder]) -> None:
+    def __init__(
+        self, plan: Plan, layers: Sequence[Attention | LatentAttention], holders: Sequence[StateHolder]
+    ) -> None:
         self.plan, self.layers, self.holders = plan, layers, holders
         self._batches = batches_of(holders)
         self._softmax = self._recurrent = 0
@@ -62,6 +67,21 @@ class PagedAttention:
     def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
         # No context is longer than the keys that are selected (`check_context`): all of them are.
         return self.softmax(q, k, v, scale)
+
+    def latent_softmax(
+        self,
+        q: Tensor,
+        latents: Sequence[Tensor],
+        expand: Expansion,
+        scale: float | None = None,
+        index: Index | None = None,
+    ) -> Tensor:
+        # With an index as in `sparse_softmax`. The layer has the scale from the plan.
+        if not self.plan.keeps_latents:
+            return self.softmax(q, *expand(*latents), scale)
+        layer = self.layers[self._softmax]
+        self._softmax += 1
+        return layer(q, latents, expand)
 
     def recurrent(self, op: RecurrentOp, *inputs: Tensor) -> Tensor:
         call, place = self.plan.recurrent[self._recurrent], self.plan.places[self._recurrent]

@@ -4,7 +4,7 @@
 
 With config classes of transformers' or its own, vLLM would take some of the models for others: multi-head latent
 attention runs on other backends, Qwen3.5 loads its vision tower, and several fail on a CPU. The shapes here are those
-of the cache: as many layers as vLLM's cache has, heads padded as it holds them.
+of the cache: as many layers as vLLM's cache has, heads padded as it holds them, of latents one.
 """
 
 from __future__ import annotations
@@ -49,6 +49,17 @@ class PolicyConfig(PreTrainedConfig):
         return json.loads(self.policy)
 
 
+def cached_heads(config: HFConfig, folder: Path, ranks: int) -> dict[str, int]:
+    """The values of `PolicyConfig` that say what an engine of `ranks` caches of a token: vLLM's parser knows no ranks.
+
+    Raises UserError as `plan_of`.
+    """
+    plan = plan_of(config, folder, torch.float32, ranks)
+    whole = plan_of(config, folder, torch.float32)
+    key_heads = 1 if plan.keeps_latents else whole.softmax[0].kv_heads
+    return {"num_key_value_heads": key_heads, "head_dim": plan.cached_heads[1]}
+
+
 @register_config_parser(PARSED)
 class PolicyConfigParser(ConfigParserBase):
     def parse(
@@ -61,7 +72,7 @@ class PolicyConfigParser(ConfigParserBase):
     ) -> tuple[dict[str, object], PreTrainedConfig]:
         content = read_json(Path(model) / "config.json")
         plan = plan_of(content, Path(model), torch.float32)
-        softmax, first = len(plan.softmax), plan.softmax[0]
+        softmax, cached = len(plan.softmax), cached_heads(content, Path(model), 1)
         config = PolicyConfig(
             architectures=list(POLICY_MODEL.architectures),
             policy=json.dumps(content),
@@ -70,9 +81,9 @@ class PolicyConfigParser(ConfigParserBase):
             num_hidden_layers=softmax + plan.holders,
             layers_block_type=("attention",) * softmax + ("mamba",) * plan.holders,
             layer_types=["full_attention"] * softmax + ["linear_attention"] * plan.holders,
-            num_attention_heads=first.heads,
-            num_key_value_heads=first.kv_heads,
-            head_dim=first.head_size,
+            num_attention_heads=plan.softmax[0].heads,
+            num_key_value_heads=cached["num_key_value_heads"],
+            head_dim=cached["head_dim"],
             max_position_embeddings=max_positions_of(content),
         )
         return config.to_dict(), config

@@ -23,7 +23,8 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from cispo.policies.hybrid.shares import build_share
 from cispo.policies.hybrid.vllm_attention import PagedAttention
 from cispo.policies.hybrid.vllm_config import PolicyConfig
-from cispo.policies.hybrid.vllm_plan import Plan, plan_of
+from cispo.policies.hybrid.vllm_latents import LatentAttention
+from cispo.policies.hybrid.vllm_plan import Plan, SoftmaxCall, plan_of
 from cispo.policies.hybrid.vllm_states import StateHolder
 from cispo.policies.moe import Experts
 from cispo.policies.policy import HFConfig, Policy
@@ -63,14 +64,7 @@ class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
         # vLLM reads a layer's number from its name.
         names = [f"model.layers.{i}" for i in range(len(self.plan.softmax) + self.plan.holders)]
         self.attention = nn.ModuleList(
-            Attention(
-                call.heads,
-                call.head_size,
-                call.scale,
-                num_kv_heads=call.kv_heads,
-                cache_config=vllm_config.cache_config,
-                prefix=f"{name}.attention",
-            )
+            _softmax_layer(self.plan, call, vllm_config, f"{name}.attention")
             for call, name in zip(self.plan.softmax, names, strict=False)
         )
         self.holders = nn.ModuleList(
@@ -90,7 +84,8 @@ class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
     ) -> Tensor:
         """Hidden states [T, d] after the final norm."""
         assert input_ids is not None
-        layers, holders = cast(Sequence[Attention], self.attention), cast(Sequence[StateHolder], self.holders)
+        layers = cast(Sequence[Attention | LatentAttention], self.attention)
+        holders = cast(Sequence[StateHolder], self.holders)
         attention = PagedAttention(self.plan, layers, holders)
         return self.policy.attend(input_ids, positions, attention).hidden
 
@@ -136,6 +131,15 @@ def _source(model: ModelConfig) -> tuple[HFConfig, Path]:
 
 def _plan(model: ModelConfig, ranks: int) -> Plan:
     return plan_of(*_source(model), model.dtype, ranks)
+
+
+def _softmax_layer(plan: Plan, call: SoftmaxCall, config: VllmConfig, prefix: str) -> Attention | LatentAttention:
+    heads, size = plan.cached_heads
+    assert size == config.model_config.get_head_size(), "the config is that of other ranks (`cached_heads`)"
+    if plan.keeps_latents:
+        return LatentAttention(call, size, config, prefix)
+    cache = config.cache_config
+    return Attention(call.heads, size, call.scale, num_kv_heads=heads, cache_config=cache, prefix=prefix)
 
 
 def _fuse_experts(policy: Policy) -> None:

@@ -3,6 +3,8 @@
     config.json -> Policy on the meta device --attend(Recorder)--> Plan
     Plan        -> softmax layers of one head size; places of the recurrent states in the slots of a few holders
 
+Layers of latent attention keep a row of latents a token, where that is less than the keys and values of all heads.
+
 Nothing here imports vLLM.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cispo.errors import UserError
+from cispo.ops.expansion import Expansion
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.sparse_attention import Index
 from cispo.policies.hybrid.shares import build_share
@@ -33,8 +37,11 @@ _HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _ALIGNMENT = 32
 
 # Tokens of keys and values, as float32, that are as large as a slot with states of several layers. vLLM gives both
-# blocks of one size, and larger blocks waste memory on short sequences.
+# blocks of one size; larger blocks waste memory on short sequences, and a prefix cache finds whole ones alone.
 _LONGEST_BLOCK = 512
+
+# Floats. Rows of latents are read in vectors of 16 bytes; each is half a row of keys and half a row of values to vLLM.
+_LATENT_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +53,15 @@ class SoftmaxCall:
     key_dim: int
     value_dim: int
     scale: float
+    latents: tuple[int, int] | None = None
+    """Widths of the two latents that keys and values are made of, if they are: of the part that both are linear in, and
+    of the part that is behind every key."""
+
+    @property
+    def token_floats(self) -> int:
+        """Keys and values of a token, with the padding of their heads where these are cached."""
+        width = self.head_size if self.latents is None else max(self.key_dim, self.value_dim)
+        return 2 * self.kv_heads * width
 
     @property
     def head_size(self) -> int:
@@ -101,6 +117,29 @@ class Plan:
     """`holders` of the whole policy, in the plan of a rank of tensor parallelism: vLLM's config has one number."""
 
     @cached_property
+    def keeps_latents(self) -> bool:
+        """Whether the cache has a row of latents a token and softmax layer; a rank has them all, and fewer heads."""
+        call = self.softmax[0]
+        return call.latents is not None and self._latent_row <= call.token_floats
+
+    @cached_property
+    def cached_heads(self) -> tuple[int, int]:
+        """Key heads, and the size of each, of a rank's cache: twice as many numbers a token and softmax layer.
+
+        Rows of latents are longer than the latents where a block would have too many tokens, though never longer than
+        keys and values.
+        """
+        if not self.keeps_latents:
+            return self.softmax[0].kv_heads, self.softmax[0].head_size
+        padded = _aligned(math.ceil(self.slot_floats / _LONGEST_BLOCK), _LATENT_ALIGNMENT)
+        expanded = self.softmax[0].token_floats // _LATENT_ALIGNMENT * _LATENT_ALIGNMENT
+        return 1, max(self._latent_row, min(padded, expanded)) // 2
+
+    @property
+    def _latent_row(self) -> int:
+        return _aligned(sum(self.softmax[0].latents or ()), _LATENT_ALIGNMENT)
+
+    @cached_property
     def holders(self) -> int:
         """Layers of vLLM's cache that hold the states: as many as there are softmax layers, or more of smaller slots.
 
@@ -111,8 +150,8 @@ class Plan:
         most = max(self._kinds.values(), default=0)
         if not most:
             return 0
-        token = 2 * self.softmax[0].kv_heads * self.softmax[0].head_size
-        fitting = _LONGEST_BLOCK * token // sum(_aligned_floats(state) for _, state in self._kinds)
+        states = sum(_aligned_floats(state) for _, state in self._kinds)
+        fitting = _LONGEST_BLOCK * self.softmax[0].token_floats // states
         each = min(math.ceil(most / len(self.softmax)), max(fitting, 1))
         return math.ceil(most / each)
 
@@ -151,7 +190,11 @@ class Plan:
 
 
 def _aligned_floats(state: tuple[int, ...]) -> int:
-    return math.ceil(math.prod(state) / _ALIGNMENT) * _ALIGNMENT
+    return _aligned(math.prod(state), _ALIGNMENT)
+
+
+def _aligned(number: int, unit: int) -> int:
+    return math.ceil(number / unit) * unit
 
 
 class Recorder:
@@ -186,6 +229,20 @@ class Recorder:
     def sparse_softmax(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float | None = None) -> Tensor:
         self.selected = index.top_k if self.selected is None else min(self.selected, index.top_k)
         return self.softmax(q, k, v, scale)
+
+    def latent_softmax(
+        self,
+        q: Tensor,
+        latents: Sequence[Tensor],
+        expand: Expansion,
+        scale: float | None = None,
+        index: Index | None = None,
+    ) -> Tensor:
+        k, v = expand(*latents)
+        output = self.softmax(q, k, v, scale) if index is None else self.sparse_softmax(q, k, v, index, scale)
+        first, second = (x.shape[-1] for x in latents)
+        self.softmax_calls[-1] = replace(self.softmax_calls[-1], latents=(first, second))
+        return output
 
 
 def check_context(plan: Plan, max_context: int) -> None:
@@ -222,7 +279,7 @@ def _plan(config: str, folder: Path, dtype: torch.dtype, ranks: int) -> Plan:
         recurrent=tuple(recorder.recurrent_calls),
         selected=recorder.selected,
     )
-    sizes = {(call.kv_heads, call.head_size) for call in plan.softmax}
+    sizes = {call.latents or (call.kv_heads, call.head_size) for call in plan.softmax}
     if len(sizes) > 1:
         raise UserError(f"vLLM cannot hold softmax layers of different (key heads, head sizes): {sorted(sizes)}")
     if not sizes:

@@ -43,7 +43,7 @@ from cispo.recipe.schema import Recipe
 from cispo.recipe.seeds import seed_of
 from cispo.rollout.renderer import Renderer
 from cispo.runtime.actors import Closable, Handle, LocalRuntime, RayRuntime, Resources, Runtime
-from cispo.runtime.ahead import Ahead, engines_wait
+from cispo.runtime.ahead import Ahead, engines_wait, shared_imports
 from cispo.runtime.placement import Placement, pick_device, placement_of
 from cispo.runtime.start_parts import StartParts
 from cispo.runtime.watchdog import Activity
@@ -217,8 +217,10 @@ def num_processes(recipe: Recipe, *, learners: bool = True, critic: bool = False
     return ranks + (recipe.rollout.engines if engines else 0)
 
 
-def make_runtime(recipe: Recipe, processes: int, activity: Activity) -> Runtime:
-    return LocalRuntime() if recipe.runtime == "local" else RayRuntime(processes=processes, activity=activity)
+def make_runtime(recipe: Recipe, processes: int, activity: Activity, *, engines: bool = True) -> Runtime:
+    if recipe.runtime == "local":
+        return LocalRuntime()
+    return RayRuntime(processes=processes, activity=activity, imports=shared_imports(recipe, engines=engines))
 
 
 async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[LearnerHandle]:
@@ -340,7 +342,7 @@ async def running_workers(
             started = None if ahead is None else await ahead.take()
             if started is None:
                 processes = num_processes(recipe, learners=learners, critic=critic, engines=engines)
-                runtime: Runtime = make_runtime(recipe, processes, activity)
+                runtime: Runtime = make_runtime(recipe, processes, activity, engines=engines)
                 stack.callback(runtime.close)
                 gpus = runtime.gpus()
                 which = {"critic": critic, "learners": learners, "engines": engines}

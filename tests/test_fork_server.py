@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cispo.runtime.fork_server import CLIENT, ForkServer, Import, Imports, driver_down, worker_argv
+from cispo.runtime.fork_server import CLIENT, ForkServer, Import, Imports, worker_argv
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,22 +128,6 @@ def test_a_worker_has_the_state_of_its_client(tmp_path: Path, forkable: bool) ->
         "blocked": [12],
         "path": str(tmp_path),
     }
-
-
-def test_imports_that_count_gpus_leave_the_driver_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def driver() -> int:
-        asked.append(1)
-        return 1
-
-    library = importlib.import_module("torch._C")
-    monkeypatch.setattr(library, "_cuda_getDeviceCount", driver, raising=False)
-    for name in ("nvidia0", "nvidia11", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    with driver_down(tmp_path):
-        assert library._cuda_getDeviceCount() == 2
-    assert not asked and library._cuda_getDeviceCount() == 1
 
 
 def test_a_worker_with_a_runtime_environment_is_executed() -> None:

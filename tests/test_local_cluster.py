@@ -22,13 +22,14 @@ import asyncio, contextlib, os, signal, stat, sys, time
 import psutil
 from cispo.errors import RunError
 from cispo.runtime.actors import RayRuntime
+from cispo.runtime.fork_server import Imports
 from cispo.runtime.watchdog import Activity, guarded
 from tests.test_concurrent_actors import Clerk
 
 heard = []
 signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
 activity = Activity()
-runtime = RayRuntime(processes=1, activity=activity)
+runtime = RayRuntime(processes=1, activity=activity, imports=Imports())
 os.kill(os.getpid(), signal.SIGTERM)
 print("heard", len(heard))
 me = psutil.Process()

@@ -41,13 +41,12 @@ def settled(recipe: Recipe, device: Device | None = None) -> Recipe:
     return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
 
 
-def prepare(recipe: Mapping[str, object], device: Device) -> None:
-    """The imports of an engine of the recipe, given as JSON's types, in a process from which others are forked."""
+def prepare(recipe: Mapping[str, object]) -> None:
+    """The imports of the recipe's engine on a CPU; the recipe as JSON's types."""
     from cispo.engines import serving
 
-    chosen = settled(Recipe.model_validate(recipe), device)
-    # A model's class may touch CUDA.
-    model = chosen.policy.model if device == "cpu" and chosen.rollout.tensor_parallel == 1 else None
+    chosen = settled(Recipe.model_validate(recipe), "cpu")
+    model = chosen.policy.model if chosen.rollout.tensor_parallel == 1 else None
     folder = model if model is not None and (Path(model) / "config.json").is_file() else None
     serving.prepare(chosen.rollout.kind, chosen.policy.number_format, folder)
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeAlias
 from cispo.errors import ProcessDied, RunError, UserError
 from cispo.runtime import cluster
 from cispo.runtime.cluster import Bundle
-from cispo.runtime.fork_server import NO_IMPORTS, Imports
+from cispo.runtime.fork_server import Imports
 from cispo.runtime.host import ConcurrentHost, Host, named_parts, result_of
 from cispo.runtime.watchdog import Activity
 
@@ -290,9 +290,9 @@ class _RayHandle:
 class RayRuntime:
     """A Ray cluster: the one this process is in, else the one RAY_ADDRESS names, else a new one on this machine."""
 
-    def __init__(self, *, processes: int, activity: Activity, imports: Imports = NO_IMPORTS) -> None:
+    def __init__(self, *, processes: int, activity: Activity, imports: Imports | None = None) -> None:
         """`processes` is the number of actors to be started, for which a cluster on this machine is sized; those
-        of a new one share `imports`.
+        of a new one share `imports`, if it is given any.
 
         A runtime built while another one is open shares its cluster, so that several runs can be side by side.
         """

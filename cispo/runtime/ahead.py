@@ -150,20 +150,17 @@ def _model_folder(recipe: Recipe) -> str | None:
     return str(Path(model).absolute()) if model is not None and (Path(model) / "config.json").is_file() else None
 
 
-def _sees_gpu(recipe: Recipe) -> bool:
-    """A guess without CUDA, which no fork may follow."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return recipe.device != "cpu" and not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+def shared_imports(recipe: Recipe, *, engines: bool) -> Imports | None:
+    """The imports that the processes of a run share by forks; None where it may have a GPU.
 
-
-def shared_imports(recipe: Recipe, *, engines: bool) -> Imports:
-    """The imports that the processes of a run share."""
+    vLLM asks NVML for GPUs when it is imported, which leaves a thread and an open device behind.
+    """
+    if recipe.device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
+        return None
     ranks, of_engines = recipe.learner.ranks, recipe.rollout.engines if engines else 0
-    folder, gpu = _model_folder(recipe), _sees_gpu(recipe)
-    of_ranks = Import(_OF_RANKS, (False, folder, recipe.policy.config))
+    of_ranks = Import(_OF_RANKS, (False, _model_folder(recipe), recipe.policy.config))
     later = not engines or engines_wait(recipe, ranks + of_engines)
-    shared = Import(_OF_SETTLED, (recipe.model_dump(mode="json"), "cuda" if gpu else "cpu"))
-    return Imports((of_ranks,), () if later else (shared,), env={} if gpu else CPU_ENV)
+    return Imports((of_ranks,), () if later else (Import(_OF_SETTLED, (recipe.model_dump(mode="json"),)),), env=CPU_ENV)
 
 
 def planned(recipe: Recipe, placement: Placement, *, critic: bool, settle: Settle, engines: bool) -> Iterator[Planned]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cispo.errors import RunError, UserError
-from cispo.runtime.fork_server import NO_IMPORTS, Imports
+from cispo.runtime.fork_server import Imports
 from cispo.runtime.interrupts import kept_handlers
 from cispo.runtime.local_cluster import LocalCluster, root_folder
 from cispo.runtime.ray_address import check_ray_address, cluster_is_named
@@ -68,10 +68,10 @@ _local: LocalCluster | None = None
 """The cluster that this process has started."""
 
 
-def connect(processes: int, imports: Imports = NO_IMPORTS) -> Callable[[], None] | None:
+def connect(processes: int, imports: Imports | None = None) -> Callable[[], None] | None:
     """Joins the cluster that RAY_ADDRESS names, or starts one of this machine with a CPU for each of `processes`.
 
-    The processes of a new cluster share `imports`.
+    The processes of a new cluster share `imports`, if it is given any.
 
     Returns the function that leaves or ends it; None where this process is in a cluster already. Raises UserError where
     RAY_ADDRESS is malformed, or no cluster there lets this process join.
@@ -104,7 +104,7 @@ def is_alive() -> bool:
     return _local is None or _local.is_alive
 
 
-def _start_local(processes: int, imports: Imports) -> Callable[[], None]:
+def _start_local(processes: int, imports: Imports | None) -> Callable[[], None]:
     # Ray has no option for loopback on Linux, but with this variable, which it reads when it is imported, it knows its
     # node as 127.0.0.1, as it does on Windows and macOS.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

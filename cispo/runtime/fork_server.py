@@ -28,11 +28,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 from cispo.runtime.garbage import no_collections
 
@@ -43,9 +43,6 @@ _RUNTIME_ENV, _LANGUAGE = "--serialized-runtime-env-context=", "--language="
 
 # Ray's own for workers (worker_oom_score_adjustment): the kernel ends them before driver and raylet.
 _OOM_SCORE = "1000"
-
-# Threads that a fork may lack: Arrow's allocator starts its own anew.
-_HARMLESS = {"jemalloc_bg_thd"}
 
 _PROGRAM = "import sys; del sys.path[0]; from cispo.runtime.fork_server import main; main(*sys.argv[1:])"
 
@@ -77,9 +74,6 @@ class Imports(NamedTuple):
     """Those that may import Ray themselves, such as vLLM's."""
     env: Mapping[str, str] = MappingProxyType({})
     """Settings that libraries read when they are imported, beside this process's environment."""
-
-
-NO_IMPORTS = Imports()
 
 
 class ForkServer:
@@ -235,10 +229,8 @@ def _become(request: Request, argv: list[str], streams: Sequence[int]) -> NoRetu
 
 
 def _is_forkable() -> bool:
-    """Whether a child has all of this process: no thread that it would lack, and no driver of CUDA that is up."""
-    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
-    names = {(task / "comm").read_text().strip() for task in tasks}
-    return names <= _HARMLESS and not any(map(_is_cuda, Path("/proc/self/fd").iterdir()))
+    """Whether a child has all of this process: one thread, and no device of CUDA's driver."""
+    return len(os.listdir("/proc/self/task")) == 1 and not any(map(_is_cuda, Path("/proc/self/fd").iterdir()))
 
 
 def _is_cuda(file: Path) -> bool:
@@ -246,25 +238,6 @@ def _is_cuda(file: Path) -> bool:
         return os.readlink(file).startswith("/dev/nvidia-uvm")
     except OSError:  # the folder's own, closed again
         return False
-
-
-@contextlib.contextmanager
-def driver_down(devices: Path = Path("/dev")) -> Iterator[None]:
-    """A block in which torch counts GPUs by their files: some module of torch asks for them when it is imported.
-
-    CUDA's driver would be up then, which knows no forks and has read CUDA_VISIBLE_DEVICES for good.
-    """
-    files = len(list(devices.glob("nvidia[0-9]*")))
-    library: Any = importlib.import_module("torch._C") if files else None
-    count = getattr(library, "_cuda_getDeviceCount", None)
-    if count is None:
-        yield
-        return
-    library._cuda_getDeviceCount = lambda: files
-    try:
-        yield
-    finally:
-        library._cuda_getDeviceCount = count
 
 
 def _ignore_signals() -> None:
@@ -277,15 +250,13 @@ def main(listener: str, imports: str) -> None:
     """Imports, then serves the socket of a file descriptor; ends where a fork would be broken. `imports`: JSON."""
     without_ray, with_ray = json.loads(imports)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it in a worker, too late for a library that has read it
-    with driver_down():
-        _import(without_ray)
+    _import(without_ray)
 
     def prepare(env: Mapping[str, str]) -> bool:
         os.environ.update(env)
-        with driver_down():
-            for module in ("ray", "ray._private.runtime_env.setup_hook", "cispo.runtime.host"):
-                importlib.import_module(module)
-            _import(with_ray)
+        for module in ("ray", "ray._private.runtime_env.setup_hook", "cispo.runtime.host"):
+            importlib.import_module(module)
+        _import(with_ray)
         gc.freeze()  # a collection would write to the pages of these objects, and so copy them, in every child
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps children
         return _is_forkable()

@@ -40,19 +40,21 @@ _END_SECONDS = 10.0
 class LocalCluster:
     """A cluster of this process, from its start to `stop`."""
 
-    def __init__(self, init: Callable[..., object], cpus: int, imports: Imports) -> None:
-        """`init` is ray.init, but for some arguments.
+    def __init__(self, init: Callable[..., object], cpus: int, imports: Imports | None) -> None:
+        """`init` is ray.init, but for some arguments. Workers are forks with `imports`, or executed.
 
         Raises UserError where no folder can hold Ray's sockets, RunError where Ray does not start.
         """
         self._servers: dict[str, psutil.Process] = {}
+        self._forks: ForkServer | None = None
         self._sessions: set[int] = set()
         self._stack = contextlib.ExitStack()
         folder = self._stack.enter_context(temporary_folder(_PREFIX, root_folder(), stale=_PREFIX))
         watch_over(folder)
         try:
-            self._forks = ForkServer(folder / "forks", imports)
-            self._sessions.add(self._forks.process.pid)
+            if imports is not None:
+                self._forks = ForkServer(folder / "forks", imports)
+                self._sessions.add(self._forks.process.pid)
             with _starting(self._note, partial(_with_forks, self._forks)):
                 # Ray gives its folder the mode 0777; the one above keeps other users out.
                 init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder / _INNER))
@@ -92,7 +94,8 @@ class LocalCluster:
 
     def _end_processes(self) -> None:
         """Kills the processes of the cluster's sessions, also those that outlived their parents."""
-        self._forks.close()
+        if self._forks is not None:
+            self._forks.close()
         ours = [process for process in psutil.process_iter() if _session(process.pid) in self._sessions]
         for process in ours:
             with contextlib.suppress(psutil.Error):
@@ -177,13 +180,13 @@ def _without_agents(command: Sequence[str]) -> list[str]:
 _WORKERS, _AT_ONCE = "--python_worker_command", "--num_prestart_python_workers"
 
 
-def _with_forks(forks: ForkServer, command: Sequence[str]) -> list[str]:
+def _with_forks(forks: ForkServer | None, command: Sequence[str]) -> list[str]:
     """The command of a raylet that forks its workers, on demand; any other as it is.
 
     Those that Ray starts ahead would hold up the driver, with Python's lock held, until all of them had their imports.
     """
     given = dict(item.split("=", 1) for item in command if "=" in item)
-    if not {_WORKERS, _AT_ONCE} <= given.keys():
+    if forks is None or not {_WORKERS, _AT_ONCE} <= given.keys():
         return [*command]
     return _changed(command, {_WORKERS: forks.command(shlex.split(given[_WORKERS])), _AT_ONCE: ["0"]})
 

@@ -117,8 +117,26 @@ def test_paths_beside_the_recipe(tmp_path: Path):
             r"algorithm.overlong_buffer 200 is longer than the 100 tokens of a stage in curriculum.length_stages",
         ),
         (
+            "rollout: {engine_args: {speculative_config: {method: mtp, num_speculative_tokens: 1}}}",
+            r"engine_args.speculative_config.method must be ngram: other drafts \(MTP heads",
+        ),
+        ("rollout: {engine_args: {speculative_config: 3}}", r"engine_args.speculative_config.method must be ngram"),
+        (
             "rollout: {engine_args: {speculative_config: {method: ngram, num_speculative_tokens: 3}}}",
-            r"engine_args.speculative_config must stay unset: .*not the policy's",
+            r"key rollout.engine_args.speculative_config.prompt_lookup_max is missing",
+        ),
+        (
+            "rollout: {engine_args: {speculative_config: {method: ngram, num_speculative_tokens: 0}}}",
+            r"speculative_config.num_speculative_tokens = 0: a whole number from 1 on",
+        ),
+        (
+            "rollout: {engine_args: {speculative_config: {method: ngram, model: m}}}",
+            r"speculative_config.model must stay unset: drafts of n-grams have num_speculative_tokens",
+        ),
+        (
+            "rollout: {engine_args: {speculative_config: {method: ngram, num_speculative_tokens: 3, "
+            "prompt_lookup_max: 2, prompt_lookup_min: 3}}}",
+            r"speculative_config.prompt_lookup_min 3 is above prompt_lookup_max",
         ),
         (
             "rollout: {engine_args: {quantization: fp8}}",
@@ -138,6 +156,14 @@ def test_refusals_name_the_key(tmp_path: Path, text: str, message: str):
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(write(tmp_path, MINIMAL + text + "\n"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_drafts_of_n_grams_without_router_replay(tmp_path: Path):
+    given = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    file = write(tmp_path, MINIMAL + yaml.safe_dump({"rollout": {"engine_args": {"speculative_config": given}}}))
+    assert load_recipe(file).rollout.engine_args["speculative_config"] == given
+    with pytest.raises(UserError, match=r"speculative_config and policy.router_replay exclude each other"):
+        load_recipe(file, ["policy.router_replay=rollout"])
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ ONLY_IN = {
     "ray": {"runtime.actors", "runtime.cluster", "runtime.host", "runtime.local_cluster"},
     "vllm": {
         "agents.parsing",
+        "engines.ngram_drafts",
         "engines.vllm_engine",
+        "engines.vllm_ngram",
         "engines.vllm_sample",
         "engines.vllm_scheduler",
         "engines.vllm_start",

@@ -100,6 +100,8 @@ class VLLMEngine:
         # A worker on a CPU has no such method: its sampler returns log-probabilities with the tokens.
         on_gpu = self._engine.vllm_config.device_config.device_type == "cuda"
         records = on_gpu and all(self._engine.collective_rpc("record_logprobs"))
+        if self._engine.vllm_config.speculative_config is not None:
+            self._engine.collective_rpc("sample_drafts")
         self._pending = self._recorded() if records else None
         self._routes = self._recorded_routes() if record_routes else None
         self._caches = self._engine.vllm_config.cache_config.enable_prefix_caching

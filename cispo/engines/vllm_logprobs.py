@@ -68,8 +68,15 @@ class _Sampler(Protocol):
 _FusedSampler = Callable[[Tensor, _InputBatch], tuple[_SamplerOutput, Tensor, Tensor] | None]
 
 
+class _DraftSampler(Protocol):
+    def counts(self) -> tuple[int, int]: ...
+
+
 class _ModelRunner(Protocol):
     sampler: _Sampler
+    rejection_sampler: object
+    num_speculative_steps: int
+    """Of the second runner."""
 
 
 @dataclass(slots=True)
@@ -118,8 +125,12 @@ class RecordingSampler:
                 return output
             positions, logprobs = batch.positions[batch.logits_indices] + 1, output.logprobs_tensors.logprobs[:, 0]
             output = replace(output, logprobs_tensors=None)
-        self.steps.append(_Step(tuple(batch.req_ids), positions, logprobs, output.num_sampled))
+        self.record(batch.req_ids, positions, logprobs, output.num_sampled)
         return output
+
+    def record(self, requests: Sequence[str], positions: Tensor, logprobs: Tensor, sampled: Tensor) -> None:
+        """Keeps a step's samples, each argument [rows]; `sampled` is 0 where a sample is dropped."""
+        self.steps.append(_Step(tuple(requests), positions, logprobs, sampled))
 
     def send(self) -> None:
         """Queues a copy of the recorded steps to the host behind the steps on the device; does not wait for it."""
@@ -149,6 +160,7 @@ class RecorderExtension(RouteExtension):
 
     model_runner: _ModelRunner
     _recorder: RecordingSampler
+    _drafts: _DraftSampler
 
     def record_logprobs(self) -> bool:
         """Starts to record; False where this worker's sampler returns log-probabilities with the tokens."""
@@ -161,6 +173,22 @@ class RecorderExtension(RouteExtension):
         self._recorder = RecordingSampler(runner.sampler, fused)  # type: ignore[arg-type]
         self.model_runner.sampler = self._recorder
         return True
+
+    def sample_drafts(self) -> None:
+        """Steps with drafts of n-grams are sampled by `vllm_ngram`; call it after `record_logprobs`."""
+        from cispo.engines.vllm_ngram import FirstRejectionSampler, SecondRejectionSampler
+
+        runner = self.model_runner
+        if not self.use_v2_model_runner:
+            self._drafts = FirstRejectionSampler(runner.sampler)  # type: ignore[arg-type]
+        else:
+            sampler, record = self._recorder.sampler, self._recorder.record
+            self._drafts = SecondRejectionSampler(sampler, runner.num_speculative_steps, record)  # type: ignore[arg-type]
+        runner.rejection_sampler = self._drafts
+
+    def draft_counts(self) -> tuple[int, int]:
+        """Drafts proposed and accepted since the start."""
+        return self._drafts.counts()
 
     def send_logprobs(self) -> None:
         self._recorder.send()

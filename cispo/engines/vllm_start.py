@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from cispo.engines.ngram_drafts import check_states, drafts_of, proposed_on
 from cispo.errors import UserError
 from cispo.files import read_json
 from cispo.policies.families import FAMILIES, PARSED, POLICY_MODEL, family_of
@@ -103,15 +104,18 @@ def start_vllm(
     unknown = arguments.keys() - {field.name for field in dataclasses.fields(EngineArgs)}
     if unknown:
         raise UserError(f"rollout.engine_args: vLLM's engine has no argument {min(unknown)!r}")
-    by_device = _cuda_arguments(arguments["max_num_seqs"], exact) if device == "cuda" else {"enforce_eager": True}
+    by_device = _cuda_arguments(arguments, exact) if device == "cuda" else {"enforce_eager": True}
     with parts.timed("config"):
         own = _own_arguments(Path(arguments["model"]), arguments)
         recorded = _recording(arguments) if record_routes else {}
-        settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **arguments, **own, **recorded})
+        drafts = {**proposed_on(device, arguments), "worker_extension_cls": _EXTENSION} if drafts_of(arguments) else {}
+        added = {**own, **recorded, **drafts}
+        settings = EngineArgs(**{"weight_transfer_config": transfer, **by_device, **arguments, **added})
         try:
             config = settings.create_engine_config()
         except ValueError as error:
             raise UserError(f"vLLM refuses {arguments['model']}: {_reason(error)}") from error
+    check_states(config)
     if device == "cpu":
         _check_cpu(config)
     if config.cache_config.kv_cache_memory_bytes is None and "gpu_memory_utilization" not in arguments:
@@ -233,7 +237,7 @@ def _search_any_module() -> None:
     dispatcher.vars = attributes  # pyright: ignore[reportAttributeAccessIssue]  found before the builtin
 
 
-def _cuda_arguments(sequences: int, exact: bool) -> dict[str, Any]:
+def _cuda_arguments(arguments: Mapping[str, Any], exact: bool) -> dict[str, Any]:
     """Whole decode steps as CUDA graphs, captured without compiling, which would take minutes; `exact` runs eagerly.
 
     float32 is for checks: its grouped products read sizes on the host, which a graph cannot hold.
@@ -247,7 +251,7 @@ def _cuda_arguments(sequences: int, exact: bool) -> dict[str, Any]:
     }
     if exact:
         return common | {"enforce_eager": True}
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": _graph_sizes(sequences)}
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": _graph_sizes(arguments)}
     return common | {"compilation_config": graphs}
 
 
@@ -257,10 +261,12 @@ def _recording(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"additional_config": config, "worker_extension_cls": _EXTENSION}
 
 
-def _graph_sizes(sequences: int) -> list[int]:
-    """Batch sizes that get a graph; others are padded to the next, by a quarter at most above 8."""
+def _graph_sizes(arguments: Mapping[str, Any]) -> list[int]:
+    """Tokens of the batches that get a graph, with their drafts; others are padded to the next, by a quarter at most
+    above 8 sequences."""
+    sequences, each = arguments["max_num_seqs"], 1 + drafts_of(arguments)
     sizes = {1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32), *range(256, 1025, 64)}
-    return sorted({size for size in sizes if size < sequences} | {sequences})
+    return sorted(each * size for size in {size for size in sizes if size < sequences} | {sequences})
 
 
 def _reason(error: ValueError) -> str:

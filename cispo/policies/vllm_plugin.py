@@ -36,7 +36,7 @@ def _keep_linear_weights() -> None:
     packed copy of the old one. It ends with the version that packs anew after an update, or that lets a layer opt out
     for both (0.32's `_cpu_skip_gemm_dispatch` covers linear layers only).
 
-    The project's other patches: `engines.vllm_logprobs` replaces vLLM's sampler, `policies.dense.model` some of
+    The project's other patches: `engines.vllm_logprobs` replaces vLLM's samplers, `policies.dense.model` some of
     transformers' modules.
     """
     import vllm.model_executor.layers.utils as layers

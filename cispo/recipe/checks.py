@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _QUANTISED = ("quantization", "quantization_config")
 
+_DRAFT_COUNTS = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+"""Keys of `speculative_config` beside its method; vLLM takes the larger n-gram where the smaller one is not given."""
+
 
 def check_recipe(recipe: Recipe, where: str) -> None:
     """Raises UserError on the first contradiction; `where` names the recipe's file."""
@@ -47,11 +50,7 @@ def _of_the_policy(recipe: Recipe) -> Iterator[str]:
         yield "rollout.engine_args.load_format must stay safetensors: other formats can run code when they are loaded"
     if rollout.engine_args.get("trust_remote_code", False):
         yield "rollout.engine_args.trust_remote_code must stay false: it runs code that lies in the model's folder"
-    if rollout.engine_args.get("speculative_config") is not None:
-        yield (
-            "rollout.engine_args.speculative_config must stay unset: vLLM's log-probabilities of tokens that a draft "
-            "proposed are not the policy's"
-        )
+    yield from _of_the_drafts(recipe)
     for key, given in (("", rollout.engine_args), ("hf_overrides.", rollout.engine_args.get("hf_overrides"))):
         quantised = next((k for k in _QUANTISED if isinstance(given, dict) and given.get(k) is not None), None)
         if quantised is not None:
@@ -59,6 +58,35 @@ def _of_the_policy(recipe: Recipe) -> Iterator[str]:
                 f"rollout.engine_args.{key}{quantised} must stay unset: updates bring the policy's own weights, which "
                 "a quantised engine (fp8, int8 ...) cannot take"
             )
+
+
+def _of_the_drafts(recipe: Recipe) -> Iterator[str]:
+    key, given = "rollout.engine_args.speculative_config", recipe.rollout.engine_args.get("speculative_config")
+    if given is None:
+        return
+    if not isinstance(given, dict) or given.get("method") != "ngram":
+        yield (
+            f"{key}.method must be ngram: other drafts (MTP heads, EAGLE, a draft model) need weights that no update "
+            "brings, and their log-probabilities would not be the policy's"
+        )
+        return
+    unknown = sorted(given.keys() - {"method", *_DRAFT_COUNTS})
+    if unknown:
+        yield f"{key}.{unknown[0]} must stay unset: drafts of n-grams have {', '.join(_DRAFT_COUNTS)}"
+    for name in _DRAFT_COUNTS:
+        value = given.get(name)
+        if name in given and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            yield f"{key}.{name} = {value!r}: a whole number from 1 on is needed"
+    for name in _DRAFT_COUNTS[:2]:
+        if name not in given:
+            yield f"key {key}.{name} is missing"
+    if given.get("prompt_lookup_min", 1) > given["prompt_lookup_max"]:
+        yield f"{key}.prompt_lookup_min {given['prompt_lookup_min']} is above prompt_lookup_max"
+    if recipe.policy.router_replay == "rollout":
+        yield (
+            f"{key} and policy.router_replay exclude each other: the experts that an engine records would be those of "
+            "rejected drafts too"
+        )
 
 
 def _of_the_memory(recipe: Recipe) -> Iterator[str]:

@@ -1,0 +1,39 @@
+"""Drafts of n-grams as engine arguments: `rollout.engine_args.speculative_config`. `vllm_ngram` samples their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cispo.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "speculative_config"
+
+
+def drafts_of(arguments: Mapping[str, object]) -> int:
+    """The most drafts of a sequence and step; 0 without speculation."""
+    given = arguments.get(KEY)
+    return int(given["num_speculative_tokens"]) if isinstance(given, Mapping) else 0
+
+
+def proposed_on(device: str, arguments: Mapping[str, Any]) -> dict[str, object]:
+    """The argument with vLLM's proposer for the device.
+
+    On a GPU the one that looks n-grams up there, with which vLLM schedules a step before the tokens of the last are
+    known.
+    """
+    return {KEY: {**arguments[KEY], "method": "ngram_gpu" if device == "cuda" else "ngram"}}
+
+
+def check_states(config: VllmConfig) -> None:
+    """Raises UserError where drafts are asked for a policy with recurrent states, which a rejected draft changes."""
+    model = config.model_config
+    softmax = model.get_num_layers_by_block_type(config.parallel_config, "attention")
+    if config.speculative_config is not None and softmax < model.get_num_layers(config.parallel_config):
+        raise UserError(
+            f"rollout.engine_args.{KEY} must stay unset for this policy: its recurrent layers (lightning, delta rule, "
+            "convolution) keep one state a sequence, from which a rejected draft cannot be taken back"
+        )

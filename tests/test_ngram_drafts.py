@@ -262,7 +262,13 @@ def test_the_second_runner_samples_the_tokens_of_an_engine_without_drafts(
     torch.testing.assert_close(torch.from_numpy(records.logprobs), expected)
 
 
-@pytest.mark.parametrize("rule", [{}, {"temperature": 0.7, "top_p": 0.9}], ids=["plain", "truncated"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"temperature": 0.7, "top_p": 0.9}, id="truncated", marks=pytest.mark.slow),
+    ],
+)
 def test_engine_equals_learner_before_and_after_an_update(
     rule: dict[str, Any], echoing: tuple[Path, list[Policy]]
 ) -> None:
@@ -281,7 +287,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "chunked")) for mode in MODES])
 def test_every_way_of_scheduling_samples_the_policys_greedy_tokens(
     mode: str, echoing: tuple[Path, list[Policy]]
 ) -> None:

@@ -57,7 +57,7 @@ TIE = 1e-6
 """Scores of experts that are closer are ordered by rounding."""
 
 DEFAULT = ("qwen3_next", "minimax_m2")
-"""Families of the default run: recurrences and softmax, both kinds of routers. Of latents `test_ngram_drafts` has one."""
+"""Families of the default run: recurrences and softmax, both kinds of routers. For latents: `test_ngram_drafts`."""
 
 CONFIGS = {name: tiny.hf_config for name, tiny in TINY.items()}
 # Sparse attention runs in vLLM while it selects every key: in contexts of at most this length.

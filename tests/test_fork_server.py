@@ -26,9 +26,9 @@ print(json.dumps({
 }), flush=True)
 """
 
-# An actor says where it comes from; then the server dies, and another actor starts.
+# Actors say where they come from; one is killed, and the others go on; the server is, and another actor starts.
 PROGRAM = """
-import asyncio, os, sys
+import asyncio, os, signal, sys
 import psutil
 from cispo.runtime import cluster
 from cispo.runtime.actors import RayRuntime
@@ -36,18 +36,22 @@ from cispo.runtime.fork_server import Import, Imports
 from cispo.runtime.watchdog import Activity
 from tests.test_fork_server import Place
 
-runtime = RayRuntime(processes=3, activity=Activity(), imports=Imports((Import("sched:scheduler"),)))
+runtime = RayRuntime(processes=4, activity=Activity(), imports=Imports((Import("sched:scheduler"),)))
 server = cluster._local._forks.process
 
 async def work():
     first, second = await asyncio.gather(*(runtime.start(Place, name=name) for name in ("first", "second")))
     for handle in (first, second):
-        parent, imported = await handle.call("look")
+        _, parent, imported = await handle.call("look")
         print("forked", parent == server.pid, imported, 0 < handle.parts["process"] < 60)
+    os.kill((await second.call("look"))[0], signal.SIGKILL)
+    await asyncio.sleep(1)
+    another = await runtime.start(Place, name="another")
+    print("alive", (await first.call("look"))[1:] == (await another.call("look"))[1:] == (server.pid, True))
     server.kill()
     server.wait()
     third = await runtime.start(Place, name="third")
-    parent, imported = await third.call("look")
+    _, parent, imported = await third.call("look")
     print("executed", parent != server.pid, imported)
 
 asyncio.run(work())
@@ -59,8 +63,8 @@ print("closed", all("orphans" in " ".join(p.cmdline()) for p in psutil.Process()
 class Place:
     """An actor that says where it comes from."""
 
-    def look(self) -> tuple[int, bool]:
-        return os.getppid(), "sched" in sys.modules
+    def look(self) -> tuple[int, int, bool]:
+        return os.getpid(), os.getppid(), "sched" in sys.modules
 
     def close(self) -> None:
         pass
@@ -75,7 +79,7 @@ def test_workers_of_a_cluster() -> None:
     command = [sys.executable, "-c", PROGRAM]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    lines = [*["forked True True True"] * 2, "executed True False", "closed True"]
+    lines = [*["forked True True True"] * 2, "alive True", "executed True False", "closed True"]
     assert (done.stdout.splitlines(), done.stderr, done.returncode) == (lines, "", 0)
 
 

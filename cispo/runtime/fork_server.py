@@ -212,6 +212,7 @@ def _become(request: Request, argv: list[str], streams: Sequence[int]) -> NoRetu
         os.close(stream)
     os.environ.clear()
     os.environ.update(request.env)
+    os.setpgid(0, 0)  # as Ray's own: the raylet kills the group of a worker that has ended
     os.chdir(request.folder)
     os.umask(request.umask)
     os.nice(max(request.niceness - os.nice(0), 0))

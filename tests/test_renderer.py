@@ -286,12 +286,12 @@ def test_texts_are_tokenised_in_batches_as_one_by_one(
     cutting = variant(tmp_path / "cut", {}, tokenizer={**tokenizer, **cut})
     templated = variant(tmp_path / "t", {"chat_template": TEMPLATE})
     for characters in (1, 8, 10**6):
-        monkeypatch.setattr("cispo.rollout.renderer._BATCH_CHARACTERS", characters)
-        monkeypatch.setattr("cispo.rollout.renderer._BATCH", 3)
+        monkeypatch.setattr("cispo.rollout.encoding._BATCH_CHARACTERS", characters)
+        monkeypatch.setattr("cispo.rollout.encoding._BATCH", 3)
         for one in (renderer, cutting, templated):
-            one.highest_id = 0
+            one._encoder.highest_id = 0
             singly = [one.encode_prompt(text) for text in texts]
-            highest, one.highest_id = one.highest_id, 0
+            highest, one._encoder.highest_id = one.highest_id, 0
             assert one.encode_prompts(texts) == singly
             assert one.highest_id == highest > 0
             assert one.encode_completions(texts) == [one.encode_completion(text) for text in texts]

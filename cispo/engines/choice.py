@@ -41,14 +41,12 @@ def settled(recipe: Recipe, device: Device | None = None) -> Recipe:
     return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": engine})})
 
 
-def prepare(recipe: Mapping[str, object]) -> None:
-    """The imports of the recipe's engine on a CPU; the recipe as JSON's types."""
+def prepare(recipe: Mapping[str, object], model: str | None) -> None:
+    """`serving.prepare` for the recipe's engine on a CPU; the recipe as JSON's types."""
     from cispo.engines import serving
 
     chosen = settled(Recipe.model_validate(recipe), "cpu")
-    model = chosen.policy.model if chosen.rollout.tensor_parallel == 1 else None
-    folder = model if model is not None and (Path(model) / "config.json").is_file() else None
-    serving.prepare(chosen.rollout.kind, chosen.policy.number_format, folder)
+    serving.prepare(chosen.rollout.kind, chosen.policy.number_format, model)
 
 
 def engine_of(recipe: Recipe, device: Device | None = None) -> EngineChoice:

@@ -1,4 +1,4 @@
-"""Between messages and token ids: the one place where text is tokenised.
+"""Between messages and token ids: the one place where text is tokenised (`encoding`).
 
     messages --render--> prompt ids --engine--> sampled ids --decode--> text for rewards and logs
 
@@ -12,7 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,11 @@ from cispo.errors import UserError
 from cispo.files import write_json
 from cispo.recipe.schema import Recipe
 from cispo.recipe.user_code import is_hub_id
+from cispo.rollout.encoding import PLAIN_CLASSES, TextEncoder
 from cispo.rollout.template import reason_of, render_bounded
 from cispo.types import Message
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 Tools = Sequence[Mapping[str, object]]
@@ -35,13 +35,6 @@ TemplateArgs = Mapping[str, object]
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _GENERATION = "generation_config.json"
-
-# Classes fully described by tokenizer.json: loading them by name spares the import of AutoTokenizer (and of torch).
-_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-
-# Texts that are tokenised at once: a token takes about 100 bytes until its text's ids are read.
-_BATCH = 4096
-_BATCH_CHARACTERS = 1 << 20
 
 
 class Renderer:
@@ -60,8 +53,7 @@ class Renderer:
         configs = [generation_config(source) for source in sources]
         self._generation = next(filter(None, configs), {})
         self.eos_ids = _eos_ids(tokenizer, configs)
-        self._highest = [self.eos_ids[0]]
-        self._plain = _plain(tokenizer)
+        self._encoder = TextEncoder(tokenizer, highest_id=self.eos_ids[0])
         self._template_args: TemplateArgs = {}
         bos = tokenizer.bos_token_id
         # Some tokenizers add their bos by a flag, others by a post-processor: only an encoded text tells.
@@ -70,11 +62,7 @@ class Renderer:
     @property
     def highest_id(self) -> int:
         """The highest token id rendered so far: it must be below the policy's vocabulary size."""
-        return self._highest[0]
-
-    @highest_id.setter
-    def highest_id(self, value: int) -> None:
-        self._highest[0] = value
+        return self._encoder.highest_id
 
     def with_args(self, args: TemplateArgs) -> Renderer:
         """This renderer with further arguments of its chat template; they share `highest_id`."""
@@ -208,21 +196,20 @@ class Renderer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """The token ids of a prompt's text; a template has written the special tokens."""
-        prefix = self._prefix if self.tokenizer.chat_template is None else []
-        return prefix + self.encode_text(text)
+        return self.encode_prompts([text])[0]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_prompt` of each text, faster than one by one."""
         prefix = self._prefix if self.tokenizer.chat_template is None else []
-        return [prefix + ids for ids in self.encode_texts(texts)]
+        return [prefix + ids for ids in self._encoder.encode_all(texts)]
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_completion` of each text, faster than one by one."""
-        return [[*ids, self.eos_ids[0]] for ids in self.encode_texts(texts)]
+        return [[*ids, self.eos_ids[0]] for ids in self._encoder.encode_all(texts)]
 
     def encode_completion(self, text: str) -> list[int]:
         """The token ids of a demonstration, which ends with the end-of-sequence token."""
-        return [*self.encode_text(text), self.eos_ids[0]]
+        return self.encode_completions([text])[0]
 
     def render_demonstration(self, messages: Sequence[Message], completion: str) -> tuple[list[int], list[int]]:
         """(prompt, completion) as token ids."""
@@ -274,54 +261,12 @@ class Renderer:
 
     def encode_text(self, text: str) -> list[int]:
         """The token ids of a text within a sequence. Raises UserError for a lone surrogate."""
-        _check_characters(text)
-        ids = self._encode(text)
-        self.highest_id = max(self.highest_id, max(ids, default=0))
-        return ids
-
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_text` of each text: in batches that use all cores and leave the GIL to other threads."""
-        if self._plain is None or len(texts) < 2:
-            return [self.encode_text(text) for text in texts]
-        found: list[list[int]] = []
-        for batch in _batches(texts):
-            for text in batch:
-                _check_characters(text)
-            encodings = self._plain.encode_batch_fast(batch, add_special_tokens=False)
-            found += [encoding.ids for encoding in encodings]
-        self.highest_id = max(self.highest_id, max(map(max, filter(None, found)), default=0))
-        return found
-
-    def _encode(self, text: str) -> list[int]:
-        if self._plain is None:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text)
 
 
 # The policy's turn of a made-up conversation; no template writes such texts itself.
 _ANSWER = "an answer of 4711 words"
 _THOUGHT = "a thought of 4712 words"
-
-
-def _check_characters(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"a text holds {text[error.start]!r}, half of a character (a lone surrogate)") from None
-
-
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts in batches of at most `_BATCH` of them, which end with the text that makes `_BATCH_CHARACTERS`."""
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _first(ends: Sequence[str], text: str) -> tuple[int, str]:
@@ -366,7 +311,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if not file.is_dir() and file.exists() and not file.is_file():
             raise UserError(f"'{file}' is not a regular file")  # a pipe would block for ever
     try:
-        if folder.is_dir() and (folder / "tokenizer.json").exists() and _class_name(folder) in _PLAIN_CLASSES:
+        if folder.is_dir() and (folder / "tokenizer.json").exists() and _class_name(folder) in PLAIN_CLASSES:
             from transformers import PreTrainedTokenizerFast
 
             return PreTrainedTokenizerFast.from_pretrained(str(path))
@@ -378,14 +323,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load the tokenizer of '{path}': {reason:.300}") from error
-
-
-def _plain(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """The tokenizer of tokenizer.json behind one of transformers that adds nothing to it: four times as fast."""
-    if type(tokenizer).__name__ not in _PLAIN_CLASSES or getattr(tokenizer, "split_special_tokens", False):
-        return None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return None if backend is None or backend.truncation or backend.padding else backend
 
 
 def has_tokenizer(folder: Path) -> bool:

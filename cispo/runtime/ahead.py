@@ -150,6 +150,11 @@ def _model_folder(recipe: Recipe) -> str | None:
     return str(Path(model).absolute()) if model is not None and (Path(model) / "config.json").is_file() else None
 
 
+def _engine_folder(recipe: Recipe) -> str | None:
+    """The same for an engine of one process; the class of a model in other ones is theirs to import."""
+    return _model_folder(recipe) if recipe.rollout.tensor_parallel == 1 else None
+
+
 def shared_imports(recipe: Recipe, *, engines: bool) -> Imports | None:
     """The imports that the processes of a run share by forks; None where it may have a GPU.
 
@@ -157,10 +162,10 @@ def shared_imports(recipe: Recipe, *, engines: bool) -> Imports | None:
     """
     if recipe.device != "cpu" and any(Path("/dev").glob("nvidia[0-9]*")):
         return None
-    ranks, of_engines = recipe.learner.ranks, recipe.rollout.engines if engines else 0
     of_ranks = Import(_OF_RANKS, (False, _model_folder(recipe), recipe.policy.config))
-    later = not engines or engines_wait(recipe, ranks + of_engines)
-    return Imports((of_ranks,), () if later else (Import(_OF_SETTLED, (recipe.model_dump(mode="json"),)),), env=CPU_ENV)
+    of_engines = Import(_OF_SETTLED, (recipe.model_dump(mode="json"), _engine_folder(recipe)))
+    later = not engines or engines_wait(recipe, recipe.learner.ranks + recipe.rollout.engines)
+    return Imports((of_ranks,), () if later else (of_engines,), env=CPU_ENV)
 
 
 def planned(recipe: Recipe, placement: Placement, *, critic: bool, settle: Settle, engines: bool) -> Iterator[Planned]:
@@ -176,7 +181,7 @@ def planned(recipe: Recipe, placement: Placement, *, critic: bool, settle: Settl
     if not engines or engines_wait(recipe, len(kinds) * len(ranks) + rollout.engines):
         return
     recipe = settle(recipe, placement.device)
-    arguments = (recipe.rollout.kind, recipe.policy.number_format, folder if rollout.tensor_parallel == 1 else None)
+    arguments = (recipe.rollout.kind, recipe.policy.number_format, _engine_folder(recipe))
     for number in range(rollout.engines):
         own = Resources(gpus=placement.engine_gpus, bundle=placement.bundle_of_engine(number))
         yield Planned(name=f"engine-{number}", resources=own, concurrent=True, imports=_OF_ENGINES, args=arguments)

@@ -1,7 +1,7 @@
 """The Ray cluster that a run starts for itself on this machine: private, deaf to signals, watched.
 
     start --> gcs_server, raylet ... in sessions of their own --check--> RunError where one of them is gone
-              their workers: forks of a server of ours (`fork_server`)
+              workers: executed by the raylet, or forks of a server of ours (`fork_server`)
               a folder in the temporary one, mode 0700        --stop--> no process and no folder is left
 
 A batch system signals the process group of a run, or all its processes. Only the driver heeds that: it finishes the
@@ -165,7 +165,7 @@ exec cat
 
 def _without_agents(command: Sequence[str]) -> list[str]:
     """The command of a raylet with a shell that reports no ports for each of its agents; any other as it is."""
-    given = dict(item.split("=", 1) for item in command if "=" in item)
+    given = _options(command)
     if not _AGENTS.keys() <= given.keys() or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         return [*command]
     session = given["--session_dir"]
@@ -185,10 +185,14 @@ def _with_forks(forks: ForkServer | None, command: Sequence[str]) -> list[str]:
 
     Those that Ray starts ahead would hold up the driver, with Python's lock held, until all of them had their imports.
     """
-    given = dict(item.split("=", 1) for item in command if "=" in item)
+    given = _options(command)
     if forks is None or not {_WORKERS, _AT_ONCE} <= given.keys():
         return [*command]
     return _changed(command, {_WORKERS: forks.command(shlex.split(given[_WORKERS])), _AT_ONCE: ["0"]})
+
+
+def _options(command: Sequence[str]) -> Mapping[str, str]:
+    return dict(item.split("=", 1) for item in command if "=" in item)
 
 
 def _changed(command: Sequence[str], options: Mapping[str, Sequence[str]]) -> list[str]:

@@ -4,11 +4,11 @@
     python scripts/bench_rollout.py --hybrid [--context 512,8192]           recipes/lightning_30m beside a dense Qwen3
 
 The first form shares `sequences` completions of exactly `tokens` tokens over engines in processes of their own, on one
-GPU or CPU; the peer is `vllm.LLM.generate` with `logprobs=0`, the way TRL samples. All sides start at once; then one is
-measured while the others are idle, ours before the peer. Below a side of ours: where the time of a call goes, the mean
-of its engines. The second form builds both policies from random weights, with as many parameters a token, and lets one
-engine decode up to each context; the time of the prompts is taken off. bfloat16 on a GPU; medians of three calls after
-a short one that is not counted.
+GPU or CPU; the peer is `vllm.LLM.generate` with `logprobs=0`, the way TRL samples. Ours start at once, then the peer;
+one is measured while the others are idle, ours before the peer. Below a side of ours: where the time of a call goes,
+the mean of its engines. The second form builds both policies from random weights, with as many parameters a token, and
+lets one engine decode up to each context; the time of the prompts is taken off. bfloat16 on a GPU; medians of three
+calls after a short one that is not counted.
 """
 
 from __future__ import annotations
@@ -234,13 +234,13 @@ async def against_vllm(arguments: argparse.Namespace, dtype: str) -> None:
     gpus = 0.9 / processes if torch.cuda.is_available() else 0
     runtime, begun = RayRuntime(processes=processes, activity=Activity()), time.perf_counter()
     try:
-        # None is measured beside the start of another.
-        starting = [asyncio.ensure_future(start(runtime, side, sequences, gpus)) for side in sides]
-        await asyncio.wait(starting)
+        # None is measured beside the start of another. The peer fails where free memory changes while it starts.
+        engines = await asyncio.gather(*(start(runtime, side, sequences, gpus) for side in sides if side.is_ours))
+        engines += [await start(runtime, side, sequences, gpus) for side in sides if not side.is_ours]
         print(f"  started in {time.perf_counter() - begun:.0f} s", flush=True)
         speeds: list[float] = []
-        for side, started in zip(sides, starting, strict=True):
-            found = await measure(side, started.result(), random_prompts(sequences, PROMPT), tokens)
+        for side, handles in zip(sides, engines, strict=True):
+            found = await measure(side, handles, random_prompts(sequences, PROMPT), tokens)
             speeds.append(sequences * tokens / statistics.median(found.calls))
             print(f"  {side.name:<34}{speeds[-1]:11,.0f} tokens/s", flush=True)
             for line in lines(found) if side.is_ours else ():

@@ -6,6 +6,7 @@ Shared memory begins as NaN, so that a value nobody wrote shows.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,12 +55,17 @@ class Shared:
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
+        self.shape = values.shape
 
     def index(self, place: int) -> Shared:
         return Shared(self.values[place])
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.values.permute(*order))
+
+    def _reinterpret(self, dtype: object, shape: Sequence[int], layout: object) -> Shared:
+        """Another tile at the same place."""
+        return Shared(self.values.flatten()[: math.prod(shape)].view(*shape))
 
     def load(self, layout: object) -> Tensor:
         return self.values.clone()

@@ -59,25 +59,21 @@ def chunk_of(dim: int, dtype: torch.dtype) -> int:
 
 
 OVERLAPPED = {
-    torch.float32: {16: Tiles(16, 16, 1, 2, 1, True), 32: Tiles(16, 16, 1, 3, 1, True)},
-    torch.bfloat16: {
-        64: Tiles(64, 64, 4, 2, 1, True),
-        128: Tiles(64, 64, 4, 3, 1, True),
-        256: Tiles(64, 64, 8, 2, 1, True),
-    },
+    16: Tiles(16, 16, 1, 2, 1, True),
+    32: Tiles(16, 16, 1, 3, 1, True),
+    256: Tiles(16, 128, 8, 2, 1, True),
 }
-"""On a GPU in bfloat16; elsewhere in float32, in plain Python."""
+"""In plain Python, float32. A GPU has the tiles of an H200, in bfloat16."""
 
 
 @pytest.fixture(params=["plain", "overlapped"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either kernel, with the tiles of any card or those above."""
+    """Either kernel, with the tiles of any card, or those of one that overlaps."""
     card: dict[tuple[Pass, int], Tiles] = {}
     if request.param == "overlapped" and GPU:
-        passes: tuple[Pass, ...] = ("out", "dq", "dk_dv")
-        card = {(kind, dim): tiles for dim, tiles in OVERLAPPED[torch.bfloat16].items() for kind in passes}
+        card = lightning_tiles.CARDS["H200"]
     elif request.param == "overlapped":
-        monkeypatch.setitem(lightning_tiles.TILES, torch.float32, OVERLAPPED[torch.float32])
+        monkeypatch.setitem(lightning_tiles.TILES, torch.float32, OVERLAPPED)
         file = Path(lightning_tiles.__file__).with_name("lightning_overlap.py")
         stand_in = SimpleNamespace(overlapped_kernel=Launcher(file, "overlapped_kernel"))
         monkeypatch.setitem(sys.modules, "cispo.ops.lightning_overlap", stand_in)
@@ -157,6 +153,15 @@ def test_lengths_around_a_chunk(dim: int, dtype: torch.dtype) -> None:
     chunk = chunk_of(dim, dtype)
     qkv, cu_seqlens, state = make([chunk - 1, chunk, chunk + 1, 2 * chunk + 1], dim, dtype)
     check_all(qkv, cu_seqlens, state, dtype)
+
+
+@pytest.mark.skipif(GPU, reason="its head dimension is among those above")
+@pytest.mark.parametrize("form", ["overlapped"], indirect=True)
+@pytest.mark.usefixtures("form")
+def test_a_wide_state_lends_its_place_to_the_output() -> None:
+    """Half a state of head dimension 256 leaves room for one tile of values, and for none of the output."""
+    qkv, cu_seqlens, state = make([33, 0, 16], 256, torch.float32)
+    check_all(qkv, cu_seqlens, state, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

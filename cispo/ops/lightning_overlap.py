@@ -54,20 +54,29 @@ def _tiles(x, first, stride, length, D: gl.constexpr, BT: gl.constexpr, BW: gl.c
 
 
 @gluon.jit
-def _fetch(
-    q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, ready, chunk, chunks, low, column, BACKWARDS: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """Starts to load a chunk's tiles into its place of the ring, if there is such a chunk."""
-    BT: gl.constexpr = q_tiles.block_shape[0]
+def _fetch_wide(q_tiles, k_tiles, q_ring, k_ring, ready, chunk, chunks, low, BACKWARDS: gl.constexpr):
+    """Starts to load a chunk's rows of q and k into their places of the rings, if there is such a chunk."""
+    stages: gl.constexpr = q_ring.shape[0]
+    rows: gl.constexpr = q_tiles.block_shape[0]
     there = chunk < chunks
-    place = chunk % STAGES
-    first = low + (chunks - 1 - chunk if BACKWARDS else chunk) * BT
+    place = chunk % stages
+    first = low + (chunks - 1 - chunk if BACKWARDS else chunk) * rows
     barrier = ready.index(place)
-    size: gl.constexpr = 2 * BT * (2 * q_tiles.block_shape[1] + v_tiles.block_shape[1])
-    mbarrier.expect(barrier, size, pred=there)
+    mbarrier.expect(barrier, 4 * rows * q_tiles.block_shape[1], pred=there)
     tma.async_copy_global_to_shared(q_tiles, [first, 0], barrier, q_ring.index(place), pred=there)
     tma.async_copy_global_to_shared(k_tiles, [first, 0], barrier, k_ring.index(place), pred=there)
+
+
+@gluon.jit
+def _fetch_values(v_tiles, v_ring, ready, chunk, chunks, low, column, BACKWARDS: gl.constexpr):
+    """As `_fetch_wide`, a block of the columns of v."""
+    stages: gl.constexpr = v_ring.shape[0]
+    rows: gl.constexpr = v_tiles.block_shape[0]
+    there = chunk < chunks
+    place = chunk % stages
+    first = low + (chunks - 1 - chunk if BACKWARDS else chunk) * rows
+    barrier = ready.index(place)
+    mbarrier.expect(barrier, 2 * rows * v_tiles.block_shape[1], pred=there)
     tma.async_copy_global_to_shared(v_tiles, [first, column], barrier, v_ring.index(place), pred=there)
 
 
@@ -83,9 +92,10 @@ def _attend(
     the first: backwards, the chunk that is not full comes first.
     """
     kind: gl.constexpr = q.dtype.element_ty
-    square: gl.constexpr = _accumulator(BT, BV, gl.num_warps())
+    square: gl.constexpr = _accumulator(BT, BT, gl.num_warps())
+    narrow: gl.constexpr = _accumulator(BT, BV, gl.num_warps())
     wide: gl.constexpr = _accumulator(BD, BV, gl.num_warps())
-    state_operand: gl.constexpr = gl.DotOperandLayout(0, square, 2)
+    state_operand: gl.constexpr = gl.DotOperandLayout(0, narrow, 2)
     value_operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     wide_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BD], kind)
     value_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BT, BV], kind)
@@ -99,38 +109,53 @@ def _attend(
     k_tiles = _tiles(k, begin, k_row, length, D, BT, BD, wide_tile)
     v_tiles = _tiles(v, begin, v_row, length, D, BT, BV, value_tile)
     out_tiles = _tiles(out, begin, out_row, length, D, BT, BV, value_tile)
-    q_ring = gl.allocate_shared_memory(kind, [STAGES, BT, BD], wide_tile)
-    k_ring = gl.allocate_shared_memory(kind, [STAGES, BT, BD], wide_tile)
-    v_ring = gl.allocate_shared_memory(kind, [STAGES, BT, BV], value_tile)
-    shared_scores = gl.allocate_shared_memory(kind, [BT, BT], score_tile)
     # Registers hold no second copy of a wider state, nor all columns of one that warpgroups share.
     shared: gl.constexpr = (BD > 128) or (gl.num_warps() * 16 > BV)
+    # Half a wide state leaves room for one tile of values, and for none of the output.
+    crowded: gl.constexpr = BV * BD > 128 * 128
+    V_STAGES: gl.constexpr = 1 if crowded else STAGES
+    q_ring = gl.allocate_shared_memory(kind, [STAGES, BT, BD], wide_tile)
+    k_ring = gl.allocate_shared_memory(kind, [STAGES, BT, BD], wide_tile)
+    v_ring = gl.allocate_shared_memory(kind, [V_STAGES, BT, BV], value_tile)
+    shared_scores = gl.allocate_shared_memory(kind, [BT, BT], score_tile)
     if shared:
-        shared_state = gl.allocate_shared_memory(kind, [BV, BD], wide_tile)
-    shared_out = gl.allocate_shared_memory(kind, [BT, BV], value_tile)
+        operand = gl.allocate_shared_memory(kind, [BV, BD], wide_tile)
+    if crowded:
+        shared_out = operand._reinterpret(kind, [BT, BV], value_tile)
+    else:
+        shared_out = gl.allocate_shared_memory(kind, [BT, BV], value_tile)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
+    for stage in gl.static_range(V_STAGES):
+        mbarrier.init(v_ready.index(stage), count=1)
 
     row = gl.arange(0, BT, layout=gl.SliceLayout(1, square))
     column = gl.arange(0, BT, layout=gl.SliceLayout(0, square))
+    query = gl.arange(0, BT, layout=gl.SliceLayout(0, narrow))
     token = gl.arange(0, BT, layout=gl.SliceLayout(0, value_operand))
     distance = row[:, None] - column[None, :] if BACKWARDS else column[None, :] - row[:, None]
     mask = gl.where(distance >= 0, gl.exp(-slope * gl.maximum(distance, 0)), 0.0)
     none = gl.zeros([BT, BT], gl.float32, square)
-    none_out = gl.zeros([BV, BT], gl.float32, square)
+    none_out = gl.zeros([BV, BT], gl.float32, narrow)
 
     chunks = (tokens + BT - 1) // BT
     for ahead in gl.static_range(STAGES - 1):
-        _fetch(q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, ready, ahead, chunks, low, block * BV, BACKWARDS,
-               STAGES)  # fmt: skip
+        _fetch_wide(q_tiles, k_tiles, q_ring, k_ring, ready, ahead, chunks, low, BACKWARDS)
+    for ahead in gl.static_range(V_STAGES):
+        _fetch_values(v_tiles, v_ring, v_ready, ahead, chunks, low, block * BV, BACKWARDS)
     for chunk in range(0, chunks):
-        place = chunk % STAGES
+        place, v_place = chunk % STAGES, chunk % V_STAGES
         lower = (chunks - 1 - chunk if BACKWARDS else chunk) * BT
         count = gl.minimum(tokens - lower, BT)
-        b_q, b_k, b_v = q_ring.index(place), k_ring.index(place), v_ring.index(place)
+        b_q, b_k, b_v = q_ring.index(place), k_ring.index(place), v_ring.index(v_place)
         if shared:
-            operand = shared_state
+            if crowded:
+                tma.store_wait(0)
+            # All threads are done with the chunk before: with its place in the ring, and with the state's copy.
+            gl.thread_barrier()
+            _fetch_wide(q_tiles, k_tiles, q_ring, k_ring, ready, chunk + STAGES - 1, chunks, low, BACKWARDS)
             operand.store(state.to(kind))
             fence_async_shared()
             gl.thread_barrier()
@@ -140,25 +165,27 @@ def _attend(
         mbarrier.wait(ready.index(place), (chunk // STAGES) & 1)
         scores = warpgroup_mma(b_k, b_q.permute([1, 0]), none, use_acc=False, is_async=True)
         b_out = warpgroup_mma(operand, b_q.permute([1, 0]), none_out, use_acc=False, is_async=True)
-        # All threads are done with the chunk before, and with its place in the ring.
-        gl.thread_barrier()
-        _fetch(q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, ready, chunk + STAGES - 1, chunks, low, block * BV,
-               BACKWARDS, STAGES)  # fmt: skip
+        if not shared:
+            gl.thread_barrier()
+            _fetch_wide(q_tiles, k_tiles, q_ring, k_ring, ready, chunk + STAGES - 1, chunks, low, BACKWARDS)
         scores = warpgroup_mma_wait(1, deps=[scores])
         shared_scores.store((scores * mask).to(kind))
         # In this order: what a thread wrote is fenced before another's product may read it.
         fence_async_shared()
         gl.thread_barrier()
         # Rows beyond the segment hold zeros, so their clamped exponents do not matter.
-        carry = gl.exp(-slope * (gl.maximum(count - 1 - column, 0) if BACKWARDS else column + 1))
+        carry = gl.exp(-slope * (gl.maximum(count - 1 - query, 0) if BACKWARDS else query + 1))
         fade = gl.exp(-slope * (token + 1 if BACKWARDS else gl.maximum(count - 1 - token, 0)))
+        mbarrier.wait(v_ready.index(v_place), (chunk // V_STAGES) & 1)
         faded = (b_v.permute([1, 0]).load(value_operand) * fade[None, :]).to(kind)
         b_out = warpgroup_mma_wait(0, deps=[b_out]) * carry[None, :]
         b_out = warpgroup_mma(b_v.permute([1, 0]), shared_scores, b_out, is_async=True)
         state = warpgroup_mma(faded, b_k, state, is_async=True)
         b_out = warpgroup_mma_wait(1, deps=[b_out])
-        tma.store_wait(0)
+        if not crowded:
+            tma.store_wait(0)
         gl.thread_barrier()
+        _fetch_values(v_tiles, v_ring, v_ready, chunk + V_STAGES, chunks, low, block * BV, BACKWARDS)
         shared_out.permute([1, 0]).store(b_out.to(kind))
         fence_async_shared()
         gl.thread_barrier()
@@ -167,6 +194,8 @@ def _attend(
     tma.store_wait(0)
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
+    for stage in gl.static_range(V_STAGES):
+        mbarrier.invalidate(v_ready.index(stage))
     return state
 
 

@@ -52,10 +52,10 @@ CARDS: dict[str, dict[tuple[Pass, int], Tiles]] = {
         ("dk_dv", 64): Tiles(64, 64, 4, 4, 1, overlapped=True),
         ("out", 128): Tiles(64, 64, 4, 3, 1, overlapped=True),
         ("dq", 128): Tiles(64, 64, 4, 3, 1, overlapped=True),
-        ("dk_dv", 128): Tiles(64, 64, 4, 2, 2, overlapped=True),
-        ("out", 256): Tiles(64, 64, 8, 2, 1, overlapped=True),
-        ("dq", 256): Tiles(64, 64, 8, 2, 1, overlapped=True),
-        ("dk_dv", 256): Tiles(64, 64, 8, 2, 1, overlapped=True),
+        ("dk_dv", 128): Tiles(64, 128, 8, 3, 1, overlapped=True),
+        ("out", 256): Tiles(64, 128, 8, 2, 1, overlapped=True),
+        ("dq", 256): Tiles(64, 128, 8, 2, 1, overlapped=True),
+        ("dk_dv", 256): Tiles(64, 128, 8, 2, 1, overlapped=True),
     },
 }
 """By a part of the device's name, for bfloat16: other tiles by pass and padded head dimension, measured with

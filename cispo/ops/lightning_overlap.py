@@ -54,30 +54,24 @@ def _tiles(x, first, stride, length, D: gl.constexpr, BT: gl.constexpr, BW: gl.c
 
 
 @gluon.jit
-def _fetch_wide(q_tiles, k_tiles, q_ring, k_ring, ready, chunk, chunks, low, BACKWARDS: gl.constexpr):
-    """Starts to load a chunk's rows of q and k into their places of the rings, if there is such a chunk."""
-    stages: gl.constexpr = q_ring.shape[0]
-    rows: gl.constexpr = q_tiles.block_shape[0]
+def _fetch(
+    q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, ready, chunk, chunks, low, column, BACKWARDS: gl.constexpr,
+    WIDE: gl.constexpr, VALUES: gl.constexpr,
+):  # fmt: skip
+    """Starts to load a chunk's tiles into their places of the rings, if there is such a chunk: q and k, and values."""
+    BT: gl.constexpr = q_tiles.block_shape[0]
     there = chunk < chunks
-    place = chunk % stages
-    first = low + (chunks - 1 - chunk if BACKWARDS else chunk) * rows
-    barrier = ready.index(place)
-    mbarrier.expect(barrier, 4 * rows * q_tiles.block_shape[1], pred=there)
-    tma.async_copy_global_to_shared(q_tiles, [first, 0], barrier, q_ring.index(place), pred=there)
-    tma.async_copy_global_to_shared(k_tiles, [first, 0], barrier, k_ring.index(place), pred=there)
-
-
-@gluon.jit
-def _fetch_values(v_tiles, v_ring, ready, chunk, chunks, low, column, BACKWARDS: gl.constexpr):
-    """As `_fetch_wide`, a block of the columns of v."""
-    stages: gl.constexpr = v_ring.shape[0]
-    rows: gl.constexpr = v_tiles.block_shape[0]
-    there = chunk < chunks
-    place = chunk % stages
-    first = low + (chunks - 1 - chunk if BACKWARDS else chunk) * rows
-    barrier = ready.index(place)
-    mbarrier.expect(barrier, 2 * rows * v_tiles.block_shape[1], pred=there)
-    tma.async_copy_global_to_shared(v_tiles, [first, column], barrier, v_ring.index(place), pred=there)
+    first = low + (chunks - 1 - chunk if BACKWARDS else chunk) * BT
+    barrier = ready.index(chunk % ready.shape[0])
+    columns: gl.constexpr = (2 * q_tiles.block_shape[1] if WIDE else 0) + (v_tiles.block_shape[1] if VALUES else 0)
+    mbarrier.expect(barrier, 2 * BT * columns, pred=there)
+    if WIDE:
+        place = chunk % q_ring.shape[0]
+        tma.async_copy_global_to_shared(q_tiles, [first, 0], barrier, q_ring.index(place), pred=there)
+        tma.async_copy_global_to_shared(k_tiles, [first, 0], barrier, k_ring.index(place), pred=there)
+    if VALUES:
+        place = chunk % v_ring.shape[0]
+        tma.async_copy_global_to_shared(v_tiles, [first, column], barrier, v_ring.index(place), pred=there)
 
 
 @gluon.jit
@@ -111,7 +105,7 @@ def _attend(
     out_tiles = _tiles(out, begin, out_row, length, D, BT, BV, value_tile)
     # Registers hold no second copy of a wider state, nor all columns of one that warpgroups share.
     shared: gl.constexpr = (BD > 128) or (gl.num_warps() * 16 > BV)
-    # Half a wide state leaves room for one tile of values, and for none of the output.
+    # Half a wide state leaves room for one tile of values, which comes apart, and for none of the output.
     crowded: gl.constexpr = BV * BD > 128 * 128
     V_STAGES: gl.constexpr = 1 if crowded else STAGES
     q_ring = gl.allocate_shared_memory(kind, [STAGES, BT, BD], wide_tile)
@@ -125,11 +119,11 @@ def _attend(
     else:
         shared_out = gl.allocate_shared_memory(kind, [BT, BV], value_tile)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-    for stage in gl.static_range(V_STAGES):
-        mbarrier.init(v_ready.index(stage), count=1)
+    if crowded:
+        v_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(v_ready.index(0), count=1)
 
     row = gl.arange(0, BT, layout=gl.SliceLayout(1, square))
     column = gl.arange(0, BT, layout=gl.SliceLayout(0, square))
@@ -142,9 +136,11 @@ def _attend(
 
     chunks = (tokens + BT - 1) // BT
     for ahead in gl.static_range(STAGES - 1):
-        _fetch_wide(q_tiles, k_tiles, q_ring, k_ring, ready, ahead, chunks, low, BACKWARDS)
-    for ahead in gl.static_range(V_STAGES):
-        _fetch_values(v_tiles, v_ring, v_ready, ahead, chunks, low, block * BV, BACKWARDS)
+        _fetch(q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, ready, ahead, chunks, low, block * BV, BACKWARDS,
+               True, not crowded)  # fmt: skip
+    if crowded:
+        _fetch(q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, v_ready, 0, chunks, low, block * BV, BACKWARDS,
+               False, True)  # fmt: skip
     for chunk in range(0, chunks):
         place, v_place = chunk % STAGES, chunk % V_STAGES
         lower = (chunks - 1 - chunk if BACKWARDS else chunk) * BT
@@ -155,7 +151,8 @@ def _attend(
                 tma.store_wait(0)
             # All threads are done with the chunk before: with its place in the ring, and with the state's copy.
             gl.thread_barrier()
-            _fetch_wide(q_tiles, k_tiles, q_ring, k_ring, ready, chunk + STAGES - 1, chunks, low, BACKWARDS)
+            _fetch(q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, ready, chunk + STAGES - 1, chunks, low,
+                   block * BV, BACKWARDS, True, not crowded)  # fmt: skip
             operand.store(state.to(kind))
             fence_async_shared()
             gl.thread_barrier()
@@ -167,7 +164,8 @@ def _attend(
         b_out = warpgroup_mma(operand, b_q.permute([1, 0]), none_out, use_acc=False, is_async=True)
         if not shared:
             gl.thread_barrier()
-            _fetch_wide(q_tiles, k_tiles, q_ring, k_ring, ready, chunk + STAGES - 1, chunks, low, BACKWARDS)
+            _fetch(q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, ready, chunk + STAGES - 1, chunks, low,
+                   block * BV, BACKWARDS, True, not crowded)  # fmt: skip
         scores = warpgroup_mma_wait(1, deps=[scores])
         shared_scores.store((scores * mask).to(kind))
         # In this order: what a thread wrote is fenced before another's product may read it.
@@ -176,7 +174,8 @@ def _attend(
         # Rows beyond the segment hold zeros, so their clamped exponents do not matter.
         carry = gl.exp(-slope * (gl.maximum(count - 1 - query, 0) if BACKWARDS else query + 1))
         fade = gl.exp(-slope * (token + 1 if BACKWARDS else gl.maximum(count - 1 - token, 0)))
-        mbarrier.wait(v_ready.index(v_place), (chunk // V_STAGES) & 1)
+        if crowded:
+            mbarrier.wait(v_ready.index(0), chunk & 1)
         faded = (b_v.permute([1, 0]).load(value_operand) * fade[None, :]).to(kind)
         b_out = warpgroup_mma_wait(0, deps=[b_out]) * carry[None, :]
         b_out = warpgroup_mma(b_v.permute([1, 0]), shared_scores, b_out, is_async=True)
@@ -185,7 +184,9 @@ def _attend(
         if not crowded:
             tma.store_wait(0)
         gl.thread_barrier()
-        _fetch_values(v_tiles, v_ring, v_ready, chunk + V_STAGES, chunks, low, block * BV, BACKWARDS)
+        if crowded:
+            _fetch(q_tiles, k_tiles, v_tiles, q_ring, k_ring, v_ring, v_ready, chunk + 1, chunks, low, block * BV,
+                   BACKWARDS, False, True)  # fmt: skip
         shared_out.permute([1, 0]).store(b_out.to(kind))
         fence_async_shared()
         gl.thread_barrier()
@@ -194,8 +195,8 @@ def _attend(
     tma.store_wait(0)
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(stage))
-    for stage in gl.static_range(V_STAGES):
-        mbarrier.invalidate(v_ready.index(stage))
+    if crowded:
+        mbarrier.invalidate(v_ready.index(0))
     return state
 
 

@@ -130,6 +130,14 @@ def joined(parts: list[dict[str, tuple[int, Tensor]]]) -> dict[str, Tensor]:
     return {n: torch.cat([rows for _, rows in sorted((part[n] for part in parts), key=lambda r: r[0])]) for n in names}
 
 
+def differ(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference, relative to the largest entry of all tensors; NaN stays."""
+    assert ours.keys() == theirs.keys()
+    scale = max(float(t.abs().max()) for t in theirs.values())
+    assert scale > 1e-4
+    return float(torch.stack([(ours[n] - t).abs().max() for n, t in theirs.items()]).max()) / scale
+
+
 def new_critic(folder: Path, dtype: Dtype, own: int = 0, world: int = 1) -> Critic:
     made = Critic(
         str(folder), CriticConfig(value_clip=10.0), LearnerConfig(shard=True), dtype=dtype, rank=own, world=world

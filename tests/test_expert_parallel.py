@@ -17,7 +17,7 @@ from cispo.policies.loading import init_policy, load_policy, save_policy, weight
 from cispo.recipe.schema import Learner as LearnerConfig
 from tests import tiny_hybrids
 from tests.expert_group import CASES, CHECKPOINTS, MESHES, Axes, Group, joined, run_experts
-from tests.shard_group import F64, LR, TOKEN
+from tests.shard_group import F64, LR, TOKEN, differ
 from tests.test_learner import TINY
 
 SMALL = {**TINY, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
@@ -70,14 +70,6 @@ def ranks_of(results: dict[int, list[dict[str, Any]]], name: str) -> dict[Axes, 
     found = {axes: ranks for axes, ranks in found.items() if ranks[0] is not None}
     assert found
     return found
-
-
-def differ(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference, relative to the largest entry of all tensors; NaN stays."""
-    assert ours.keys() == theirs.keys()
-    scale = max(float(t.abs().max()) for t in theirs.values())
-    assert scale > 1e-4
-    return float(torch.stack([(ours[n] - t).abs().max() for n, t in theirs.items()]).max()) / scale
 
 
 @pytest.mark.parametrize("name", CASES)

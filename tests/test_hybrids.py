@@ -86,9 +86,12 @@ def assert_gradients_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], t
 
 
 def test_packed_logprobs_equal_transformers(pair: Pair) -> None:
-    """Over the whole vocabulary: 1e-5, and 3e-5 with gated DeltaNet, where transformers is as far from float64."""
+    """Over the whole vocabulary, twice the family's tolerance, since both sides round: 2e-5.
+
+    With gated DeltaNet 6e-5: transformers is up to 4.3e-5 from float64, by the processor.
+    """
     with torch.no_grad():
-        assert_close(outputs_of(pair.policy), reference(pair.model), pair.tolerance)
+        assert_close(outputs_of(pair.policy), reference(pair.model), 2 * pair.tolerance)
 
 
 def test_gradients_of_the_whole_policy_equal_transformers(pair: Pair, tmp_path: Path) -> None:

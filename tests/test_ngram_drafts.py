@@ -46,8 +46,9 @@ from tests.tiny_hybrids import TINY, draw_weights  # noqa: E402
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
-TOLERANCE = 2e-5
-"""Largest difference of two float32 log-probabilities, as in `test_vllm_parity`, with sharper weights here."""
+TOLERANCE = 4e-5
+"""Largest difference of two float32 log-probabilities: with these sharp weights engine and learner are up to 1.9e-5 and
+1.2e-5 from the learner's float64."""
 
 K = 3
 NGRAM = {"method": "ngram", "num_speculative_tokens": K, "prompt_lookup_max": 3, "prompt_lookup_min": 1}

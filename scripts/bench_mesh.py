@@ -218,7 +218,10 @@ def errors(work: Work, rank: int, address: str) -> dict[str, Any]:
             own, ours = gradient(work, axes, dtype, folder, rank, mesh)
             worst = torch.tensor([compare(own, whole), abs(ours / norm - 1)], device=device)
             dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-            found[f"{dtype}, {axes.name(work.ranks)}"] = dict(zip(("gradient", "norm"), worst.tolist(), strict=True))
+            name = f"{dtype}, {axes.name(work.ranks)}"
+            found[name] = dict(zip(("gradient", "norm"), worst.tolist(), strict=True))
+            if rank == 0:
+                print(f"gradients {work.policy}: {name}: {found[name]}", flush=True)
     base.leave()
     return found
 

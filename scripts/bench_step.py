@@ -250,7 +250,8 @@ class MemoryWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        command = ["nvidia-smi", "-i", card, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while not self._stop.wait(0.2):
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             self.peak = max(self.peak, float(done.stdout.split()[0]) / 1024)

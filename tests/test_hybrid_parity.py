@@ -49,6 +49,9 @@ engine was up to 1.7e-5 from float64 and the learner 1.2e-5, on both sides of it
 DELTANET, LONG_TOLERANCE = ("qwen3_next", "qwen3_5", "qwen3_5_moe"), 5e-5
 """The same for gated DeltaNet in contexts of 100 tokens, preempted: over 2,040 tokens the learner is up to 3.2e-5 from
 float64 and the engine 2.5e-5."""
+SHORT_TOLERANCE = 5e-5
+"""The same behind prompts of one token: over 4,080 tokens of ling the learner is up to 2.3e-5 from float64 on some
+processors and the engine 1.2e-5, on both sides of it."""
 RANKS_TOLERANCE = 5e-5
 """The same where two ranks add up parts of the learner's sums: after one-token prompts 2.9e-5 was seen, with learner
 and engine up to 3e-5 each from float64 on the same tokens."""
@@ -246,7 +249,7 @@ def check(family: str, mode: Mode, folder: Path, weights: Path) -> None:
         assert held.keys() == sent.keys() and all(torch.equal(held[name], sent[name]) for name in sent)
         assert difference(engine, policies[2], mode.prompts, mode.tokens, seed=1) <= tolerance
         # Prompts of one token alone, in slots that longer sequences have left.
-        assert difference(engine, policies[2], [[n] for n in range(8)], mode.tokens, seed=2) <= tolerance
+        assert difference(engine, policies[2], [[n] for n in range(8)], mode.tokens, seed=2) <= SHORT_TOLERANCE
     assert preemptions[0] >= mode.preemptions and hits[0] >= mode.hits, (preemptions, hits)
 
 

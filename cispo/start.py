@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -315,6 +316,22 @@ def transport_of(recipe: Recipe, placement: Placement, *, home: bool = True) -> 
     return wanted
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A block in which the driver's torch has one thread, unless OMP_NUM_THREADS is set.
+
+    Its tensors are small. As many threads as the machine has cores would wait for each other while engines and learners
+    have the cores: metrics of 262,144 tokens took 0.3 s with two of them on a busy machine, and 0.04 with one.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @contextlib.asynccontextmanager
 async def running_workers(
     recipe: Recipe,
@@ -338,6 +355,7 @@ async def running_workers(
     parts = StartParts() if parts is None else parts
     tasks: list[asyncio.Task[None]] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_thread())
         with parts.timed("cluster"):
             started = None if ahead is None else await ahead.take()
             if started is None:

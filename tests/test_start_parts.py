@@ -27,7 +27,7 @@ from cispo.runtime.ahead import Ahead, can_start, engines_wait, planned
 from cispo.runtime.placement import placement_of
 from cispo.runtime.start_parts import Parts, StartParts
 from cispo.runtime.watchdog import Activity
-from cispo.start import num_processes
+from cispo.start import num_processes, one_thread
 from cispo.types import RepetitionStop, Sampling
 from cispo.warmup import demonstration_batches, demonstrations_of
 from cispo.weights.publish import publish_weights, weights_folder
@@ -195,3 +195,19 @@ def test_demonstrations_are_made_when_they_are_drawn() -> None:
     again = found[order[0]]
     assert torch.equal(batch[0].token_ids, again.token_ids) and torch.equal(batch[0].loss_mask, again.loss_mask)
     assert int(again.loss_mask.sum()) == 12, "four numbers, three commas and the end"
+
+
+def test_a_drivers_torch_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its processes run, unless the user asks for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for variable, inside in ((None, 1), ("3", 3)):
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if variable is not None:
+                monkeypatch.setenv("OMP_NUM_THREADS", variable)
+            with one_thread():
+                assert torch.get_num_threads() == inside
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

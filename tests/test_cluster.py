@@ -224,7 +224,7 @@ class Part:
 """
 
 
-@pytest.mark.parametrize("way", ["address", "client_address"])
+@pytest.mark.parametrize("way", ["address", pytest.param("client_address", marks=pytest.mark.slow)])
 def test_parts_on_two_nodes_with_a_users_modules(way: str, two_nodes: TwoNodes, tmp_path: Path) -> None:
     """Directly and through Ray Client. The modules beside the script, and their imports, reach the nodes."""
     for name, text in (("driver", DRIVER), ("my_parts", PARTS), ("my_words", "WORD = 'no such word'\n")):

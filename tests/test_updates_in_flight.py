@@ -138,7 +138,7 @@ BLOCKS = {"hybrid": 16, "dense": 10}
 
 
 @pytest.mark.parametrize("kind_name", ["hybrid", "dense"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=[pytest.mark.slow] * (m == "chunked")) for m in MODES])
 def test_recomputed(mode: str, kind_name: str, kinds: dict[str, Kind]) -> None:
     """Tokens before an update match the old weights, and tokens after it the new ones, through three updates."""
     kind = kinds[kind_name]

@@ -206,9 +206,11 @@ MODES: dict[str, tuple[dict[str, Any], list[list[int]], str]] = {
         "hits and preemptions",
     ),
 }
+APART = ("prefix_cache", "preempted")
+"""Slow: the last mode has both."""
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=[pytest.mark.slow] * (m in APART)) for m in MODES])
 def test_engine_equals_learner(mode: str, tiny: tuple[Path, list[Policy]], weights: Path) -> None:
     engine_args, prompts, provoked = MODES[mode]
     folder, policies = tiny
@@ -307,7 +309,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "original")) for v in VARIANTS])
 def test_conventions_equal_learner(variant: str, weights: Path, tmp_path: Path) -> None:
     first, second = (init_policy(lightning(**VARIANTS[variant]), seed) for seed in range(2))
     save_policy(first, tmp_path)

@@ -111,7 +111,7 @@ def test_a_broadcast_reaches_every_rank() -> None:
         assert arrived.keys() == state.keys() and all(torch.equal(arrived[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("kind", ["lightning", "dense"])
+@pytest.mark.parametrize("kind", ["lightning", pytest.param("dense", marks=pytest.mark.slow)])
 def test_an_engine_takes_buckets(kind: str, tmp_path: Path) -> None:
     config = lightning() if kind == "lightning" else QWEN3
     first, second = (init_policy(config, seed) for seed in range(2))

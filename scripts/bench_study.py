@@ -11,8 +11,9 @@
 Runs go seed after seed, so that the table is balanced whenever the time ends. A run starts only if one like it ended in
 less time than is left; one that is cut short leaves nothing and runs again the next time. `--starts 1` gives all seeds
 the warm-up of the first; seeds then differ in prompts and sampling. A worker serves one run after another in one
-process, on a GPU beside other workers; with `runtime=ray` or `rollout.engine=vllm` behind the options each run has a
-process of its own. `--grid` names a list of `study_plan.GRIDS` in place of policies, regimes, arms, rates and seeds.
+process, beside other workers, on a machine's GPUs in turn; with `runtime=ray` or `rollout.engine=vllm` behind the
+options each run has a process of its own. `--grid` names a list of `study_plan.GRIDS` in place of policies, regimes,
+arms, rates and seeds.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from bench_all import cards_here
 from study_plan import (
     ARMS,
     GRIDS,
@@ -168,6 +170,10 @@ class Slot(threading.Thread):
         super().__init__(daemon=True)
         self.queue, self.number, self.keys, self.models, self.fresh = queue, number, list(keys), models, fresh
         self.workers: list[subprocess.Popen[str]] = []
+        self.environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        cards = cards_here() if "device=cuda" in keys else []
+        if cards:
+            self.environment["CUDA_VISIBLE_DEVICES"] = cards[number % len(cards)]
 
     def run(self) -> None:
         worker = self._worker()
@@ -217,7 +223,7 @@ class Slot(threading.Thread):
         worker = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), "--serve"], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
-            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            env=self.environment,
         )  # fmt: skip
         self.workers.append(worker)
         return worker

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -19,11 +20,12 @@ from cispo.policies.dense.shapes import Shapes, known_shapes
 from cispo.policies.hybrid import deepseek, gqa_moe, kimi_linear, ling, minimax_m2, qwen3_next
 from cispo.policies.hybrid.config import HybridConfig
 from cispo.policies.hybrid.model import build as build_hybrid
+from cispo.policies.hybrid.mtp import with_heads
 from cispo.policies.minimax.config import is_lightning_config
 from cispo.policies.minimax.model import LightningPolicy
 from cispo.policies.minimax.model import build as build_minimax
 from cispo.policies.minimax.short_step import LightningStep
-from cispo.policies.policy import HFConfig, Policy
+from cispo.policies.policy import HFConfig, Policy, no_heads
 from cispo.policies.short_step import ShortStep
 
 
@@ -52,17 +54,25 @@ POLICY_MODEL = VLLMModel(
 """The family's own policy inside vLLM: for every family that `hybrid.model.HybridPolicy` implements."""
 
 
+class Build(Protocol):
+    """Builds a family's policy."""
+
+    def __call__(self, config: HFConfig, folder: Path | None, dtype: torch.dtype, *, heads: bool = False) -> Policy:
+        """A policy with undefined weights on torch's default device; `folder` is that of the weights.
+
+        With `heads` its heads of multi-token prediction are modules, else their weights are kept aside. Raises
+        UserError where the config has no meaning in the family, or no heads are there.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Policies that share a config, an implementation and names of weights."""
 
     matches: Callable[[HFConfig], bool]
     """Whether a config.json describes a policy of this family."""
-    build: Callable[[HFConfig, Path | None, torch.dtype], Policy]
-    """(config, folder of the weights or None, dtype) -> a policy with undefined weights on torch's default device.
-
-    Raises UserError where the config has no meaning in the family.
-    """
+    build: Build
     short_step: Callable[[Policy], ShortStep | None]
     """The policy's step in few operations; None where it has none."""
     vllm: VLLMModel | None = None
@@ -83,6 +93,17 @@ def _build_dense(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> P
     return build(config, dtype)
 
 
+def _headless(build_policy: Callable[[HFConfig, Path | None, torch.dtype], Policy]) -> Build:
+    """The `Build` of a family without heads of multi-token prediction."""
+
+    def build(config: HFConfig, folder: Path | None, dtype: torch.dtype, *, heads: bool = False) -> Policy:
+        if heads:
+            raise no_heads(f"policies of model_type {config.get('model_type')!r} have none")
+        return build_policy(config, folder, dtype)
+
+    return build
+
+
 def _dense_step(policy: Policy) -> ShortStep | None:
     from cispo.policies.dense.short_step import short_step
 
@@ -91,9 +112,14 @@ def _dense_step(policy: Policy) -> ShortStep | None:
 
 def _hybrid(matches: Callable[[HFConfig], bool], parse: Callable[[HFConfig], HybridConfig]) -> Family:
     """A family of `HybridPolicy`."""
+
+    def build(config: HFConfig, folder: Path | None, dtype: torch.dtype, *, heads: bool = False) -> Policy:
+        parsed = parse(config)
+        return build_hybrid(with_heads(parsed) if heads else parsed, dtype)
+
     return Family(
         matches=matches,
-        build=lambda config, folder, dtype: build_hybrid(parse(config), dtype),
+        build=build,
         short_step=lambda policy: None,
         vllm=POLICY_MODEL,
     )
@@ -107,7 +133,7 @@ FAMILIES = {
     "minimax_m2": _hybrid(minimax_m2.matches, minimax_m2.parse),
     "minimax": Family(
         matches=is_lightning_config,
-        build=build_minimax,
+        build=_headless(build_minimax),
         short_step=_minimax_step,
         vllm=VLLMModel(
             architectures=("MiniMaxForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM"),
@@ -127,7 +153,9 @@ FAMILIES = {
     "deepseek": _hybrid(deepseek.matches, deepseek.parse),
     "ling": _hybrid(ling.matches, ling.parse),
     "gqa_moe": _hybrid(gqa_moe.matches, gqa_moe.parse),
-    "dense": Family(matches=lambda _: True, build=_build_dense, short_step=_dense_step, known_shapes=known_shapes),
+    "dense": Family(
+        matches=lambda _: True, build=_headless(_build_dense), short_step=_dense_step, known_shapes=known_shapes
+    ),
 }
 
 

@@ -43,8 +43,10 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
+def load_policy(source: str | Path, dtype: torch.dtype = torch.float32, *, heads: bool = False) -> Policy:
     """Loads a folder with config.json and safetensors weights (one file or several), or a Hugging Face hub id.
+
+    With `heads` its heads of multi-token prediction are modules (`families.Build`), here and below.
 
     Raises UserError naming the folder where it is no policy: no or a broken config.json, no weights, weights that do
     not fit the config.
@@ -55,7 +57,7 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     config = _config_of(folder)
     files = weight_files(folder)
     try:
-        policy = _build(config, folder, dtype)
+        policy = _build(config, folder, dtype, heads)
         policy.load_hf(_read_weights(files))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
@@ -64,24 +66,24 @@ def load_policy(source: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     return policy
 
 
-def policy_without_weights(folder: Path, dtype: torch.dtype) -> Policy:
+def policy_without_weights(folder: Path, dtype: torch.dtype, *, heads: bool = False) -> Policy:
     """The policy of a folder on the meta device, with real values in the buffers that follow from the config alone.
 
     Raises UserError as `load_policy` does; config.json and the headers of the weight files are read, no weights.
     """
     config = _config_of(folder)
-    check_weights(folder)
-    return policy_on_meta(config, folder, dtype)
+    check_weights(folder, heads=heads)
+    return policy_on_meta(config, folder, dtype, heads=heads)
 
 
-def policy_on_meta(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> Policy:
+def policy_on_meta(config: HFConfig, folder: Path | None, dtype: torch.dtype, *, heads: bool = False) -> Policy:
     """`shape_of` a config in a number format, with real values in the buffers that follow from the config alone."""
     with torch.device("meta"):
-        policy = _build(config, folder, dtype)
+        policy = _build(config, folder, dtype, heads)
     computed = set(dict(policy.named_buffers())) - set(policy.state_dict())
     if computed:
         # A twin whose undefined weights are never touched: the system gives it addresses, and no memory.
-        twin = dict(_build(config, folder, dtype).named_buffers())
+        twin = dict(_build(config, folder, dtype, heads).named_buffers())
         for name in computed:
             module, _, own = name.rpartition(".")
             policy.get_submodule(module)._buffers[own] = twin[name].clone()
@@ -94,7 +96,14 @@ def _config_of(folder: Path) -> HFConfig:
     return read_json(folder / "config.json")
 
 
-def init_policy(config: HFConfig, seed: int, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> Policy:
+def init_policy(
+    config: HFConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = _CPU,
+    *,
+    heads: bool = False,
+) -> Policy:
     """A policy with random weights from a config.json's content; they depend on the config, the seed and the kind of
     device alone: a GPU draws other numbers than a CPU.
 
@@ -102,7 +111,7 @@ def init_policy(config: HFConfig, seed: int, dtype: torch.dtype = torch.float32,
     zero.
     """
     with device:
-        policy = _build(config, None, dtype)
+        policy = _build(config, None, dtype, heads)
     std = initial_std(policy)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
@@ -120,18 +129,18 @@ def initial_std(policy: Policy) -> float:
     return std
 
 
-def count_parameters(source: str | None, config: HFConfig | None) -> int:
+def count_parameters(source: str | None, config: HFConfig | None, *, heads: bool = False) -> int:
     """Parameters of the policy that a folder's or hub id's config.json, or `config`, describes; allocates nothing."""
     if config is None:
         assert source is not None
         config = config_of(source)
-    return sum(p.numel() for p in shape_of(config).parameters())
+    return sum(p.numel() for p in shape_of(config, heads=heads).parameters())
 
 
-def shape_of(config: HFConfig) -> Policy:
+def shape_of(config: HFConfig, *, heads: bool = False) -> Policy:
     """The policy of a config.json's content without memory for its weights."""
     with torch.device("meta"):
-        return _build(config, None, torch.float32)
+        return _build(config, None, torch.float32, heads)
 
 
 class _Undefined(TorchFunctionMode):
@@ -151,11 +160,11 @@ class _Undefined(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _build(config: HFConfig, folder: Path | None, dtype: torch.dtype) -> Policy:
+def _build(config: HFConfig, folder: Path | None, dtype: torch.dtype, heads: bool) -> Policy:
     """A policy with undefined weights. Raises UserError for values that no policy can have, whatever they break."""
     try:
         with _Undefined():
-            return family_of(config).build(config, folder, dtype)
+            return family_of(config).build(config, folder, dtype, heads=heads)
     except UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -270,17 +279,17 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path, *, heads: bool = False) -> None:
     """Raises UserError where config.json and the headers of the weight files do not go together; reads no weights."""
     from safetensors import SafetensorError
 
     try:
         config = read_json(folder / "config.json")
         shapes = _known_shapes(config)
-        if shapes is not None and shapes == _shapes_in(weight_files(folder)):
+        if not heads and shapes is not None and shapes == _shapes_in(weight_files(folder)):
             return
         with torch.device("meta"):
-            policy = _build(config, folder, torch.float32)
+            policy = _build(config, folder, torch.float32, heads)
             policy.load_hf(_read_weights(weight_files(folder), headers=True))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: a weight file is broken or cut short: {error}") from None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cispo.ops.autograd import Context
 from cispo.policies.layers import SwiGLU
+from cispo.policies.policy import trunk_modules
 
 # Keeps the sum of sigmoid scores above zero where all of them underflow.
 _TINY = 1e-20
@@ -138,8 +139,8 @@ class ScoreRouter(nn.Module):
 
 
 def correction_biases(policy: nn.Module) -> list[Tensor]:
-    """[E] float32 of each MoE layer whose router has one, in order."""
-    routers = [module for module in policy.modules() if isinstance(module, ScoreRouter)]
+    """[E] float32 of each MoE layer of the trunk whose router has one, in order."""
+    routers = [module for module in trunk_modules(policy) if isinstance(module, ScoreRouter)]
     return [router.e_score_correction_bias for router in routers if router.e_score_correction_bias is not None]
 
 

@@ -57,6 +57,25 @@ class Place(NamedTuple):
         return gate if self.half == "gate" else up
 
 
+class Head(nn.Module):
+    """A head of multi-token prediction: drafts for an engine. It is no part of the trunk (`trunk_modules`)."""
+
+
+def trunk_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of `model`, itself first, without heads and their parts; in the order of `Module.modules`."""
+    if not isinstance(model, Head):
+        yield model
+        for child in model.children():
+            yield from trunk_modules(child)
+
+
+def no_heads(reason: str) -> UserError:
+    """The refusal of a policy whose heads are asked for."""
+    return UserError(
+        f"rollout.engine_args.speculative_config.method mtp needs heads of multi-token prediction: {reason}"
+    )
+
+
 class Policy(nn.Module, ABC):
     """A language model on packed tokens, without cache, padding or dropout.
 
@@ -71,8 +90,8 @@ class Policy(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.kept: dict[str, Tensor] = {}
-        """A checkpoint's tensors that the policy does not run but writes back, by their names on disk: the layers of
-        multi-token prediction. On the CPU, in the dtype of the file."""
+        """A checkpoint's tensors that the policy does not run but writes back, by their names on disk: heads of
+        multi-token prediction that were not asked for. On the CPU, in the dtype of the file."""
 
     @property
     def gradient_checkpointing(self) -> bool:

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cispo.policies.moe import Router, ScoreRouter
-from cispo.policies.policy import Policy, RouterOutput
+from cispo.policies.policy import Policy, RouterOutput, trunk_modules
 from cispo.types import RoutedExperts, Sample, Turn
 
 
 def routers_of(model: nn.Module) -> list[Router | ScoreRouter]:
-    """The routers of a model's MoE layers, in order."""
-    return [module for module in model.modules() if isinstance(module, Router | ScoreRouter)]
+    """The routers of a model's MoE layers, in order, without those of heads."""
+    return [module for module in trunk_modules(model) if isinstance(module, Router | ScoreRouter)]
 
 
 def choices_of(router: Router | ScoreRouter) -> int:

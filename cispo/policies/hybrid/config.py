@@ -205,6 +205,15 @@ class HybridConfig:
     rotary: Rotary | None
     """None where no layer has positions."""
     tie_word_embeddings: bool = False
+    heads: tuple[LayerConfig, ...] = ()
+    """The layer of each head of multi-token prediction that config.json names and `mtp` can run."""
+    runs_heads: bool = False
+    """Whether the heads are modules of the policy; else their weights are kept aside."""
     names: Names
     raw: Mapping[str, Any] = field(repr=False)
     """The config.json's content, written back as it is."""
+
+    @property
+    def predictors(self) -> tuple[LayerConfig, ...]:
+        """The layer of each head that is a module of the policy."""
+        return self.heads if self.runs_heads else ()

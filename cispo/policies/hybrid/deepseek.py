@@ -78,6 +78,7 @@ def parse(config: HFConfig) -> HybridConfig:
         shared_width=width * read.size("n_shared_experts", 1, least=0),
     )
     mlps = {"dense": dense, "sparse": sparse}
+    heads = read.size("num_nextn_predict_layers", 0, least=0)
     return HybridConfig(
         vocab_size=read.size("vocab_size"),
         hidden_size=read.size("hidden_size"),
@@ -85,6 +86,9 @@ def parse(config: HFConfig) -> HybridConfig:
         norm_eps=read.number("rms_norm_eps", 1e-6),
         rotary=rotary,
         tie_word_embeddings=read.flag("tie_word_embeddings", False),
+        heads=tuple(
+            LayerConfig(mixer=mixer, mlp=mlps[kind]) for kind in mlp_kinds(read, layers, dense=3, heads=heads)[layers:]
+        ),
         names=Names(kept=layers_after(layers, read.size("num_nextn_predict_layers", 1, least=0))),
         raw={
             **{key: value for key, value in config.items() if key != "quantization_config"},
@@ -121,16 +125,17 @@ def latent_attention(
     )
 
 
-def mlp_kinds(read: Reader, layers: int, *, dense: int) -> tuple[str, ...]:
-    """The MLP of each layer, dense or sparse: `mlp_layer_types`, or else the first `first_k_dense_replace` are dense.
+def mlp_kinds(read: Reader, layers: int, *, dense: int, heads: int = 0) -> tuple[str, ...]:
+    """The MLP of each layer, then of each head, dense or sparse: `mlp_layer_types`, of which heads have the last, or
+    else the first `first_k_dense_replace` are dense.
 
     `dense` is the number without that key.
     """
     kinds = read.kinds("mlp_layer_types", ("dense", "sparse"), layers)
     if kinds is not None:
-        return kinds
+        return kinds + kinds[-1:] * heads
     first, every = read.size("first_k_dense_replace", dense, least=0), read.size("moe_layer_freq", 1)
-    return tuple("dense" if number < first or number % every else "sparse" for number in range(layers))
+    return tuple("dense" if number < first or number % every else "sparse" for number in range(layers + heads))
 
 
 def score_factor(read: Reader, rotary: Rotary) -> float:

@@ -40,6 +40,8 @@ class _Kind:
     theta: float = 10000.0
     rotated: float = 1.0
     """Share of a head's dims that turn, where no key says it."""
+    heads: bool = False
+    """Whether releases have heads of multi-token prediction (`mtp`)."""
 
 
 _SHARED = {".mlp.shared_experts.": ".mlp.shared_expert."}
@@ -131,6 +133,7 @@ _KINDS = {
         qk_norm=lambda read: "head" if read.flag("use_qk_norm", False) else None,
         bias=lambda read: (read.flag("attention_bias", False), False),
         rotated=0.5,
+        heads=True,
     ),
 }
 
@@ -159,13 +162,16 @@ def parse(config: HFConfig) -> HybridConfig:
         bias=bias,
         output_bias=output_bias,
     )
-    sparse = kind.sparse(read, layers)
+    heads = read.size("num_nextn_predict_layers", 0, least=0) if kind.heads else 0
+    sparse = kind.sparse(read, layers + heads)
     moe = kind.experts(read)
     mlps = [moe if on else DenseMLPConfig(width=read.size("intermediate_size")) for on in sparse]
+    blocks = tuple(LayerConfig(mixer=mixer, mlp=mlp) for mlp in mlps)
     return HybridConfig(
         vocab_size=read.size("vocab_size"),
         hidden_size=hidden,
-        layers=tuple(LayerConfig(mixer=mixer, mlp=mlp) for mlp in mlps),
+        layers=blocks[:layers],
+        heads=blocks[layers:],
         norm_eps=read.number("rms_norm_eps"),
         rotary=read.rotary(head_dim, theta=kind.theta, factor=kind.rotated),
         tie_word_embeddings=read.flag("tie_word_embeddings", False),

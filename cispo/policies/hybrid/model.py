@@ -36,6 +36,7 @@ from cispo.policies.hybrid.delta import GDN, KDA
 from cispo.policies.hybrid.gqa import GQA
 from cispo.policies.hybrid.lightning import Lightning
 from cispo.policies.hybrid.mla import MultiHeadLatentAttention
+from cispo.policies.hybrid.mtp import Predictor
 from cispo.policies.layers import CentredRMSNorm, RMSNorm, SwiGLU
 from cispo.policies.moe import SharedMoE
 from cispo.policies.policy import Place, Policy, PolicyOutput, RouterOutput, with_memory
@@ -115,6 +116,11 @@ class HybridPolicy(Policy):
             for number, layer in enumerate(config.layers)
             if isinstance(layer.mlp, MoEConfig)
         }
+        # Last, so that the other weights of a new policy are drawn as without them.
+        self.predictors = nn.ModuleList(
+            Predictor(config.hidden_size, HybridLayer(config, layer), lambda size: norm_of(config, size))
+            for layer in config.predictors
+        )
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -142,6 +148,25 @@ class HybridPolicy(Policy):
                 router.append(decisions)
         return PolicyOutput(self.norm(x), tuple(router))
 
+    def predict(
+        self, number: int, next_tokens: Tensor, positions: Tensor, hidden: Tensor, attention: Attention
+    ) -> Tensor:
+        """Hidden states [T, d] of head `number` before its norm; `lm_head_weight` multiplies `predictors[number].norm`
+        of them.
+
+        next_tokens and positions [T] int64, positions those of `hidden` [T, d]: the trunk's after its final norm, or
+        those that `predict` returned, of the head before or of the same. The embedding gets no gradient.
+        """
+        rotary = None if self.config.rotary is None else self.config.rotary.table(positions)
+        head = self.predictors[number]
+        with torch.no_grad():
+            embedded = self.embed_tokens(next_tokens)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(head, embedded, hidden, attention, rotary, use_reentrant=False, preserve_rng_state=False)
+            assert x is not None
+            return x
+        return head(embedded, hidden, attention, rotary)
+
     def hf_config(self) -> dict[str, Any]:
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         kept = {key: value for key, value in self.config.raw.items() if key not in _OF_THE_SOURCE}
@@ -156,8 +181,12 @@ class HybridPolicy(Policy):
         return None if tied else place
 
     def disk_places(self) -> Iterator[tuple[str, Place]]:
+        experts = dict(self._experts)
+        for number, layer in enumerate(self.config.predictors, len(self.layers)):
+            if isinstance(layer.mlp, MoEConfig):
+                experts[number] = layer.mlp.routing.num_experts
         for name, _ in [*self.named_parameters(), *self.named_buffers()]:
-            yield from self.config.names.disk_places(name, self._experts)
+            yield from self.config.names.disk_places(name, experts)
 
     def initial_weight(self, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
         """Norms neutral; decays and their steps as Mamba draws them (arXiv 2312.00752, section 3.6)."""

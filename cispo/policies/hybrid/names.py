@@ -32,6 +32,16 @@ W123: ExpertWeights = {
 _EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
 _FUSED = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_HEAD = re.compile(r"predictors\.(\d+)\.")
+_HEAD_WEIGHTS = {
+    "enorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight",
+    "eh_proj.weight": "eh_proj.weight",
+    "shared_head.norm.weight": "norm.weight",
+}
+"""Weights of a head beside its layer's: on disk -> the policy's."""
+_SECOND_NAMES = ("embed_tokens.weight", "shared_head.head.weight")
+"""Of embedding and LM head, inside a head on disk: read past and not written. Readers share the policy's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +61,8 @@ class Names:
     """Tensors that are neither loaded nor kept."""
     kept: str | None = None
     """Tensors that are not run, but written back: `Policy.kept`."""
+    first_head: int | None = None
+    """Number of the layer that is the first head of multi-token prediction on disk; None where none is run."""
 
     def keeps(self, name: str) -> bool:
         return self.kept is not None and re.match(self.kept, name) is not None
@@ -72,23 +84,45 @@ class Names:
         match = _EXPERT.fullmatch(name)
         if match and match[3] in self.experts:
             fused, half = self.experts[match[3]]
-            return Place(f"{match[1]}.{fused}", int(match[2]), half)
-        return Place(name)
+            return self._in_head(Place(f"{match[1]}.{fused}", int(match[2]), half))
+        return self._in_head(Place(name))
+
+    def _in_head(self, place: Place) -> Place | None:
+        """The place among the heads' parameters of one in a layer behind the trunk's; None for a second name."""
+        layer = _LAYER.match(place.parameter)
+        if self.first_head is None or layer is None or int(layer[1]) < self.first_head:
+            return place
+        weight = place.parameter[layer.end() :]
+        if weight in _SECOND_NAMES:
+            return None
+        own = _HEAD_WEIGHTS.get(weight, f"layer.{weight}")
+        return place._replace(parameter=f"predictors.{int(layer[1]) - self.first_head}.{own}")
+
+    def _of_head(self, name: str) -> str:
+        """A head's parameter as one of a layer behind the trunk's; other names as they are."""
+        head = _HEAD.match(name)
+        if head is None or self.first_head is None:
+            return name
+        own = name[head.end() :]
+        weight = next((theirs for theirs, ours in _HEAD_WEIGHTS.items() if ours == own), own.removeprefix("layer."))
+        return f"layers.{int(head[1]) + self.first_head}.{weight}"
 
     def disk_places(self, name: str, experts_of: Mapping[int, int]) -> Iterator[tuple[str, Place]]:
-        """The names under which the parameter or buffer `name` is written; `experts_of` each MoE layer, by its number.
+        """The names under which the parameter or buffer `name` is written; `experts_of` each MoE layer, by its number
+        on disk.
 
         The inverse of `place_of`.
         """
+        ours, name = name, self._of_head(name)
         layer = _LAYER.match(name)
         experts = experts_of.get(int(layer[1])) if layer else None
         if (fused := _FUSED.fullmatch(name)) and experts:
             for expert in range(experts):
                 for weight, (parameter, half) in self.experts.items():
                     if parameter == fused[2]:
-                        yield self._on_disk(f"{fused[1]}.{expert}.{weight}.weight", True), Place(name, expert, half)
+                        yield self._on_disk(f"{fused[1]}.{expert}.{weight}.weight", True), Place(ours, expert, half)
         else:
-            yield self._on_disk(name, experts is not None), Place(name)
+            yield self._on_disk(name, experts is not None), Place(ours)
 
     def _on_disk(self, name: str, in_moe_layer: bool) -> str:
         for ours, theirs in self.renamed.items():

@@ -37,7 +37,7 @@ from cispo.policies.hybrid.config import (
     MoEConfig,
 )
 from cispo.policies.hybrid.lightning import GroupedRMSNorm
-from cispo.policies.hybrid.model import HybridPolicy
+from cispo.policies.hybrid.model import HybridLayer, HybridPolicy
 from cispo.policies.hybrid.model import build as build_hybrid
 from cispo.policies.layers import RMSNorm
 from cispo.policies.moe import SharedMoE
@@ -89,27 +89,36 @@ class _Part(NamedTuple):
     """Norms over all heads, and the groups of each."""
 
 
-def build_share(config: HFConfig, folder: Path | None, dtype: torch.dtype, ranks: Ranks) -> Share:
-    """`share_of` a config.json's content; the whole policy where there is one rank."""
+def build_share(
+    config: HFConfig, folder: Path | None, dtype: torch.dtype, ranks: Ranks, *, heads: bool = False
+) -> Share:
+    """`share_of` a config.json's content; the whole policy where there is one rank; `heads` as `Build` has it."""
     build = family_of(config).build
     if ranks.count == 1:
-        return Share(build(config, folder, dtype))
+        return Share(build(config, folder, dtype, heads=heads))
     with torch.device("meta"):
-        whole = build(config, folder, dtype)
+        whole = build(config, folder, dtype, heads=heads)
     assert isinstance(whole, HybridPolicy)
     return share_of(whole.config, dtype, ranks)
 
 
 def share_of(whole: HybridConfig, dtype: torch.dtype, ranks: Ranks) -> Share:
     """The rank's share on torch's default device. Raises UserError where the ranks do not divide the policy."""
-    parts = _parts(whole, ranks)
-    layers = tuple(replace(one, mixer=a.config, mlp=b.config) for one, (a, b) in zip(whole.layers, parts, strict=True))
-    policy = build_hybrid(replace(whole, layers=layers), dtype)
+    parts, count = _parts(whole, ranks), len(whole.layers)
+    blocks = tuple(
+        replace(one, mixer=a.config, mlp=b.config)
+        for one, (a, b) in zip(whole.layers + whole.predictors, parts, strict=True)
+    )
+    policy = build_hybrid(replace(whole, layers=blocks[:count], heads=blocks[count:]), dtype)
     cuts: dict[str, Cut] = {}
-    for number, (layer, both) in enumerate(zip(policy.layers, parts, strict=True)):
-        for name, part in zip((layers[number].mixer.name, "mlp"), both, strict=True):
+    prefixes = [f"layers.{number}" for number in range(count)]
+    prefixes += [f"predictors.{number}.layer" for number in range(len(blocks) - count)]
+    for prefix, both in zip(prefixes, parts, strict=True):
+        layer = policy.get_submodule(prefix)
+        assert isinstance(layer, HybridLayer)
+        for name, part in zip((layer.config.mixer.name, "mlp"), both, strict=True):
             _sum_over(layer, name, part, ranks)
-            cuts |= {f"layers.{number}.{name}.{leaf}": cut for leaf, cut in part.cuts.items()}
+            cuts |= {f"{prefix}.{name}.{leaf}": cut for leaf, cut in part.cuts.items()}
     named = dict(policy.named_parameters())
     return Share(policy, {name: cut for name, cut in cuts.items() if name in named})
 
@@ -133,8 +142,9 @@ def parameters_of_rank(policy: Policy, ranks: int) -> int:
 
 
 def _parts(whole: HybridConfig, ranks: Ranks) -> list[tuple[_Part, _Part]]:
-    """The shares of every layer's mixer and MLP."""
-    return [(_PARTS[type(one.mixer)](one.mixer, ranks), _PARTS[type(one.mlp)](one.mlp, ranks)) for one in whole.layers]
+    """The shares of the mixer and the MLP of every layer, then of every head's."""
+    blocks = whole.layers + whole.predictors
+    return [(_PARTS[type(one.mixer)](one.mixer, ranks), _PARTS[type(one.mlp)](one.mlp, ranks)) for one in blocks]
 
 
 def _sum_over(layer: nn.Module, name: str, part: _Part, ranks: Ranks) -> None:

@@ -4,8 +4,9 @@
     Updates (of learner and critic ranks) --update_metrics--> is/ mismatch/ critic/ learner/ ...
 
 Names are grouped by a prefix: reward/ adv/ is/ (importance weights) kl/ correction/ critic/ mismatch/ (engine against
-learner) router/ (replayed experts) length/ source/ (of one data source) data/ agent/ staleness/ learner/ curriculum/
-time/ (seconds; time/sync/PART and time/start/PART are parts) total/ (since the start) eval/; principal ones have none.
+learner) router/ (replayed experts) mtp/ (heads of multi-token prediction) length/ source/ (of one data source) data/
+agent/ staleness/ learner/ curriculum/ time/ (seconds; time/sync/PART and time/start/PART are parts) total/ (since the
+start) eval/; principal ones have none.
 Fractions are shares of the trained tokens (is/, mismatch/), of the completions (truncation_frac, repetition_stop_frac)
 or of the groups (zero_variance_*).
 """
@@ -24,6 +25,7 @@ from cispo.algorithms.advantages import is_constant, reaches
 from cispo.algorithms.dropped_tokens import would_drop
 from cispo.batch.samples import informative
 from cispo.learner.critic import CriticResult
+from cispo.learner.heads import prediction_metrics
 from cispo.learner.learner import UpdateResult
 from cispo.recipe.schema import Recipe
 from cispo.rollout.curriculum import max_tokens_of
@@ -221,6 +223,7 @@ def update_metrics(
     metrics |= importance_metrics(tokens)
     metrics |= mismatch_metrics(learner, first.rollout_logprobs, first.versions == version)
     metrics |= {name: float(values.double().mean()) for name, values in tokens.extra.items()}
+    metrics |= prediction_metrics(r.batch.predictions for ranks in taken for r in ranks)
     if balanced:
         metrics["learner/router_aux_loss"] = sum(r.batch.aux_loss for r in taken[-1])
     return metrics | {

@@ -33,6 +33,7 @@ from cispo.output.screen import Screen
 from cispo.output.summary import learning_curve, summary
 from cispo.output.trackers import TENSORBOARD, Trackers, check_trackers, flat
 from cispo.policies.loading import check_weights, shape_of
+from cispo.recipe.drafts import asks_heads
 from cispo.recipe.held_out import best_metric
 from cispo.recipe.load import dump_yaml, stored_values
 from cispo.recipe.schema import Recipe
@@ -91,7 +92,7 @@ def load_task(recipe: Recipe) -> Task:
     with no_collections():
         policy = None if recipe.policy.model is None else chosen_policy(recipe, None)
         if policy is not None:
-            check_weights(Path(whole_policy(policy)))
+            check_weights(Path(whole_policy(policy)), heads=asks_heads(recipe.rollout.engine_args))
             check_adapter(recipe, policy)
             if asks_of_layers(recipe):
                 check_experts(recipe, shape_of(read_json(Path(policy) / "config.json")))

@@ -40,6 +40,7 @@ from cispo.policies.loading import (
 from cispo.policies.lora import adapted_layers
 from cispo.policies.moe import correction_biases
 from cispo.policies.policy import Policy
+from cispo.recipe.drafts import asks_heads
 from cispo.recipe.schema import Recipe
 from cispo.recipe.seeds import seed_of
 from cispo.rollout.renderer import Renderer
@@ -78,7 +79,8 @@ def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
     device = pick_device(recipe.device) if large else torch.device("cpu")
     # An adapter may be merged into the weights that the file holds: they stay as they were drawn.
     dtype = torch.float32 if recipe.policy.lora is not None else getattr(torch, recipe.policy.number_format)
-    policy = init_policy(config, seed_of(recipe.seed, "policy"), dtype, device)
+    heads = asks_heads(recipe.rollout.engine_args)
+    policy = init_policy(config, seed_of(recipe.seed, "policy"), dtype, device, heads=heads)
     save_policy(policy, folder)
     if device.type == "cuda":
         del policy
@@ -89,7 +91,8 @@ def policy_folder(recipe: Recipe, renderer: Renderer, folder: Path) -> str:
 
 def check_new_policy(recipe: Recipe, renderer: Renderer) -> None:
     """Raises UserError where policy.config describes no policy, or one of a wrong size for machine or recipe."""
-    policy, context = shape_of(new_config(recipe, renderer)), recipe.rollout.max_context
+    heads, context = asks_heads(recipe.rollout.engine_args), recipe.rollout.max_context
+    policy = shape_of(new_config(recipe, renderer), heads=heads)
     check_experts(recipe, policy)
     needed, there = sum(4 * p.numel() for p in policy.parameters()), psutil.virtual_memory().total
     if needed > there:
@@ -225,7 +228,8 @@ def make_runtime(recipe: Recipe, processes: int, activity: Activity, *, engines:
 
 
 async def start_learners(recipe: Recipe, runtime: Runtime, folder: str, placement: Placement) -> list[LearnerHandle]:
-    build = partial(Learner, folder, recipe.learner, temperature=recipe.rollout.temperature, adapters=_adapters(recipe))
+    options = {"adapters": _adapters(recipe), "heads": asks_heads(recipe.rollout.engine_args)}
+    build = partial(Learner, folder, recipe.learner, temperature=recipe.rollout.temperature, **options)
     return [LearnerHandle(rank) for rank in await _start_ranks(recipe, runtime, placement, build, "learner")]
 
 

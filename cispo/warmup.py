@@ -16,6 +16,7 @@ from cispo.algorithms.objective import Objective
 from cispo.batch.packing import pack_for
 from cispo.batch.samples import demonstration
 from cispo.errors import UserError
+from cispo.learner.heads import prediction_metrics
 from cispo.learner.optim import learning_rate
 from cispo.output.folder import RunLog
 from cispo.output.screen import Screen
@@ -184,7 +185,9 @@ async def warm_up(recipe: Recipe, workers: Workers, samples: Sequence[Sample], l
         loss = sum(r.batch.loss for r in results)
         if not results[0].taken:
             raise UserError(f"sft: the gradient of step {step} is not finite; sft.lr {keys.lr} is too high")
-        log.metrics(step, {"sft/loss": loss, "sft/grad_norm": results[0].grad_norm, "sft/tokens_per_s": speed})
+        predicted = prediction_metrics(r.batch.predictions for r in results)
+        values = {"loss": loss, "grad_norm": results[0].grad_norm, "tokens_per_s": speed, **predicted}
+        log.metrics(step, {f"sft/{name}": value for name, value in values.items()})
         screen.step(step, {"loss": f"{loss:.3f}", "tokens/s": f"{speed:,.0f}"})
     screen.done()
     await workers.reset_optimizer()

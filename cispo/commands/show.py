@@ -14,7 +14,7 @@ from cispo.algorithms.describe import describe, warnings
 from cispo.algorithms.losses import Gspo
 from cispo.commands.card import CARDS, Planner, card_here
 from cispo.engines.choice import EngineChoice, engine_of, settled
-from cispo.learner.memory import RankMemory, gib, rank_memory
+from cispo.learner.memory import RankMemory, gib, heads_of, rank_memory
 from cispo.learner.parallel import Mesh, shards
 from cispo.learner.traffic import draw, traffic
 from cispo.output.screen import new_console, table_of, warn
@@ -22,6 +22,7 @@ from cispo.policies.loading import config_of, count_parameters, shape_of
 from cispo.policies.lora import adapter_size
 from cispo.policies.policy import Policy
 from cispo.policies.replay import bytes_per_token
+from cispo.recipe.drafts import asks_heads
 from cispo.recipe.load import dump_yaml, load_recipe
 from cispo.recipe.schema import Env, Learner, Recipe
 from cispo.rollout.curriculum import describe_curriculum
@@ -65,7 +66,9 @@ def show(path: Path, overrides: Sequence[str]) -> None:
 def _plan(recipe: Recipe, algorithm: Algorithm, engine: EngineChoice) -> list[tuple[str, str]]:
     rollout, learner = recipe.rollout, recipe.learner
     model = recipe.policy.model
-    parameters = count_parameters(model, new_config(recipe, renderer_of(recipe)) if model is None else None)
+    config = new_config(recipe, renderer_of(recipe)) if model is None else None
+    heads = asks_heads(rollout.engine_args)
+    parameters = count_parameters(model, config, heads=heads)
     half = recipe.policy.number_format == "bfloat16"
     trained = parameters if recipe.policy.lora is None else _adapter_size(recipe)
     engine_bytes = parameters * (2 if half else 4)
@@ -85,6 +88,8 @@ def _plan(recipe: Recipe, algorithm: Algorithm, engine: EngineChoice) -> list[tu
         share = engine_bytes / learner.ranks if sharded else engine_bytes
         where = "in host memory" if "reference" in learner.offload else "for weights"
         extra.append(("reference policy", f"{gib(share)} a learner rank {where}"))
+    if heads:
+        extra.append(("heads (MTP)", _heads(recipe)))
     if recipe.policy.router_replay != "off":
         extra.append(("router replay", _replay(recipe)))
     if recipe.env is not None:
@@ -186,6 +191,14 @@ def _adapter_size(recipe: Recipe) -> int:
     return adapter_size(_shape(recipe), recipe.policy.lora)
 
 
+def _heads(recipe: Recipe) -> str:
+    """Number, size and training of the heads of multi-token prediction."""
+    heads = heads_of(_shape(recipe))
+    size = sum(p.numel() for head in heads for p in head.parameters())
+    trained = "stay as they are beside policy.lora" if recipe.policy.lora is not None else "trained beside the policy"
+    return f"{len(heads)}, {size:,} of the parameters, {trained}"
+
+
 def _replay(recipe: Recipe) -> str:
     """Cost of recording and replaying the experts of a batch. Raises UserError where there are none."""
     policy, rollout = _shape(recipe), recipe.rollout
@@ -198,7 +211,8 @@ def _replay(recipe: Recipe) -> str:
 def _shape(recipe: Recipe) -> Policy:
     """The recipe's policy without memory for its weights."""
     model = recipe.policy.model
-    return shape_of(new_config(recipe, renderer_of(recipe)) if model is None else config_of(model))
+    config = new_config(recipe, renderer_of(recipe)) if model is None else config_of(model)
+    return shape_of(config, heads=asks_heads(recipe.rollout.engine_args))
 
 
 def _sampling(recipe: Recipe) -> str:

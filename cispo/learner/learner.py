@@ -7,7 +7,6 @@ It knows no algorithm: the objective is a function it is given, the reduction is
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from cispo.errors import UserError
 from cispo.files import disk_errors
 from cispo.learner.adapters import Adapters, freeze_adapter
 from cispo.learner.export import Export
+from cispo.learner.heads import Predictions, copy_of_trunk, heads_loss
 from cispo.learner.loss import micro_batch_loss, read, read_for_loss, spread, trained_logprobs
 from cispo.learner.offload import HostPolicy
 from cispo.learner.parallel import join, shards
@@ -47,6 +47,8 @@ class BatchLoss:
     """The router's balancing loss, before its coefficient."""
     tokens: TokenStats | None
     """This rank's trained tokens; None where it had no micro-batch."""
+    predictions: Predictions | None = None
+    """Of heads of multi-token prediction; None where none is trained. Their loss is not part of `loss`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class MicroBatchLoss(NamedTuple):
     tokens: TokenStats
     counts: Tensor | None = None
     """[layers, E]: (token, slot) pairs of each expert, where correction biases are balanced."""
+    predictions: Tensor | None = None
+    """[3]: sums of `Predictions`, where heads are trained."""
 
 
 def prepare(gpu: bool, folder: str | None, config: HFConfig | None) -> None:
@@ -102,15 +106,18 @@ class Learner:
         device: str = "cpu",
         temperature: float = 1.0,
         adapters: Adapters | None = None,
+        heads: bool = False,
         rank: int = 0,
         world: int = 1,
         address: str = "",
     ) -> None:
+        """With `heads` the policy's heads of multi-token prediction are trained too, but for `adapters`, which leave
+        them as they are."""
         self.config, self.temperature = config, temperature
         shard = shards(config.shard, ranks=world, device=device, expert_ranks=config.expert_ranks)
         axes = {"cp": config.context_parallel, "ep": config.expert_parallel, "etp": config.expert_tensor_parallel}
         mesh = join(rank=rank, world=world, device=torch.device(device), address=address, shard=shard, **axes)
-        self.policy = trainable_policy(folder, config, mesh, dtype, adapters)
+        self.policy = trainable_policy(folder, config, mesh, dtype, adapters, heads=heads)
         self.reference: Policy | None = None
         self._reference_home: HostPolicy | None = None
         self.export = Export(self.policy, mesh, dtype, folder)
@@ -150,6 +157,7 @@ class Learner:
             loss=total([result.loss for result in results]),
             aux_loss=total([result.aux_loss for result in results if result.aux_loss is not None]),
             tokens=TokenStats.concat([result.tokens for result in results]) if results else None,
+            predictions=Predictions.of([result.predictions for result in results]) if self.rank.heads else None,
         )
         if not self._biases:
             return batch, None
@@ -161,19 +169,23 @@ class Learner:
         return batch, counts
 
     def _loss(self, mb: MicroBatch, objective: Objective, load: ExpertLoad | None) -> tuple[Tensor, MicroBatchLoss]:
-        """One micro-batch's loss, the balancing loss included, and its parts."""
+        """One micro-batch's loss, those of balance and heads included, and its parts."""
         with self.rank.activations():
             output, extra = read_for_loss(self.policy, mb, self.rank.mesh.context)
+            options = {"temperature": self.temperature, "group": self.rank.mesh.context}
+            heads = heads_loss(self.policy, output.hidden, mb, **options) if self.rank.heads else None
         head = self.policy.lm_head_weight
-        loss, tokens = micro_batch_loss(
-            output.hidden, head, mb, objective, temperature=self.temperature, group=self.rank.mesh.context
-        )
+        loss, tokens = micro_batch_loss(output.hidden, head, mb, objective, **options)
         tokens = replace(tokens, extra={**tokens.extra, **extra})
         counts = self._counts(output.router, mb) if self._biases else None
-        if load is None:
-            return loss, MicroBatchLoss(loss.detach(), None, tokens, counts)
-        aux = router_aux_loss([r.probs for r in output.router], self._balanced(mb), load.counts, load.tokens)
-        return loss + self.config.router_aux_coef * aux, MicroBatchLoss(loss.detach(), aux.detach(), tokens, counts)
+        result = MicroBatchLoss(loss.detach(), None, tokens, counts)
+        if load is not None:
+            aux = router_aux_loss([r.probs for r in output.router], self._balanced(mb), load.counts, load.tokens)
+            loss, result = loss + self.config.router_aux_coef * aux, result._replace(aux_loss=aux.detach())
+        if heads is None:
+            return loss, result
+        # They have no parameter in common, so that a sum leaves each its gradient.
+        return loss + heads.loss, result._replace(predictions=heads.sums)
 
     def _counts(self, router: Sequence[RouterOutput], mb: MicroBatch) -> Tensor:
         """[layers, E]: choices of each expert by the tokens that are balanced."""
@@ -235,7 +247,7 @@ class Learner:
             reference = self._empty_reference()
             copy_rows(self.policy, reference, self.rank.mesh)
         else:
-            reference = self._frozen_copy()
+            reference = copy_of_trunk(self.policy)
         self._keep_reference(reference)
 
     def load_reference(self, folder: str) -> None:
@@ -246,7 +258,7 @@ class Learner:
             reference = self._empty_reference()
             fill_from(reference, folder, self.rank.mesh, self.rank.number_format)
         else:
-            reference = self._frozen_copy()
+            reference = copy_of_trunk(self.policy)
             reference.load_hf(load_policy(folder, dtype=next(self.policy.parameters()).dtype).to_hf().items())
         self._keep_reference(reference)
 
@@ -254,12 +266,6 @@ class Learner:
         self.reference, self.rank.has_reference = reference, True
         offloaded = "reference" in self.config.offload
         self._reference_home = HostPolicy(reference, self.rank.mesh.device) if offloaded else None
-
-    def _frozen_copy(self) -> Policy:
-        reference = copy.deepcopy(self.policy)
-        for parameter in reference.parameters():
-            parameter.requires_grad_(False)
-        return reference
 
     def _empty_reference(self) -> Policy:
         """A split policy without gradient, with undefined weights: FSDP's modules cannot be copied."""

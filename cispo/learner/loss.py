@@ -121,24 +121,36 @@ def _joined(
     hidden: Tensor, head: Tensor, mb: MicroBatch, objective: Objective, temperature: float, group: Group
 ) -> tuple[Tensor, TokenStats]:
     """`_whole` where documents are split: every rank of the group computes their loss, from all their tokens."""
-    assert mb.pieces is not None
-    cut = Cut(mb.pieces.lengths, mb.pieces.by_rank, group.rank, mb.tokens.device)
-    rows, whole = len(mb.tokens) - cut.tokens, len(mb.cu_seqlens) - 1 - len(cut.own)
-
-    def join(values: Tensor) -> Tensor:
-        """[T] to the tokens of whole documents and all tokens of split ones."""
-        return torch.cat([values[:rows], gather_sliced(cut.padded(values[rows:]), group).index_select(0, cut.places)])
-
-    def own(values: Tensor) -> Tensor:
-        return torch.cat([values[:rows], values[rows:].index_select(0, cut.own_order)])
-
+    documents = WholeDocuments(mb, group)
+    join, own = documents.join, documents.own
     logprobs, entropy = trained_logprobs(hidden, head, mb, temperature=temperature)
-    cu_seqlens = torch.cat([mb.cu_seqlens[:whole], cut.cu_documents + rows])
-    result = objective(_loss_inputs(mb, join(spread(logprobs, mb)), objective, join, cu_seqlens))
+    result = objective(_loss_inputs(mb, join(spread(logprobs, mb)), objective, join, documents.cu_seqlens))
     every = (result.loss * join(mb.loss_weights)).sum()
     share = (own(result.loss.detach()) * mb.loss_weights).sum()
     trained = _each(result, lambda values: own(values.detach()).index_select(0, mb.loss_index))
     return share + (every - every.detach()), _stats(mb, logprobs.detach(), entropy, [trained])
+
+
+class WholeDocuments:
+    """All tokens of the documents of which a rank's micro-batch has pieces, behind those of its whole documents."""
+
+    def __init__(self, mb: MicroBatch, group: Group) -> None:
+        assert mb.pieces is not None
+        self._group = group
+        self._cut = Cut(mb.pieces.lengths, mb.pieces.by_rank, group.rank, mb.tokens.device)
+        self._rows = len(mb.tokens) - self._cut.tokens
+        whole = len(mb.cu_seqlens) - 1 - len(self._cut.own)
+        self.cu_seqlens = torch.cat([mb.cu_seqlens[:whole], self._cut.cu_documents + self._rows])
+        """[documents + 1] int32, of the joined tokens."""
+
+    def join(self, values: Tensor) -> Tensor:
+        """[T] of this rank to the joined tokens; a collective of the group."""
+        pieces = gather_sliced(self._cut.padded(values[self._rows :]), self._group)
+        return torch.cat([values[: self._rows], pieces.index_select(0, self._cut.places)])
+
+    def own(self, values: Tensor) -> Tensor:
+        """The joined tokens to [T] of this rank."""
+        return torch.cat([values[: self._rows], values[self._rows :].index_select(0, self._cut.own_order)])
 
 
 def _fused(

@@ -26,7 +26,7 @@ from torch import nn
 from cispo.learner.optim import PIECE
 from cispo.learner.optimizer_moments import ROUNDING_BYTES, moment_bytes
 from cispo.policies.moe import Experts
-from cispo.policies.policy import Policy
+from cispo.policies.policy import Head, Policy
 from cispo.policies.replay import choices_of, routers_of
 from cispo.recipe.schema import Learner as LearnerConfig
 
@@ -87,6 +87,8 @@ def rank_memory(
     """
     width = getattr(torch, dtype).itemsize
     every = sum(p.numel() for p in policy.parameters())
+    # Heads of multi-token prediction are no part of a reference.
+    trunk = every - sum(p.numel() for head in heads_of(policy) for p in head.parameters())
     trained, frozen = (adapter, every) if adapter else (every, 0)
     ranks = config.ranks if sharded else 1
     lower = width if width < _EXACT and not sharded else 0
@@ -103,7 +105,7 @@ def rank_memory(
         "rounded": trained * lower,
         "gathered": whole * width + unsummed * (width + _EXACT),
         "activations": inputs + inside,
-        "reference": _share(every * width, ranks) if reference else 0,
+        "reference": _share(trunk * width, ranks) if reference else 0,
     }
     host = 0
     for part, names in {"optimizer": ("masters", "moments"), "reference": ("reference",)}.items():
@@ -161,8 +163,13 @@ def _gathered(policy: Policy, config: LearnerConfig, *, trained_layers: bool) ->
     return rest + 2 * max(units, default=0), max(rest, max(units, default=0)) if trained_layers else 0
 
 
+def heads_of(model: nn.Module) -> list[Head]:
+    """The heads of multi-token prediction."""
+    return [module for module in model.modules() if isinstance(module, Head)]
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost lists of modules: the layers of a policy."""
+    """The entries of the outermost lists of modules: the layers of a policy, then its heads."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     names = [name for name, _ in lists]
     outermost = [ls for name, ls in lists if not any(name.startswith(f"{other}.") for other in names)]
@@ -174,8 +181,12 @@ _UNIT = 512 << 20
 
 
 def units_of(model: nn.Module) -> list[list[nn.Module]]:
-    """Consecutive layers whose parameters FSDP gathers together, of at most half a GiB and a quarter of all layers."""
-    layers = layers_of(model)
+    """Consecutive layers whose parameters FSDP gathers together, of at most half a GiB and a quarter of all layers.
+
+    Heads follow by themselves: a pass may leave them out. Their norms are called behind the heads' own pass.
+    """
+    heads = heads_of(model)
+    layers = [layer for layer in layers_of(model) if layer not in heads]
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     most = min(_UNIT // 2, sum(sizes) // 4)
     units, room = list[list[nn.Module]](), 0
@@ -185,7 +196,7 @@ def units_of(model: nn.Module) -> list[list[nn.Module]]:
             room = most
         units[-1].append(layer)
         room -= size
-    return units
+    return units + [[module] for head in heads for module in (head.norm, head)]
 
 
 def _activations(policy: Policy, config: LearnerConfig, width: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from cispo.learner.sharding import fill_from, reshard, sharded_policy
 from cispo.learner.state import StoredState, state_path, write_state
 from cispo.policies.loading import load_policy
 from cispo.policies.lora import adapt
-from cispo.policies.policy import Policy
+from cispo.policies.policy import HEADS, Head, Policy
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch
 
@@ -44,18 +44,21 @@ def trainable_policy(
     mesh: Mesh,
     dtype: Literal["float32", "bfloat16"],
     adapters: Adapters | None = None,
+    *,
+    heads: bool = False,
 ) -> Policy:
     """The policy of a folder on this rank's device, whole or this rank's rows of it, ready for training.
 
-    With `adapters` the policy is frozen but for an adapter, that of the folder or a new one.
+    With `adapters` the policy is frozen but for an adapter, that of the folder or a new one. With `heads` those of
+    multi-token prediction are modules.
     """
     number = getattr(torch, dtype)
     base = folder if adapters is None else base_folder(folder)
     if mesh.shards is not None:
-        policy = sharded_policy(base, mesh, number, lora=None if adapters is None else adapters.lora)
+        policy = sharded_policy(base, mesh, number, lora=None if adapters is None else adapters.lora, heads=heads)
         fill_from(policy, base, mesh, number)
     else:
-        policy = load_policy(base, dtype=number).to(mesh.device)
+        policy = load_policy(base, dtype=number, heads=heads).to(mesh.device)
         policy = policy if adapters is None else adapt(policy, adapters.lora)
     if adapters is not None:
         start_adapter(policy, folder, adapters)
@@ -89,6 +92,10 @@ class Rank:
         self._save: BackgroundSave | None = None
         # From before the first pass: FSDP shows gathered weights under the same names during and after one.
         self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        heads = (module for module in model.modules() if isinstance(module, Head))
+        self._of_heads = {id(parameter) for head in heads for parameter in head.parameters()}
+        self.heads: Optimizer | None = None
+        """Of heads of multi-token prediction: neither norm nor sums of the other gradients know theirs."""
         self.reset_optimizer()
 
     @property
@@ -112,8 +119,13 @@ class Rank:
 
     def reset_optimizer(self) -> None:
         """Replaces the optimizer by one without moments, as between warm-up and reinforcement learning."""
-        self.optimizer = Optimizer(
-            self._named,
+        heads = [(name, parameter) for name, parameter in self._named if id(parameter) in self._of_heads]
+        self.optimizer = self._new_optimizer([named for named in self._named if id(named[1]) not in self._of_heads])
+        self.heads = self._new_optimizer(heads) if heads else None
+
+    def _new_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> Optimizer:
+        return Optimizer(
+            named,
             betas=self.config.betas,
             eps=self.config.eps,
             weight_decay=self.config.weight_decay,
@@ -123,6 +135,11 @@ class Rank:
             low_bit=self.config.optimizer == "adamw8bit",
             offload="optimizer" in self.config.offload,
         )
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """That of the model, then that of heads."""
+        return [self.optimizer] if self.heads is None else [self.optimizer, self.heads]
 
     @contextmanager
     def doing(self, step: str) -> Iterator[None]:
@@ -194,22 +211,30 @@ class Rank:
         for number, mb in enumerate(batches, 1):
             with self.doing(f"forward and backward of micro-batch {number} of {len(batches)}"):
                 reports.append(self._backward(mb, loss_of))
-        self.optimizer.gradients()
-        with self.doing("the sum of gradients"):
-            # FSDP has summed those of split parameters.
-            self.mesh.sum([m.grad for m in self.optimizer.whole if m.grad is not None])
+        for optimizer in self.optimizers:
+            optimizer.gradients()
+            with self.doing("the sum of gradients"):
+                # FSDP has summed those of split parameters.
+                self.mesh.sum([m.grad for m in optimizer.whole if m.grad is not None])
         return reports
 
     def _backward(self, mb: MicroBatch, loss_of: Callable[[MicroBatch], tuple[Tensor, Report]]) -> Report:
         loss, report = loss_of(mb)
         loss.backward()
-        self.optimizer.collect()
+        for optimizer in self.optimizers:
+            optimizer.collect()
         return report
 
     def step(self, lr: float) -> tuple[float, bool]:
-        """One optimizer step after `backward`: gradient norm over all ranks before clipping, whether it was taken."""
+        """One optimizer step after `backward`: gradient norm over all ranks before clipping, whether it was taken.
+
+        Heads have a step of their own with the same bound, which neither number tells of.
+        """
         with self.doing("the optimizer step"):
-            return self.optimizer.step(lr, max_grad_norm=self.config.max_grad_norm)
+            result = self.optimizer.step(lr, max_grad_norm=self.config.max_grad_norm)
+            if self.heads is not None:
+                self.heads.step(lr, max_grad_norm=self.config.max_grad_norm)
+            return result
 
     def start_save(self, folder: str, write_model: Callable[[], None] | None = None, *, full: bool = True) -> None:
         """Copies the state to the host; a thread runs `write_model` and writes the state while training goes on.
@@ -236,7 +261,8 @@ class Rank:
         if self.with_model:
             state = {f"{_MODEL}{name}": r.on_host() for name, r in rows.items()}
         if full:
-            state |= state_rows(self.optimizer.state(), rows)
+            for optimizer in self.optimizers:
+                state |= state_rows(optimizer.state(), rows)
         # Step counts and the like are equal on all ranks.
         return {key: r for key, r in state.items() if r.split or self.mesh.rank == 0}
 
@@ -258,7 +284,11 @@ class Rank:
             for name, parameter in self._named:
                 rows_of(parameter, self.mesh).values.copy_(state.pop(f"{_MODEL}{name}"))
             self.optimizer.reload_masters()
-        self.optimizer.restore(state)
+        of_heads = {key for key in state if key.startswith(HEADS)}
+        self.optimizer.restore({key: values for key, values in state.items() if key not in of_heads})
+        # A run that no longer asks for heads leaves their moments.
+        if self.heads is not None:
+            self.heads.restore({key: state[key] for key in of_heads})
 
     def _own_part(self, stored: StoredState, key: str) -> Tensor:
         shape = stored.shapes[key]

@@ -41,7 +41,13 @@ _FSDP = "torch.distributed.fsdp"
 
 
 def sharded_policy(
-    folder: str, mesh: Mesh, dtype: torch.dtype, *, trained: bool = True, lora: Lora | None = None
+    folder: str,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    *,
+    trained: bool = True,
+    lora: Lora | None = None,
+    heads: bool = False,
 ) -> Policy:
     """A folder's policy, split over the ranks, with undefined weights (`fill` and `copy_rows` give them values).
 
@@ -50,20 +56,20 @@ def sharded_policy(
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    policy, exact = _unsplit(folder, dtype, lora, trained=trained)
+    policy, exact = _unsplit(folder, dtype, lora, trained=trained, heads=heads)
     shard(policy, mesh, dtype, whole=exact)
     register_fsdp_forward_method(policy, "attend")
     return policy
 
 
 def _unsplit(
-    folder: str, dtype: torch.dtype, lora: Lora | None, *, trained: bool = True
+    folder: str, dtype: torch.dtype, lora: Lora | None, *, trained: bool = True, heads: bool = False
 ) -> tuple[Policy, set[nn.Parameter]]:
     """A policy on the meta device of which everything, only the adapter or nothing is trained, and float32 then.
 
     Also the parameters that are float32 in a policy of any number format: decays, say.
     """
-    policy = policy_without_weights(local_folder(folder), dtype)
+    policy = policy_without_weights(local_folder(folder), dtype, heads=heads)
     exact = {parameter for parameter in policy.parameters() if parameter.dtype != dtype}
     if not trained:
         policy.requires_grad_(False)
@@ -213,10 +219,11 @@ def _fill_narrow(rows: Rows, share: WidthShare, place: Place, values: WeightSlic
 
 @torch.no_grad()
 def copy_rows(source: Policy, target: Policy, mesh: Mesh) -> None:
-    """Copies the rows of one policy into another of the same shape, rounded to its number format."""
-    into = target.named_weights()
-    for name, weight in source.named_weights().items():
-        rows_of(into[name], mesh).values.copy_(rows_of(weight, mesh).values)
+    """Copies the rows of one policy into another of the same shape, which may lack heads, rounded to its number
+    format."""
+    weights = source.named_weights()
+    for name, weight in target.named_weights().items():
+        rows_of(weight, mesh).values.copy_(rows_of(weights[name], mesh).values)
 
 
 def fill_from(policy: Policy, folder: str, mesh: Mesh, dtype: torch.dtype) -> None:

@@ -71,6 +71,21 @@ def fused_token_loss(
     return _FusedLoss.apply(hidden, weight, targets, loss, temperature, rows, head)  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def best_tokens(hidden: Tensor, weight: Tensor, *, chunk_rows: int | None = None) -> Tensor:
+    """[N] int64: the token of the highest logit of each row, of equal ones the first; arguments as `token_logprobs`."""
+    half = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = weight if half else weight.to(exact)
+    best = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
+    for part in _parts(hidden, chunk_rows or TorchHead.chunk_rows(len(hidden), weight)):
+        rows = hidden[part]
+        # Sums of products of bfloat16 are float32, as in the head itself.
+        logits = torch.mm(rows, wide.T, out_dtype=exact) if half else rows.to(exact) @ wide.T
+        best[part] = logits.argmax(-1)
+    return best
+
+
 def _head_type(hidden: Tensor, weight: Tensor, backend: Backend | None) -> type[TorchHead] | type[TritonHead]:
     if choose_backend(backend, hidden, weight) == "torch":
         return TorchHead

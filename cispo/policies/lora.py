@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cispo.errors import UserError
-from cispo.policies.policy import Place, Policy
+from cispo.policies.policy import Place, Policy, trunk_modules
 from cispo.recipe.schema import Lora
 
 if TYPE_CHECKING:
@@ -263,10 +263,14 @@ def linear_layers(policy: Policy) -> dict[str, str]:
     """Every linear layer that can take an adapter: module of the policy -> its name on disk.
 
     A checkpoint has its weight as one tensor, it is trained, and the policy calls it instead of reading its weight.
+    Heads of multi-token prediction stay as they are.
     """
     whole = {place.parameter: name for name, place in policy.disk_places() if place == Place(place.parameter)}
     head, found = policy.lm_head_weight, {}
+    trunk = {*trunk_modules(policy)}
     for path, module in policy.named_modules():
+        if module not in trunk:
+            continue
         name = whole.get(f"{path}.weight", "")
         if not isinstance(module, nn.Linear) or module.weight is head or not module.weight.requires_grad:
             continue
@@ -309,7 +313,9 @@ def _ends(name: str, target: str) -> bool:
 def _short_names(policy: Policy, chosen: Mapping[str, str]) -> list[str]:
     """`target_modules` of adapter_config.json: last parts of names where they mean no other layer, else whole names."""
     short = {name.rpartition(".")[2] for name in chosen.values()}
-    others = {path for path, module in policy.named_modules() if hasattr(module, "weight")} - {*chosen}
+    trunk = {*trunk_modules(policy)}
+    others = {path for path, module in policy.named_modules() if hasattr(module, "weight") and module in trunk}
+    others -= {*chosen}
     return sorted(short if not any(path.rpartition(".")[2] in short for path in others) else chosen.values())
 
 

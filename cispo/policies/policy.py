@@ -60,6 +60,9 @@ class Place(NamedTuple):
 class Head(nn.Module):
     """A head of multi-token prediction: drafts for an engine. It is no part of the trunk (`trunk_modules`)."""
 
+    norm: nn.Module
+    """Before the LM head's product."""
+
 
 def trunk_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of `model`, itself first, without heads and their parts; in the order of `Module.modules`."""
@@ -67,6 +70,10 @@ def trunk_modules(model: nn.Module) -> Iterator[nn.Module]:
         yield model
         for child in model.children():
             yield from trunk_modules(child)
+
+
+HEADS = "predictors."
+"""Beginning of the names of heads' parameters."""
 
 
 def no_heads(reason: str) -> UserError:

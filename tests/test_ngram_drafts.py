@@ -26,11 +26,11 @@ from vllm.v1.sample.metadata import SamplingMetadata  # noqa: E402
 from vllm.v1.sample.sampler import Sampler as FirstSampler  # noqa: E402
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
 
-from cispo.engines import vllm_ngram  # noqa: E402
+from cispo.engines import vllm_drafts  # noqa: E402
 from cispo.engines.serving import ServedEngine  # noqa: E402
 from cispo.engines.vllm_engine import VLLMEngine  # noqa: E402
 from cispo.engines.vllm_logprobs import RecordingSampler  # noqa: E402
-from cispo.engines.vllm_ngram import FirstRejectionSampler, Runs, SecondRejectionSampler  # noqa: E402
+from cispo.engines.vllm_drafts import FirstRejectionSampler, Runs, SecondRejectionSampler  # noqa: E402
 from cispo.errors import UserError  # noqa: E402
 from cispo.policies.loading import init_policy, save_policy  # noqa: E402
 from cispo.policies.policy import Policy  # noqa: E402
@@ -181,9 +181,9 @@ def as_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         return Runs(by_sequence, lengths, (rows - lengths) * (lengths > 0), torch.tensor(counted).to(torch.int32))
 
-    monkeypatch.setattr(vllm_ngram, "gather_draft_sampled", gather)
-    monkeypatch.setattr(vllm_ngram, "find_runs", runs)
-    monkeypatch.setattr(vllm_ngram, "compute_token_logprobs", lambda x, ids: x.log_softmax(-1).gather(1, ids))
+    monkeypatch.setattr(vllm_drafts, "gather_draft_sampled", gather)
+    monkeypatch.setattr(vllm_drafts, "find_runs", runs)
+    monkeypatch.setattr(vllm_drafts, "compute_token_logprobs", lambda x, ids: x.log_softmax(-1).gather(1, ids))
 
 
 class KeyedSampler:
@@ -206,7 +206,7 @@ class KeyedSampler:
 def test_the_second_runner_samples_the_tokens_of_an_engine_without_drafts(
     seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_ngram, "get_max_chunk_logits", lambda vocab: chunk)
+    monkeypatch.setattr(vllm_drafts, "get_max_chunk_logits", lambda vocab: chunk)
     monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: GPU)
     vocab, rows = 100, torch.tensor([4, 1, 4, 3, 2])
     bounds, total = torch.tensor([0, *accumulate(rows.tolist())]), int(rows.sum())

@@ -175,12 +175,14 @@ class RecorderExtension(RouteExtension):
         return True
 
     def sample_drafts(self) -> None:
-        """Steps with drafts of n-grams are sampled by `vllm_ngram`; call it after `record_logprobs`."""
-        from cispo.engines.vllm_ngram import FirstRejectionSampler, SecondRejectionSampler
+        """Steps with drafts are sampled by `vllm_drafts`; call it after `record_logprobs`."""
+        from cispo.engines.vllm_drafts import FirstRejectionSampler, SecondRejectionSampler, keep_lengths_apart
 
         runner = self.model_runner
         if not self.use_v2_model_runner:
             self._drafts = FirstRejectionSampler(runner.sampler)  # type: ignore[arg-type]
+            if self.vllm_config.speculative_config.method == "mtp":
+                keep_lengths_apart(runner.drafter)  # type: ignore[arg-type]
         else:
             sampler, record = self._recorder.sampler, self._recorder.record
             self._drafts = SecondRejectionSampler(sampler, runner.num_speculative_steps, record)  # type: ignore[arg-type]

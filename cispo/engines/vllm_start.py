@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from cispo.engines.ngram_drafts import check_states, drafts_of, proposed_on
+from cispo.engines.draft_arguments import check_states, drafts_of, proposed_on
 from cispo.errors import UserError
 from cispo.files import read_json
 from cispo.policies.families import FAMILIES, PARSED, POLICY_MODEL, family_of
 from cispo.policies.replay import ROUTES_KEY
+from cispo.recipe.drafts import asks_heads
 from cispo.runtime.start_parts import Parts
 from cispo.weights.vllm_receiver import TRANSFER_BACKEND, register_transfer_backend
 
@@ -172,13 +173,14 @@ def _register_models() -> None:
     """Registers the families' models as classes: to inspect a lazy one, vLLM starts a process, 8 s on a new machine."""
     from vllm import ModelRegistry
 
-    from cispo.policies.vllm_plugin import register
+    from cispo.policies.vllm_plugin import HEADS, HEADS_MODEL, register
 
     register()
     for family in FAMILIES.values():
         if family.vllm is not None:
             for architecture in family.vllm.architectures:
                 ModelRegistry.register_model(architecture, resolve_name(family.vllm.model))
+    ModelRegistry.register_model(HEADS, resolve_name(HEADS_MODEL))
 
 
 def _import_model(architectures: object) -> None:
@@ -195,15 +197,21 @@ def _import_model(architectures: object) -> None:
 
 def _own_arguments(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Engine arguments of a policy that vLLM reads by our parser. Raises UserError where vLLM cannot sample it."""
-    config = read_json(folder / "config.json")
+    config, heads = read_json(folder / "config.json"), asks_heads(arguments)
     family = family_of(config).vllm
-    if family is None or family.parser is None:
+    if not heads and (family is None or family.parser is None):
         return {}
     from cispo.policies.hybrid.vllm_plan import check_context, plan_of
 
-    resolve_name(family.parser)  # registers itself
     dtype, ranks = getattr(torch, arguments["dtype"]), arguments["tensor_parallel_size"]
-    check_context(plan_of(config, folder, dtype, ranks), arguments["max_model_len"])
+    plan = plan_of(config, folder, dtype, ranks, heads=heads)
+    assert family is not None and family.parser is not None, "other families have no heads"
+    resolve_name(family.parser)  # registers itself
+    check_context(plan, arguments["max_model_len"])
+    if heads:
+        from cispo.policies.hybrid.vllm_config import name_heads
+
+        name_heads()
     if arguments.get("config_format", PARSED) != PARSED:
         return {}
     from cispo.policies.hybrid.vllm_config import cached_heads
@@ -263,10 +271,12 @@ def _recording(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _graph_sizes(arguments: Mapping[str, Any]) -> list[int]:
     """Tokens of the batches that get a graph, with their drafts; others are padded to the next, by a quarter at most
-    above 8 sequences."""
+    above 8 sequences. A head reads one token of each sequence behind its first draft."""
     sequences, each = arguments["max_num_seqs"], 1 + drafts_of(arguments)
     sizes = {1, 2, 4, 8, *range(16, 128, 16), *range(128, 256, 32), *range(256, 1025, 64)}
-    return sorted(each * size for size in {size for size in sizes if size < sequences} | {sequences})
+    sizes = {size for size in sizes if size < sequences} | {sequences}
+    one_each = sizes if asks_heads(arguments) else set()
+    return sorted({each * size for size in sizes} | one_each)
 
 
 def _reason(error: ValueError) -> str:
@@ -325,6 +335,7 @@ def _cache_bytes(config: VllmConfig) -> int:
         # vLLM puts layers of a kind into groups of one size and pads the last group.
         group = min(softmax, linear) or linear
         softmax, linear = (math.ceil(layers / group) * group for layers in (softmax, linear))
+    softmax += config.speculative_config is not None and config.speculative_config.method == "mtp"  # the head's layer
     # With prefix caching a sequence keeps the states of up to three blocks.
     states = linear * (3 if config.cache_config.enable_prefix_caching else 1)
     pages = softmax * math.ceil(model.max_model_len / block) + states

@@ -11,6 +11,12 @@ from transformers import CONFIG_MAPPING
 from cispo.policies.families import FAMILIES
 
 
+HEADS = "PolicyHeads"
+"""Name of the architecture of a policy's heads of multi-token prediction, as vLLM's model of drafts."""
+
+HEADS_MODEL = "cispo.policies.hybrid.vllm_heads:PolicyHeads"
+
+
 @cache
 def register() -> None:
     """Registers the families' models, lazily, and their config classes; a second call does nothing."""
@@ -24,6 +30,7 @@ def register() -> None:
             ModelRegistry.register_model(architecture, family.vllm.model)
         for model_type, config in family.vllm.configs.items():
             CONFIG_MAPPING.register(model_type, resolve_name(config), exist_ok=True)
+    ModelRegistry.register_model(HEADS, HEADS_MODEL)
     if current_platform.is_cpu():
         _keep_linear_weights()
 
@@ -36,8 +43,8 @@ def _keep_linear_weights() -> None:
     packed copy of the old one. It ends with the version that packs anew after an update, or that lets a layer opt out
     for both (0.32's `_cpu_skip_gemm_dispatch` covers linear layers only).
 
-    The project's other patches: `engines.vllm_logprobs` replaces vLLM's samplers, `policies.dense.model` some of
-    transformers' modules.
+    The project's other patches: `engines.vllm_logprobs` replaces vLLM's samplers, `hybrid.vllm_config` its reading of a
+    config of drafts, `policies.dense.model` some of transformers' modules.
     """
     import vllm.model_executor.layers.utils as layers
     from torch.nn.functional import linear

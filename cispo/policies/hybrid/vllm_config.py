@@ -5,6 +5,8 @@
 With config classes of transformers' or its own, vLLM would take some of the models for others: multi-head latent
 attention runs on other backends, Qwen3.5 loads its vision tower, and several fail on a CPU. The shapes here are those
 of the cache: as many layers as vLLM's cache has, heads padded as it holds them, of latents one.
+
+The same folder is the model of drafts where these come from the policy's heads of multi-token prediction: `name_heads`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
+from vllm.config import SpeculativeConfig
 from vllm.transformers_utils.config import register_config_parser
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
@@ -22,6 +25,7 @@ from cispo.policies.families import PARSED, POLICY_MODEL
 from cispo.policies.hybrid.vllm_plan import plan_of
 from cispo.policies.loading import max_positions_of
 from cispo.policies.policy import HFConfig
+from cispo.policies.vllm_plugin import HEADS
 
 
 class PolicyConfig(PreTrainedConfig):
@@ -87,3 +91,25 @@ class PolicyConfigParser(ConfigParserBase):
             max_position_embeddings=max_positions_of(content),
         )
         return config.to_dict(), config
+
+
+_read_drafts = SpeculativeConfig.hf_config_override
+
+
+def config_of_drafts(config: PreTrainedConfig) -> PreTrainedConfig:
+    """vLLM's reading of a config as that of a model of drafts, and of a `PolicyConfig` as that of `vllm_heads`."""
+    if not isinstance(config, PolicyConfig):
+        return _read_drafts(config)
+    config.model_type = "mtp"
+    layers = {"num_hidden_layers": 1, "layers_block_type": ("attention",), "layer_types": ["full_attention"]}
+    config.update({"architectures": [HEADS], **layers})
+    return config
+
+
+def name_heads() -> None:
+    """Lets vLLM take a policy's own folder as a model of drafts, of the architecture `HEADS`.
+
+    A patch of vLLM 0.32, which knows such models by a list of types in its `SpeculativeConfig` and has no way to add
+    one. Its workers are sent the config as it was read.
+    """
+    SpeculativeConfig.hf_config_override = staticmethod(config_of_drafts)

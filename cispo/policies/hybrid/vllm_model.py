@@ -3,7 +3,8 @@
     PolicyForCausalLM -> Policy.attend(tokens, positions, PagedAttention) -> hidden -> logits in float32
 
 Weights have the policy's own names and are copied in place. In bfloat16 on a GPU, vLLM's fused kernel multiplies with
-the experts' own two weights. With tensor parallelism each worker has a share of the policy (`shares`).
+the experts' own two weights. With tensor parallelism each worker has a share of the policy (`shares`). Where drafts of
+its heads are asked for, the policy has these too, and `vllm_heads` runs them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from cispo.policies.replay import route_buffer
 from cispo.policies.vllm_experts import run_experts
 from cispo.policies.vllm_ranks import vllm_ranks
 
+TARGET = "policy"
+"""Name of the model in vLLM's table of its layers, from which a model of drafts takes it."""
+
 
 class FusedExperts(Experts):
     """Experts of a policy, with the same two parameters, by vLLM's kernel where it suits."""
@@ -55,8 +59,9 @@ class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         model, ranks = vllm_config.model_config, vllm_ranks()
-        self.plan = _plan(model, ranks.count)
-        self.share = build_share(*_source(model), model.dtype, ranks)
+        heads = drafts_by_heads(vllm_config)
+        self.plan = _plan(model, ranks.count, heads=heads)
+        self.share = build_share(*_source(model), model.dtype, ranks, heads=heads)
         self.policy = self.share.policy
         self.policy.requires_grad_(False)
         _fuse_experts(self.policy)
@@ -64,12 +69,19 @@ class PolicyForCausalLM(nn.Module, HasInnerState, IsHybrid):
         # vLLM reads a layer's number from its name.
         names = [f"model.layers.{i}" for i in range(len(self.plan.softmax) + self.plan.holders)]
         self.attention = nn.ModuleList(
-            _softmax_layer(self.plan, call, vllm_config, f"{name}.attention")
+            softmax_layer(self.plan, call, vllm_config, f"{name}.attention")
             for call, name in zip(self.plan.softmax, names, strict=False)
         )
         self.holders = nn.ModuleList(
             StateHolder(self.plan, vllm_config, f"{name}.states") for name in names[len(self.plan.softmax) :]
         )
+        if heads:
+            vllm_config.compilation_config.static_forward_context[TARGET] = self
+
+    @property
+    def model(self) -> nn.Module:
+        """Where vLLM looks for the embedding that a model of drafts shares."""
+        return self.policy
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """[T, d]; `forward` takes tokens and embeds them itself."""
@@ -129,11 +141,17 @@ def _source(model: ModelConfig) -> tuple[HFConfig, Path]:
     return config.content, Path(model.model)
 
 
-def _plan(model: ModelConfig, ranks: int) -> Plan:
-    return plan_of(*_source(model), model.dtype, ranks)
+def _plan(model: ModelConfig, ranks: int, *, heads: bool = False) -> Plan:
+    return plan_of(*_source(model), model.dtype, ranks, heads=heads)
 
 
-def _softmax_layer(plan: Plan, call: SoftmaxCall, config: VllmConfig, prefix: str) -> Attention | LatentAttention:
+def drafts_by_heads(config: VllmConfig) -> bool:
+    """Whether the engine's drafts are those of heads of multi-token prediction."""
+    return config.speculative_config is not None and config.speculative_config.method == "mtp"
+
+
+def softmax_layer(plan: Plan, call: SoftmaxCall, config: VllmConfig, prefix: str) -> Attention | LatentAttention:
+    """The layer of one softmax call. vLLM reads its number from `prefix`, model.layers.<number>.attention."""
     heads, size = plan.cached_heads
     assert size == config.model_config.get_head_size(), "the config is that of other ranks (`cached_heads`)"
     if plan.keeps_latents:

@@ -1,6 +1,6 @@
 """The cache that a policy needs inside vLLM, found by tracing one forward pass without memory.
 
-    config.json -> Policy on the meta device --attend(Recorder)--> Plan
+    config.json -> Policy on the meta device --attend, predict(Recorder)--> Plan
     Plan        -> softmax layers of one head size; places of the recurrent states in the slots of a few holders
 
 Layers of latent attention keep a row of latents a token, where that is less than the keys and values of all heads.
@@ -25,6 +25,7 @@ from cispo.errors import UserError
 from cispo.ops.expansion import Expansion
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.sparse_attention import Index
+from cispo.policies.hybrid.model import HybridPolicy
 from cispo.policies.hybrid.shares import build_share
 from cispo.policies.moe import Experts
 from cispo.policies.policy import HFConfig, Policy
@@ -113,8 +114,15 @@ class Plan:
     recurrent: tuple[RecurrentCall, ...]
     selected: int | None
     """The fewest keys that a layer of sparse attention selects; None without such layers."""
+    head: tuple[SoftmaxCall, ...] = ()
+    """Of the first head of multi-token prediction, whose layers share the softmax layers' cache; empty without."""
     given_holders: int | None = None
     """`holders` of the whole policy, in the plan of a rank of tensor parallelism: vLLM's config has one number."""
+
+    @property
+    def of_head(self) -> Plan:
+        """The plan of the head's own forward pass."""
+        return replace(self, softmax=self.head, recurrent=(), head=())
 
     @cached_property
     def keeps_latents(self) -> bool:
@@ -254,23 +262,26 @@ def check_context(plan: Plan, max_context: int) -> None:
         )
 
 
-def plan_of(config: HFConfig, folder: Path, dtype: torch.dtype, ranks: int = 1) -> Plan:
+def plan_of(config: HFConfig, folder: Path, dtype: torch.dtype, ranks: int = 1, *, heads: bool = False) -> Plan:
     """The plan of the policy that a config.json's content describes, of each rank where `ranks` share it; `folder`
-    holds its weights.
+    holds its weights. With `heads` its heads of multi-token prediction are modules (`families.Build`).
 
-    Raises UserError where vLLM cannot hold its attention, or the ranks do not divide the policy.
+    Raises UserError where vLLM cannot hold its attention, or the ranks do not divide the policy, or it has no heads.
     """
     content = json.dumps(config, sort_keys=True)
-    whole = _plan(content, folder, dtype, 1)
-    return whole if ranks == 1 else replace(_plan(content, folder, dtype, ranks), given_holders=whole.holders)
+    whole = _plan(content, folder, dtype, 1, heads)
+    return whole if ranks == 1 else replace(_plan(content, folder, dtype, ranks, heads), given_holders=whole.holders)
 
 
 @cache
-def _plan(config: str, folder: Path, dtype: torch.dtype, ranks: int) -> Plan:
-    policy = _without_memory(json.loads(config), folder, dtype, ranks)
-    token, recorder = torch.zeros(1, dtype=torch.long, device="meta"), Recorder()
+def _plan(config: str, folder: Path, dtype: torch.dtype, ranks: int, heads: bool) -> Plan:
+    policy = _without_memory(json.loads(config), folder, dtype, ranks, heads)
+    token, recorder, of_head = torch.zeros(1, dtype=torch.long, device="meta"), Recorder(), Recorder()
     with torch.no_grad():
-        policy.attend(token, token, recorder)
+        hidden = policy.attend(token, token, recorder).hidden
+        if heads:
+            assert isinstance(policy, HybridPolicy)
+            policy.predict(0, token, token, hidden, of_head)
     vocab_size, hidden_size = policy.lm_head_weight.shape
     plan = Plan(
         vocab_size=vocab_size,
@@ -278,8 +289,9 @@ def _plan(config: str, folder: Path, dtype: torch.dtype, ranks: int) -> Plan:
         softmax=tuple(recorder.softmax_calls),
         recurrent=tuple(recorder.recurrent_calls),
         selected=recorder.selected,
+        head=tuple(of_head.softmax_calls),
     )
-    sizes = {call.latents or (call.kv_heads, call.head_size) for call in plan.softmax}
+    sizes = {call.latents or (call.kv_heads, call.head_size) for call in plan.softmax + plan.head}
     if len(sizes) > 1:
         raise UserError(f"vLLM cannot hold softmax layers of different (key heads, head sizes): {sorted(sizes)}")
     if not sizes:
@@ -289,10 +301,10 @@ def _plan(config: str, folder: Path, dtype: torch.dtype, ranks: int) -> Plan:
     return plan
 
 
-def _without_memory(config: HFConfig, folder: Path, dtype: torch.dtype, ranks: int) -> Policy:
+def _without_memory(config: HFConfig, folder: Path, dtype: torch.dtype, ranks: int, heads: bool) -> Policy:
     """The policy, or a rank's share."""
     with torch.device("meta"):
-        policy = build_share(config, folder, dtype, Ranks.first(ranks)).policy
+        policy = build_share(config, folder, dtype, Ranks.first(ranks), heads=heads).policy
     for module in policy.modules():
         if isinstance(module, Experts):
             module.forward = _no_experts

@@ -1,4 +1,8 @@
-"""Drafts of n-grams as engine arguments: `rollout.engine_args.speculative_config`. `vllm_ngram` samples their steps."""
+"""Drafts as engine arguments: `rollout.engine_args.speculative_config`. `vllm_drafts` samples their steps.
+
+    ngram    drafts are looked up in a sequence's own text
+    mtp      drafts of the policy's first head of multi-token prediction, applied again to its own output
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,13 @@ def drafts_of(arguments: Mapping[str, object]) -> int:
 def proposed_on(device: str, arguments: Mapping[str, Any]) -> dict[str, object]:
     """The argument with vLLM's proposer for the device.
 
-    On a GPU the one that looks n-grams up there, with which vLLM schedules a step before the tokens of the last are
-    known.
+    N-grams are looked up on a GPU there, with which vLLM schedules a step before the tokens of the last are known. On a
+    CPU a head reads the tokens that count and no others: vLLM's way around the wait for them, on a GPU, has kernels.
     """
-    return {KEY: {**arguments[KEY], "method": "ngram_gpu" if device == "cuda" else "ngram"}}
+    given = dict(arguments[KEY])
+    if given["method"] == "mtp":
+        return {KEY: {**given, "disable_padded_drafter_batch": device == "cpu"}}
+    return {KEY: {**given, "method": "ngram_gpu" if device == "cuda" else "ngram"}}
 
 
 def check_states(config: VllmConfig) -> None:

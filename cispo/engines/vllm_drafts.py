@@ -2,7 +2,8 @@
 
     logits of a sequence's last token and its k drafts -> k + 1 samples -> the run up to the first that is no draft
 
-A draft of n-grams is one certain token. To accept it with the policy's probability and to draw from the rest otherwise,
+A draft is one certain token: what followed an n-gram before, or the most likely one to a head of multi-token prediction
+(`hybrid.vllm_heads`). To accept it with the policy's probability and to draw from the rest otherwise,
 which is rejection sampling (arXiv 2211.17192), is then the same as to sample as if there were no draft and to compare:
 every token has the policy's distribution, and the log-probability of its own row of logits. vLLM's second model runner
 draws by (seed, position), so that there the tokens are also those of an engine without drafts.
@@ -17,11 +18,13 @@ draft unset, its first runner leaves min_p out for them, and the second's reject
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.outputs import SamplerOutput as FirstOutput
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -138,8 +141,8 @@ class SecondRejectionSampler:
     def __call__(
         self, logits: Tensor, batch: InputBatch, draft_logits: Tensor | None, invalid_drafts: Tensor | None
     ) -> SamplerOutput:
-        """`draft_logits` are None, as n-grams have none, and so is `invalid_drafts` without a grammar."""
-        assert draft_logits is None and invalid_drafts is None, "drafts are n-grams and no grammar constrains them"
+        """`draft_logits` are None, as drafts are not sampled, and so is `invalid_drafts` without a grammar."""
+        assert draft_logits is None and invalid_drafts is None, "drafts are certain and no grammar constrains them"
         prefill_len = self._sampler.req_states.prefill_len.gpu
         drafts, positions = gather_draft_sampled(
             batch.input_ids,
@@ -197,7 +200,7 @@ class FirstRejectionSampler:
     def __call__(
         self, metadata: SpecDecodeMetadata, draft_probs: Tensor | None, logits: Tensor, sampling: SamplingMetadata
     ) -> FirstOutput:
-        assert draft_probs is None, "n-grams have no probabilities"
+        assert draft_probs is None, "drafts are certain"
         drafted = torch.tensor(metadata.num_draft_tokens, device=logits.device)
         starts, first_drafts = _starts(drafted + 1), _starts(drafted)
         going = torch.ones_like(drafted, dtype=torch.bool)
@@ -234,3 +237,24 @@ def _as_vllms(tokens: Tensor, logprobs: Sequence[Tensor]) -> LogprobsTensors | N
         return None
     flat = tokens.clamp(min=0).flatten()
     return LogprobsTensors(flat[:, None], torch.stack(list(logprobs), 1).flatten()[:, None], torch.zeros_like(flat))
+
+
+class _Proposer(Protocol):
+    """vLLM's proposer of a head's drafts in its first model runner."""
+
+    def propose(self, *args: object, common_attn_metadata: CommonAttentionMetadata, **named: object) -> Tensor: ...
+
+
+def keep_lengths_apart(proposer: _Proposer) -> None:
+    """Makes the first model runner's drafts behind the first see their own sequence's length on a CPU.
+
+    A patch of vLLM 0.32: for each of them it adds one to the sequences' lengths and to the host's bound on these, which
+    are one tensor on a CPU, so that they would see rows of the cache that nobody has written.
+    """
+    propose = proposer.propose
+
+    def with_own_lengths(*args: object, common_attn_metadata: CommonAttentionMetadata, **named: object) -> Tensor:
+        own = replace(common_attn_metadata, seq_lens=common_attn_metadata.seq_lens.clone())
+        return propose(*args, common_attn_metadata=own, **named)
+
+    proposer.propose = with_own_lengths

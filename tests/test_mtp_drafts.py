@@ -1,0 +1,240 @@
+"""Drafts of heads of multi-token prediction: the policy's distribution, and drafts that are the head's own.
+
+Every draft that vLLM proposes is compared with the head's prediction over the whole text, recomputed without a cache:
+rows that an update, a rejected draft, a preemption or a shared prompt has left in its cache would show.
+
+python -m pytest tests/test_mtp_drafts.py           the first model runner; test_mtp_drafts_cuda.py has the second
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from cispo.engines.serving import ServedEngine  # noqa: E402
+from cispo.engines.vllm_engine import VLLMEngine  # noqa: E402
+from cispo.errors import UserError  # noqa: E402
+from cispo.policies.attention import Documents  # noqa: E402
+from cispo.policies.hybrid.model import HybridPolicy  # noqa: E402
+from cispo.policies.loading import init_policy, save_policy  # noqa: E402
+from cispo.types import FinishReason  # noqa: E402
+from cispo.weights.publish import publish_weights, weights_folder  # noqa: E402
+from tests.served import sampled, update  # noqa: E402
+from tests.test_ngram_drafts import TOLERANCE, counts, policy_logprobs, running, sampling  # noqa: E402
+from tests.test_vllm_parity import QWEN3, counting, lightning, random_prompts, scheduler, vllm  # noqa: E402
+from tests.tiny_hybrids import TINY, VARIANTS, draw_weights  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has vLLM's second model runner")
+
+K = 3
+MTP = {"method": "mtp", "num_speculative_tokens": K}
+CONFIGS = {
+    family: {**TINY, **VARIANTS}[family].hf_config | {"num_nextn_predict_layers": 1}
+    for family in ("glm4_moe", "deepseek_v3")
+}
+DEFAULT = [("glm4_moe", "chunked"), ("deepseek_v3", "prefix_cache")]
+"""Ways of scheduling that are not among the repetitions."""
+
+PROMPTS = random_prompts([8, 16, 5, 20, 40, 70], seed=4) + [[n] for n in range(6)]
+
+
+def following(family: str, seed: int, *, context: float = 1.0, sharpness: float = 6.0) -> HybridPolicy:
+    """A policy that mostly follows each token by one other, as its head does; `context` weighs its layers.
+
+    Drafts are then right and wrong in the same run.
+    """
+    policy = init_policy(CONFIGS[family], seed, heads=True)
+    assert isinstance(policy, HybridPolicy)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        draw_weights(policy, seed)
+        for name, weight in policy.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                weight *= context
+        vocab, hidden = policy.lm_head_weight.shape
+        rows = torch.nn.functional.normalize(torch.randn(vocab, hidden, generator=generator), dim=1)
+        policy.embed_tokens.weight.copy_(rows * hidden**0.5)
+        policy.lm_head_weight[torch.randperm(vocab, generator=generator)] = rows * sharpness / hidden**0.5
+        first, second = policy.get_submodule("predictors.0.eh_proj").weight.chunk(2, 1)
+        first += torch.eye(hidden)
+        second *= context
+    return policy
+
+
+class Proposal(NamedTuple):
+    """The drafts of a sequence in a step."""
+
+    text: list[int]
+    """All tokens so far."""
+    drafts: list[int]
+    logits: Tensor
+    """[drafts, V], of the head."""
+
+
+def proposals(engine: ServedEngine) -> list[Proposal]:
+    """A list to which every step adds the drafts that its sequences get; those whose prompt goes on get none."""
+    found: list[Proposal] = []
+
+    def watch(worker: Any) -> None:
+        runner = worker.model_runner
+        propose, compute = runner.drafter.propose, runner.drafter.model.compute_logits
+        computed: list[Tensor] = []
+
+        def watched(**given: Any) -> Tensor:
+            computed.clear()
+            drafts = propose(**given)
+            logits = torch.stack(computed, 1)
+            for row, name in enumerate(runner.input_batch.req_ids):
+                request = runner.requests[name]
+                if not runner.discard_request_mask.np[row]:
+                    text = [*request.prompt_token_ids, *request.output_token_ids]
+                    found.append(Proposal(text, drafts[row].tolist(), logits[row]))
+            return drafts
+
+        def kept(hidden: Tensor) -> Tensor:
+            computed.append(compute(hidden))
+            return computed[-1]
+
+        runner.drafter.propose, runner.drafter.model.compute_logits = watched, kept
+
+    vllm(engine).collective_rpc(watch)
+    return found
+
+
+@torch.no_grad()
+def head_difference(policy: HybridPolicy, found: Sequence[Proposal]) -> float:
+    """The largest of the head's logits inside the engine and over the whole text, recomputed for every draft."""
+    largest = 0.0
+    for start in range(0, len(found), 32):
+        part = found[start : start + 32]
+        texts = [proposal.text[:-1] for proposal in part]
+        tokens, positions, documents = packed(texts)
+        hidden = list(policy.attend(tokens, positions, documents).hidden.split([len(text) for text in texts]))
+        behind = [list(proposal.text[1:]) for proposal in part]
+        for place in range(len(part[0].drafts)):
+            tokens, positions, documents = packed(behind)
+            states = policy.predict(0, tokens, positions, torch.cat(hidden), documents)
+            last = states[documents.cu_seqlens[1:].long() - 1]
+            logits = policy.get_submodule("predictors.0.norm")(last) @ policy.lm_head_weight.T
+            engines = torch.stack([proposal.logits[place] for proposal in part])
+            assert [proposal.drafts[place] for proposal in part] == engines.argmax(1).tolist()
+            largest = max(largest, (logits - engines).abs().max().item())
+            for row, proposal in enumerate(part):
+                behind[row].append(proposal.drafts[place])
+                hidden[row] = torch.cat([hidden[row], last[row : row + 1]])
+    return largest
+
+
+def packed(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Documents]:
+    tokens = torch.tensor([token for text in texts for token in text])
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
+    starts = torch.tensor([0, *accumulate(map(len, texts))], dtype=torch.int32)
+    return tokens, positions, Documents(starts, len(tokens))
+
+
+def check(engine: ServedEngine, policy: HybridPolicy, seed: int, prompts: Sequence[Sequence[int]] = PROMPTS) -> None:
+    """Tokens and log-probabilities of a call are the policy's, every draft is the head's, and many are right."""
+    found, before = proposals(engine), counts(engine)
+    completions = sampled(engine, prompts, sampling(), seed)
+    reported = torch.tensor([x for c in completions for x in c.logprobs])
+    assert (reported - policy_logprobs(policy, prompts, completions, sampling())).abs().max() <= TOLERANCE
+    drafted, accepted = (now - then for now, then in zip(counts(engine), before, strict=True))
+    assert 0.2 * drafted < accepted < 0.9 * drafted
+    assert len(found) > 100 and head_difference(policy, found) <= 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_tokens_are_the_policys_and_drafts_the_heads_before_and_after_an_update(family: str, tmp_path: Path) -> None:
+    first, second = (following(family, seed) for seed in range(2))
+    save_policy(first, tmp_path)
+    with weights_folder("test") as weights, running(tmp_path, MTP) as engine:
+        check(engine, first, 0)
+        update(engine, str(publish_weights(second.to_hf(), weights, 1)), 1)
+        check(engine, second, 1)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "chunked": {"max_num_batched_tokens": 20},
+    "preempted": {"num_gpu_blocks_override": 8, "block_size": 128},
+    "prefix_cache": {"enable_prefix_caching": True, "block_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        pytest.param(family, mode, marks=[pytest.mark.slow] * ((family, mode) not in DEFAULT))
+        for family in CONFIGS
+        for mode in MODES
+    ],
+)
+def test_every_way_of_scheduling(family: str, mode: str, tmp_path: Path) -> None:
+    """A prompt in parts, whose last draft reads the next token of the prompt; rows recomputed; rows of other calls."""
+    policy = following(family, 0)
+    save_policy(policy, tmp_path)
+    shared = [random_prompts([100], seed=6)[0] + prompt for prompt in random_prompts([3 + n for n in range(12)], seed=7)]
+    prompts = shared if mode == "prefix_cache" else PROMPTS
+    with running(tmp_path, MTP, **MODES[mode]) as engine:
+        preemptions = counting(scheduler(engine), "_preempt_request", lambda _: 1)
+        hits = counting(scheduler(engine).kv_cache_manager, "get_computed_blocks", lambda found: found[1])
+        for seed in range(2 if mode == "prefix_cache" else 1):
+            check(engine, policy, seed, prompts)
+    assert (preemptions[0] > 0) == (mode == "preempted")
+    assert (hits[0] > 0) == (mode == "prefix_cache")
+
+
+def test_a_right_head_ends_a_run_where_the_completion_ends(tmp_path: Path) -> None:
+    """Without layers the policy's most likely token follows from the last one alone, and the head knows it: k + 1 tokens
+    a step, up to an end-of-sequence token, the limit of a completion or that of a context."""
+    policy = following("glm4_moe", 0, context=0.0)
+    save_policy(policy, tmp_path)
+    logits = policy.embed_tokens.weight @ policy.lm_head_weight.T
+    next_of = logits.argmax(1).tolist()
+    limits = [17 + n for n in range(len(PROMPTS))]
+    greedy, ending = sampling(temperature=0), sampling(temperature=0, eos_ids=tuple(range(0, 64, 9)))
+    with running(tmp_path, MTP | {"num_speculative_tokens": 4}) as engine:
+        assert isinstance(engine.engine, VLLMEngine)
+        steps = counting(engine.engine._core, "get_output", lambda _: 1)
+        found = sampled(engine, PROMPTS, greedy, 0, limits)
+        drafted, accepted = counts(engine)
+        assert steps[0] <= 2 + max(limits) / 5 and accepted == drafted > 0
+        ended = sampled(engine, PROMPTS, ending, 0, limits)
+        assert engine.engine.sampled == sum(len(c.token_ids) for c in found + ended)
+        full = sampled(engine, PROMPTS[:2], sampling(temperature=0, max_tokens=240), 0)
+    for prompt, limit, whole, short in zip(PROMPTS, limits, found, ended, strict=True):
+        expected = prompt[-1:]
+        for _ in range(limit):
+            expected.append(next_of[expected[-1]])
+        assert list(whole.token_ids) == expected[1:]
+        until = next((n for n, token in enumerate(expected[1:], 1) if token in ending.eos_ids), limit)
+        assert list(short.token_ids) == expected[1 : until + 1]
+    assert {c.finish_reason for c in ended} == {FinishReason.STOP, FinishReason.LENGTH}
+    assert [len(c.token_ids) for c in full] == [240, 240]
+
+
+REFUSED = {
+    "qwen3, of another family": (QWEN3, "policies of model_type 'qwen3' have none"),
+    "lightning": (lightning(), "policies of model_type"),
+    "qwen3_next": (TINY["qwen3_next"].hf_config, "recurrent layers"),
+    "glm4_moe, none in its config": (
+        VARIANTS["glm4_moe"].hf_config | {"num_nextn_predict_layers": 0},
+        "num_nextn_predict_layers is 0 or missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_policies_without_a_head_that_can_run_are_refused(case: str, tmp_path: Path) -> None:
+    config, reason = REFUSED[case]
+    save_policy(init_policy(config, 0), tmp_path)
+    sizes: dict[str, Any] = {"max_context": 256, "max_sequences": 4, "seed": 0}
+    with pytest.raises(UserError, match=rf"speculative_config.method mtp needs heads of multi-token .*{reason}"):
+        VLLMEngine(str(tmp_path), dtype="float32", engine_args={"speculative_config": MTP}, **sizes)

@@ -117,10 +117,22 @@ def test_paths_beside_the_recipe(tmp_path: Path):
             r"algorithm.overlong_buffer 200 is longer than the 100 tokens of a stage in curriculum.length_stages",
         ),
         (
-            "rollout: {engine_args: {speculative_config: {method: mtp, num_speculative_tokens: 1}}}",
-            r"engine_args.speculative_config.method must be ngram: other drafts \(MTP heads",
+            "rollout: {engine_args: {speculative_config: {method: eagle, num_speculative_tokens: 1}}}",
+            r"engine_args.speculative_config.method must be ngram or mtp: other drafts \(EAGLE",
         ),
         ("rollout: {engine_args: {speculative_config: 3}}", r"engine_args.speculative_config.method must be ngram"),
+        (
+            "rollout: {engine_args: {speculative_config: {method: mtp}}}",
+            r"key rollout.engine_args.speculative_config.num_speculative_tokens is missing",
+        ),
+        (
+            "rollout: {engine_args: {speculative_config: {method: mtp, num_speculative_tokens: true}}}",
+            r"speculative_config.num_speculative_tokens = True: a whole number from 1 on",
+        ),
+        (
+            "rollout: {engine_args: {speculative_config: {method: mtp, prompt_lookup_max: 2}}}",
+            r"speculative_config.prompt_lookup_max must stay unset: drafts of method mtp have num_speculative_tokens",
+        ),
         (
             "rollout: {engine_args: {speculative_config: {method: ngram, num_speculative_tokens: 3}}}",
             r"key rollout.engine_args.speculative_config.prompt_lookup_max is missing",
@@ -131,7 +143,7 @@ def test_paths_beside_the_recipe(tmp_path: Path):
         ),
         (
             "rollout: {engine_args: {speculative_config: {method: ngram, model: m}}}",
-            r"speculative_config.model must stay unset: drafts of n-grams have num_speculative_tokens",
+            r"speculative_config.model must stay unset: drafts of method ngram have num_speculative_tokens",
         ),
         (
             "rollout: {engine_args: {speculative_config: {method: ngram, num_speculative_tokens: 3, "
@@ -158,8 +170,9 @@ def test_refusals_name_the_key(tmp_path: Path, text: str, message: str):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_drafts_of_n_grams_without_router_replay(tmp_path: Path):
-    given = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+@pytest.mark.parametrize("more", [{"method": "ngram", "prompt_lookup_max": 4}, {"method": "mtp"}])
+def test_drafts_without_router_replay(more: dict[str, object], tmp_path: Path):
+    given = {"num_speculative_tokens": 3, **more}
     file = write(tmp_path, MINIMAL + yaml.safe_dump({"rollout": {"engine_args": {"speculative_config": given}}}))
     assert load_recipe(file).rollout.engine_args["speculative_config"] == given
     with pytest.raises(UserError, match=r"speculative_config and policy.router_replay exclude each other"):

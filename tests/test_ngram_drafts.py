@@ -28,9 +28,9 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata  # noqa: E402
 
 from cispo.engines import vllm_drafts  # noqa: E402
 from cispo.engines.serving import ServedEngine  # noqa: E402
+from cispo.engines.vllm_drafts import FirstRejectionSampler, Runs, SecondRejectionSampler  # noqa: E402
 from cispo.engines.vllm_engine import VLLMEngine  # noqa: E402
 from cispo.engines.vllm_logprobs import RecordingSampler  # noqa: E402
-from cispo.engines.vllm_drafts import FirstRejectionSampler, Runs, SecondRejectionSampler  # noqa: E402
 from cispo.errors import UserError  # noqa: E402
 from cispo.policies.loading import init_policy, save_policy  # noqa: E402
 from cispo.policies.policy import Policy  # noqa: E402

@@ -1,7 +1,7 @@
 """Drafts as engine arguments: `rollout.engine_args.speculative_config`. `vllm_drafts` samples their steps.
 
-    ngram    drafts are looked up in a sequence's own text
-    mtp      drafts of the policy's first head of multi-token prediction, applied again to its own output
+ngram    drafts are looked up in a sequence's own text
+mtp      drafts of the policy's first head of multi-token prediction, applied again to its own output
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.outputs import SamplerOutput as FirstOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler as FirstSampler
+from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
@@ -239,22 +240,18 @@ def _as_vllms(tokens: Tensor, logprobs: Sequence[Tensor]) -> LogprobsTensors | N
     return LogprobsTensors(flat[:, None], torch.stack(list(logprobs), 1).flatten()[:, None], torch.zeros_like(flat))
 
 
-class _Proposer(Protocol):
-    """vLLM's proposer of a head's drafts in its first model runner."""
+def keep_lengths_apart(proposer: object) -> None:
+    """Lets a head's drafts behind its first see their own sequence's length; other proposers stay as they are.
 
-    def propose(self, *args: object, common_attn_metadata: CommonAttentionMetadata, **named: object) -> Tensor: ...
-
-
-def keep_lengths_apart(proposer: _Proposer) -> None:
-    """Makes the first model runner's drafts behind the first see their own sequence's length on a CPU.
-
-    A patch of vLLM 0.32: for each of them it adds one to the sequences' lengths and to the host's bound on these, which
-    are one tensor on a CPU, so that they would see rows of the cache that nobody has written.
+    A patch of vLLM 0.32's first model runner, which for each of them adds one to the sequences' lengths and to the
+    host's bound on these. On a CPU both are one tensor, so that a draft would see rows of the cache that nobody wrote.
     """
+    if not isinstance(proposer, EagleProposer):
+        return
     propose = proposer.propose
 
-    def with_own_lengths(*args: object, common_attn_metadata: CommonAttentionMetadata, **named: object) -> Tensor:
+    def with_own_lengths(*args: Any, common_attn_metadata: CommonAttentionMetadata, **named: Any) -> Tensor:
         own = replace(common_attn_metadata, seq_lens=common_attn_metadata.seq_lens.clone())
         return propose(*args, common_attn_metadata=own, **named)
 
-    proposer.propose = with_own_lengths
+    vars(proposer)["propose"] = with_own_lengths

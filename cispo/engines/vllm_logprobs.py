@@ -75,6 +75,8 @@ class _DraftSampler(Protocol):
 class _ModelRunner(Protocol):
     sampler: _Sampler
     rejection_sampler: object
+    drafter: object
+    """Of the first runner."""
     num_speculative_steps: int
     """Of the second runner."""
 
@@ -181,8 +183,7 @@ class RecorderExtension(RouteExtension):
         runner = self.model_runner
         if not self.use_v2_model_runner:
             self._drafts = FirstRejectionSampler(runner.sampler)  # type: ignore[arg-type]
-            if self.vllm_config.speculative_config.method == "mtp":
-                keep_lengths_apart(runner.drafter)  # type: ignore[arg-type]
+            keep_lengths_apart(runner.drafter)  # type: ignore[arg-type]
         else:
             sampler, record = self._recorder.sampler, self._recorder.record
             self._drafts = SecondRejectionSampler(sampler, runner.num_speculative_steps, record)  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ from transformers import CONFIG_MAPPING
 
 from cispo.policies.families import FAMILIES
 
-
 HEADS = "PolicyHeads"
 """Name of the architecture of a policy's heads of multi-token prediction, as vLLM's model of drafts."""
 

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 _QUANTISED = ("quantization", "quantization_config")
 
-_DRAFT_COUNTS = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+_DRAFT_COUNTS = {
+    "ngram": ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"),
+    "mtp": ("num_speculative_tokens",),
+}
 """Keys of `speculative_config` beside its method; vLLM takes the larger n-gram where the smaller one is not given."""
 
 
@@ -64,23 +67,23 @@ def _of_the_drafts(recipe: Recipe) -> Iterator[str]:
     key, given = "rollout.engine_args.speculative_config", recipe.rollout.engine_args.get("speculative_config")
     if given is None:
         return
-    if not isinstance(given, dict) or given.get("method") != "ngram":
+    counts = _DRAFT_COUNTS.get(str(given.get("method"))) if isinstance(given, dict) else None
+    if not isinstance(given, dict) or counts is None:
         yield (
-            f"{key}.method must be ngram: other drafts (MTP heads, EAGLE, a draft model) need weights that no update "
-            "brings, and their log-probabilities would not be the policy's"
+            f"{key}.method must be ngram or mtp: other drafts (EAGLE, a draft model) need weights that no update brings"
         )
         return
-    unknown = sorted(given.keys() - {"method", *_DRAFT_COUNTS})
+    unknown = sorted(given.keys() - {"method", *counts})
     if unknown:
-        yield f"{key}.{unknown[0]} must stay unset: drafts of n-grams have {', '.join(_DRAFT_COUNTS)}"
-    for name in _DRAFT_COUNTS:
+        yield f"{key}.{unknown[0]} must stay unset: drafts of method {given['method']} have {', '.join(counts)}"
+    for name in counts:
         value = given.get(name)
         if name in given and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             yield f"{key}.{name} = {value!r}: a whole number from 1 on is needed"
-    for name in _DRAFT_COUNTS[:2]:
+    for name in counts[:2]:
         if name not in given:
             yield f"key {key}.{name} is missing"
-    if given.get("prompt_lookup_min", 1) > given["prompt_lookup_max"]:
+    if given.get("prompt_lookup_min", 1) > given.get("prompt_lookup_max", 1):
         yield f"{key}.prompt_lookup_min {given['prompt_lookup_min']} is above prompt_lookup_max"
     if recipe.policy.router_replay == "rollout":
         yield (

@@ -96,14 +96,13 @@ class PolicyConfigParser(ConfigParserBase):
 _read_drafts = SpeculativeConfig.hf_config_override
 
 
-def config_of_drafts(config: PreTrainedConfig) -> PreTrainedConfig:
+def config_of_drafts(hf_config: PreTrainedConfig) -> PreTrainedConfig:
     """vLLM's reading of a config as that of a model of drafts, and of a `PolicyConfig` as that of `vllm_heads`."""
-    if not isinstance(config, PolicyConfig):
-        return _read_drafts(config)
-    config.model_type = "mtp"
+    if not isinstance(hf_config, PolicyConfig):
+        return _read_drafts(hf_config)
     layers = {"num_hidden_layers": 1, "layers_block_type": ("attention",), "layer_types": ["full_attention"]}
-    config.update({"architectures": [HEADS], **layers})
-    return config
+    hf_config.update({"model_type": "mtp", "architectures": [HEADS], **layers})
+    return hf_config
 
 
 def name_heads() -> None:

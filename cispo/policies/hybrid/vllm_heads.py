@@ -4,8 +4,8 @@
     a draft and the head's own hidden states, a position further -> PolicyHeads -> the next draft, up to k of them
 
 Nothing is loaded here: the head is a part of the target's policy, so that an update of its weights reaches both. Its
-layer of attention is one more in the target's cache. vLLM reads all tokens that it accepts through it, with the target's
-hidden states, and so writes over what the head has left there for its own drafts.
+layer of attention is one more in the target's cache. All tokens that are accepted go through it, with the target's
+hidden states, which writes over what the head has left there for its own drafts.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def following(family: str, seed: int, *, context: float = 1.0, sharpness: float 
         rows = torch.nn.functional.normalize(torch.randn(vocab, hidden, generator=generator), dim=1)
         policy.embed_tokens.weight.copy_(rows * hidden**0.5)
         policy.lm_head_weight[torch.randperm(vocab, generator=generator)] = rows * sharpness / hidden**0.5
-        first, second = policy.get_submodule("predictors.0.eh_proj").weight.chunk(2, 1)
+        first, second = policy.get_parameter("predictors.0.eh_proj.weight").chunk(2, 1)
         first += torch.eye(hidden)
         second *= context
     return policy
@@ -180,7 +180,8 @@ def test_every_way_of_scheduling(family: str, mode: str, tmp_path: Path) -> None
     """A prompt in parts, whose last draft reads the next token of the prompt; rows recomputed; rows of other calls."""
     policy = following(family, 0)
     save_policy(policy, tmp_path)
-    shared = [random_prompts([100], seed=6)[0] + prompt for prompt in random_prompts([3 + n for n in range(12)], seed=7)]
+    # Whole blocks are shared, though the head's last row of them belongs to the token behind.
+    shared = [random_prompts([96], seed=6)[0] + prompt for prompt in random_prompts([3 + n for n in range(12)], seed=7)]
     prompts = shared if mode == "prefix_cache" else PROMPTS
     with running(tmp_path, MTP, **MODES[mode]) as engine:
         preemptions = counting(scheduler(engine), "_preempt_request", lambda _: 1)
@@ -192,8 +193,8 @@ def test_every_way_of_scheduling(family: str, mode: str, tmp_path: Path) -> None
 
 
 def test_a_right_head_ends_a_run_where_the_completion_ends(tmp_path: Path) -> None:
-    """Without layers the policy's most likely token follows from the last one alone, and the head knows it: k + 1 tokens
-    a step, up to an end-of-sequence token, the limit of a completion or that of a context."""
+    """Without layers the policy's most likely token follows from the last one alone, and the head knows it: k + 1
+    tokens a step, up to an end-of-sequence token, the limit of a completion or that of a context."""
     policy = following("glm4_moe", 0, context=0.0)
     save_policy(policy, tmp_path)
     logits = policy.embed_tokens.weight @ policy.lm_head_weight.T

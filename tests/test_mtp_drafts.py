@@ -246,3 +246,10 @@ def test_policies_without_a_head_that_can_run_are_refused(case: str, tmp_path: P
     sizes: dict[str, Any] = {"max_context": 256, "max_sequences": 4, "seed": 0}
     with pytest.raises(UserError, match=rf"speculative_config.method mtp needs heads of multi-token .*{reason}"):
         VLLMEngine(str(tmp_path), dtype="float32", engine_args={"speculative_config": MTP}, **sizes)
+
+
+def test_a_folder_that_vllm_takes_for_other_drafts_is_refused(tmp_path: Path) -> None:
+    save_policy(init_policy(CONFIGS["glm4_moe"], 0, heads=True), tmp_path / "bald-eagle-1")
+    sizes: dict[str, Any] = {"max_context": 256, "max_sequences": 4, "seed": 0}
+    with pytest.raises(UserError, match=r"vLLM takes .*bald-eagle-1 for drafts of 'eagle-': name it otherwise"):
+        VLLMEngine(str(tmp_path / "bald-eagle-1"), dtype="float32", engine_args={"speculative_config": MTP}, **sizes)

@@ -7,6 +7,7 @@ mtp      drafts of the policy's first head of multi-token prediction, applied ag
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cispo.errors import UserError
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "speculative_config"
+
+# Words in a model's path by which vLLM 0.32 chooses a method, whatever method is named.
+_OTHER_DRAFTS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
 def drafts_of(arguments: Mapping[str, object]) -> int:
@@ -33,6 +37,13 @@ def proposed_on(device: str, arguments: Mapping[str, Any]) -> dict[str, object]:
     if given["method"] == "mtp":
         return {KEY: {**given, "disable_padded_drafter_batch": device == "cpu"}}
     return {KEY: {**given, "method": "ngram_gpu" if device == "cuda" else "ngram"}}
+
+
+def check_path(folder: Path) -> None:
+    """Raises UserError where vLLM would take a policy's own folder for other drafts than those of its head."""
+    taken = next((word for word in _OTHER_DRAFTS if word in str(folder).lower()), None)
+    if taken is not None:
+        raise UserError(f"rollout.engine_args.{KEY}: vLLM takes {folder} for drafts of {taken!r}: name it otherwise")
 
 
 def check_states(config: VllmConfig) -> None:

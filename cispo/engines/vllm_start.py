@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from cispo.engines.draft_arguments import check_states, drafts_of, proposed_on
+from cispo.engines.draft_arguments import check_path, check_states, drafts_of, proposed_on
 from cispo.errors import UserError
 from cispo.files import read_json
 from cispo.policies.families import FAMILIES, PARSED, POLICY_MODEL, family_of
@@ -211,6 +211,7 @@ def _own_arguments(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]
     if heads:
         from cispo.policies.hybrid.vllm_config import name_heads
 
+        check_path(folder)
         name_heads()
     if arguments.get("config_format", PARSED) != PARSED:
         return {}

@@ -86,13 +86,18 @@ class Export:
         return write
 
     def _copy_parts(self) -> Callable[[Path], None]:
-        mesh, config = self.mesh, self.config()
+        mesh, config, second = self.mesh, self.config(), self.policy.second_names()
+
+        def names_of(name: str) -> tuple[str, ...]:
+            return name, *second.get(name, ())
+
         own = {}
         with mesh.doing("the gather of weights to save"):
             for number, piece in self.sender.pieces():
                 if number % mesh.world == mesh.rank:
-                    own[number] = {name: tensor.to("cpu", copy=True) for name, tensor in piece.items()}
-        sizes = [{slot.name: slot.bytes for slot in bucket.slots} for bucket in self.sender.buckets]
+                    own[number] = {n: x.to("cpu", copy=True) for name, x in piece.items() for n in names_of(name)}
+        buckets = self.sender.buckets
+        sizes = [{n: slot.bytes for slot in bucket.slots for n in names_of(slot.name)} for bucket in buckets]
         if self.policy.kept:
             # Of these every rank knows the shapes, and rank 0 has the values.
             sizes.append({name: tensor.nbytes for name, tensor in self.policy.kept.items()})

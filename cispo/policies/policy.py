@@ -7,7 +7,7 @@ checkpoint names  --place_of--> Place --load_hf--> parameters --to_hf--> checkpo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -187,9 +187,15 @@ class Policy(nn.Module, ABC):
         weights = self.named_weights()
         return {name: place.of(weights[place.parameter].detach()) for name, place in self.disk_places()}
 
+    def second_names(self) -> Mapping[str, Sequence[str]]:
+        """Names of `to_hf` -> further names under which a folder, but no engine, gets the same weight."""
+        return {}
+
     def checkpoint(self) -> dict[str, Tensor]:
-        """`to_hf` and the tensors that are only kept: everything that a folder of the policy holds."""
-        return {**self.to_hf(), **self.kept}
+        """`to_hf`, second names and the tensors that are only kept: everything that a folder of the policy holds."""
+        weights = self.to_hf()
+        copies = {name: weights[first].clone() for first, names in self.second_names().items() for name in names}
+        return {**weights, **copies, **self.kept}
 
     @torch.no_grad()
     def load_hf(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -218,6 +224,8 @@ class Policy(nn.Module, ABC):
             else:
                 missing[place.parameter].pop(place, None)
         lacking = [name for names in missing.values() for name in names.values()]
+        if lacking and all(parameter.startswith(HEADS) for parameter, names in missing.items() if names):
+            raise no_heads(f"{len(lacking)} weights of this policy's heads are missing, the first is {lacking[0]!r}")
         if lacking:
             raise UserError(f"{len(lacking)} weights are missing, the first is {lacking[0]!r}")
 

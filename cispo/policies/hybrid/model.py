@@ -12,7 +12,7 @@ an attention object over its own cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -187,6 +187,9 @@ class HybridPolicy(Policy):
                 experts[number] = layer.mlp.routing.num_experts
         for name, _ in [*self.named_parameters(), *self.named_buffers()]:
             yield from self.config.names.disk_places(name, experts)
+
+    def second_names(self) -> Mapping[str, Sequence[str]]:
+        return self.config.names.second_names(len(self.predictors), tied=self.lm_head is None)
 
     def initial_weight(self, name: str, shape: torch.Size, std: float, generator: torch.Generator) -> Tensor:
         """Norms neutral; decays and their steps as Mamba draws them (arXiv 2312.00752, section 3.6)."""

@@ -40,8 +40,8 @@ _HEAD_WEIGHTS = {
     "shared_head.norm.weight": "norm.weight",
 }
 """Weights of a head beside its layer's: on disk -> the policy's."""
-_SECOND_NAMES = ("embed_tokens.weight", "shared_head.head.weight")
-"""Of embedding and LM head, inside a head on disk: read past and not written. Readers share the policy's own."""
+_SECOND_NAMES = {"embed_tokens.weight": "embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+"""Of embedding and LM head, inside a head on disk: read past, and written for readers that ask for them (vLLM)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +106,17 @@ class Names:
         own = name[head.end() :]
         weight = next((theirs for theirs, ours in _HEAD_WEIGHTS.items() if ours == own), own.removeprefix("layer."))
         return f"layers.{int(head[1]) + self.first_head}.{weight}"
+
+    def second_names(self, heads: int, *, tied: bool) -> dict[str, list[str]]:
+        """First name on disk of embedding and LM head -> their second names in each of the heads."""
+        found: dict[str, list[str]] = {}
+        for number in range(heads):
+            assert self.first_head is not None
+            for inside, parameter in _SECOND_NAMES.items():
+                first = self._on_disk("embed_tokens.weight" if tied else parameter, False)
+                second = self._on_disk(f"layers.{self.first_head + number}.{inside}", False)
+                found.setdefault(first, []).append(second)
+        return found
 
     def disk_places(self, name: str, experts_of: Mapping[int, int]) -> Iterator[tuple[str, Place]]:
         """The names under which the parameter or buffer `name` is written; `experts_of` each MoE layer, by its number

@@ -1,7 +1,7 @@
 """Drafts of heads of multi-token prediction with vLLM's second model runner: log-probabilities against the policy's on
 the same GPU, drafts against the head's prediction over the whole text, tokens against an engine without drafts.
 
-    python -m pytest -s tests/test_mtp_drafts_cuda.py       where there is a GPU; skipped elsewhere; -s prints the figures
+    python -m pytest -s tests/test_mtp_drafts_cuda.py       where there is a GPU; -s prints the figures
     python -m pytest -s tests/test_mtp_drafts_cuda.py -k ranks2     tensor parallelism alone; needs two GPUs
 
 float32 runs eagerly and must match as on a CPU. In bfloat16 steps of decodes are CUDA graphs, the head's too, but for

@@ -210,7 +210,7 @@ def _differences(rows: Sequence[Row]) -> Figure:
             [f"{row.found.arm}  {row.regime.updates}:{row.regime.staleness}" for row in own],
             fontsize=8,
         )
-        axis.invert_yaxis()
+        axis.set_ylim(tallest - 0.5, -0.5)  # one height a row in all panels
         axis.axvline(0, color="#222222", linewidth=0.8)
         axis.set_title(policy, fontsize=9, loc="left")
         axis.set_xlabel(f"final accuracy - {ARMS[0]}'s, 95 %; filled: resolved", fontsize=8)

@@ -1,13 +1,17 @@
-"""Drafts of n-grams in vLLM's engine: tokens a second with and without, and the share of drafts that were right.
+"""Drafts in vLLM's engine: tokens a second with and without, and the share of drafts that were right.
 
     python scripts/bench_speculative.py --model FOLDER [--texts sums,echo] [--sequences 1,8,64] [--tokens 256] [--k 4]
+    python scripts/bench_speculative.py --model FOLDER --method mtp [--k 2]      drafts of the policy's own head
+    python scripts/bench_speculative.py --model FOLDER --method mtp --right 0.8  FOLDER with a config.json is enough
 
 Two engines, each in a process of its own, start at once, one without and one with drafts. They sample in turns: the
 same prompts and seeds, exactly `tokens` tokens of every completion. `sums` is a list of solved sums in the manner of
-recipes/smollm2_chain_sum.yaml, with which the model goes on; `echo` a paragraph, twice and once more begun. A row is
-printed once it is measured: medians of `--calls` calls after a short one that is not counted. "same" is the share of
-tokens before the first of a completion that differs: on a GPU both engines draw the same noise, and only rounding parts
-them; on a CPU each draws its own. bfloat16 on a GPU.
+recipes/smollm2_chain_sum.yaml, with which the model goes on; `echo` a paragraph, twice and once more begun; without a
+tokenizer.json there are random tokens instead. With `--right` the weights are new ones of the config's shapes: a token
+is followed by one other with that probability, and the head knows it, which shows what such a head would bring. A row
+is printed once it is measured: medians of `--calls` calls after a short one that is not counted. "accepted" is the
+share of all drafts, "same" that of tokens before the first of a completion that differs: on a GPU both engines draw the
+same noise, and only rounding parts them; on a CPU each draws its own. bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -15,12 +19,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import math
 import multiprocessing
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from multiprocessing.connection import Connection
+from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
@@ -28,6 +35,8 @@ import torch
 from tokenizers import Tokenizer
 
 from cispo.engines.serving import ServedEngine, make_engine
+from cispo.files import read_json
+from cispo.policies.loading import init_policy, save_policy
 from cispo.types import RepetitionStop, Sampling
 
 PARAGRAPH = (
@@ -66,6 +75,37 @@ def echo(number: int) -> str:
 
 TEXTS: dict[str, Callable[[int], str]] = {"sums": sums, "echo": echo}
 """Name of a text -> its prompt of a number."""
+
+
+def folder_with_a_right_head(source: Path, share: float, folder: Path) -> str:
+    """Writes a policy of the shapes in `source`/config.json that follows a token by one other with probability `share`,
+    as its head does."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = init_policy(read_json(source / "config.json"), 0, dtype, device, heads=True)
+    vocab, hidden = policy.lm_head_weight.shape
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                weight *= 0.1
+        rows = torch.nn.functional.normalize(torch.randn(vocab, hidden, device=device), dim=1)
+        policy.get_parameter("embed_tokens.weight").copy_(rows * hidden**0.5)
+        sharpness = math.log(vocab * share / (1 - share))
+        policy.lm_head_weight[torch.randperm(vocab, device=device)] = (rows * sharpness / hidden**0.5).to(dtype)
+        policy.get_parameter("predictors.0.eh_proj.weight")[:, :hidden] += torch.eye(hidden, device=device, dtype=dtype)
+    save_policy(policy, folder)
+    return str(folder)
+
+
+def prompts_of(model: str, texts: Sequence[str], number: int) -> dict[str, list[list[int]]]:
+    """By text; random tokens where the folder has no tokenizer."""
+    if not (Path(model) / "tokenizer.json").exists():
+        random, vocab = Random(0), read_json(Path(model) / "config.json")["vocab_size"]
+        return {"random": [[random.randrange(vocab) for _ in range(200)] for _ in range(number)]}
+    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+    return {
+        name: [tokenizer.encode(TEXTS[name](n), add_special_tokens=False).ids for n in range(number)] for name in texts
+    }
 
 
 def serve(connection: Connection, model: str, drafts: dict[str, object] | None, sequences: int, context: int) -> None:
@@ -126,21 +166,27 @@ def main() -> None:
     parser.add_argument("--sequences", default="1,8,64")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--k", type=int, default=4, help="drafts of a sequence and step")
+    parser.add_argument("--method", choices=["ngram", "mtp"], default="ngram")
+    parser.add_argument("--right", type=float, help="with mtp: new weights whose head is right so often, 0 to 1")
     parser.add_argument("--ngram", type=int, default=3, help="longest n-gram that is looked up; the shortest has 2")
     parser.add_argument("--calls", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=1.0)
     given = parser.parse_args()
 
+    with tempfile.TemporaryDirectory() as folder:
+        if given.right is not None:
+            given.model = folder_with_a_right_head(Path(given.model), given.right, Path(folder))
+        measure(given)
+
+
+def measure(given: argparse.Namespace) -> None:
     numbers = [int(n) for n in given.sequences.split(",")]
-    tokenizer = Tokenizer.from_file(f"{given.model}/tokenizer.json")
-    prompts = {
-        name: [tokenizer.encode(TEXTS[name](n), add_special_tokens=False).ids for n in range(max(numbers))]
-        for name in given.texts.split(",")
-    }
+    prompts = prompts_of(given.model, given.texts.split(","), max(numbers))
     context = max(len(prompt) for own in prompts.values() for prompt in own) + given.tokens
     context += given.k + 1  # near a context's end vLLM proposes fewer drafts, and such steps are no CUDA graph
-    drafts: dict[str, object] = {"method": "ngram", "num_speculative_tokens": given.k}
-    drafts |= {"prompt_lookup_max": given.ngram, "prompt_lookup_min": min(2, given.ngram)}
+    drafts: dict[str, object] = {"method": given.method, "num_speculative_tokens": given.k}
+    if given.method == "ngram":
+        drafts |= {"prompt_lookup_max": given.ngram, "prompt_lookup_min": min(2, given.ngram)}
     begun, spawn = time.perf_counter(), multiprocessing.get_context("spawn")
     engines, processes = list[Connection](), list[Any]()
     for settings in (None, drafts):
@@ -152,7 +198,7 @@ def main() -> None:
         processes.append(process)
     for engine in engines:
         engine.recv()
-    print(f"engines started in {time.perf_counter() - begun:.1f} s, k = {given.k}", flush=True)
+    print(f"engines started in {time.perf_counter() - begun:.1f} s, {given.method}, k = {given.k}", flush=True)
     print("| text | sequences | tokens/s without | with drafts | ratio | accepted | same |", flush=True)
     print("|---|---|---|---|---|---|---|", flush=True)
     for text, number in itertools.product(prompts, numbers):

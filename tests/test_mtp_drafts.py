@@ -199,6 +199,28 @@ def test_every_way_of_scheduling(family: str, mode: str, tmp_path: Path) -> None
     assert (hits[0] > 0) == (mode == "prefix_cache")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CONFIGS)
+def test_ranks_share_the_head(family: str, tmp_path: Path) -> None:
+    """Two workers, each with its heads' part of the head's attention: as many drafts are right, after an update too."""
+    first, second = (following(family, seed) for seed in range(2))
+    save_policy(first, tmp_path)
+    greedy, accepted = sampling(temperature=0), []
+    for ranks in (1, 2):
+        with weights_folder("test") as weights, running(tmp_path, MTP, ranks=ranks) as engine:
+            for version, policy in enumerate((first, second)):
+                if version:
+                    update(engine, str(publish_weights(policy.to_hf(), weights, 1)), 1)
+                before = counts(engine)[1]
+                completions = sampled(engine, PROMPTS, greedy, 0)
+                reported = torch.tensor([x for c in completions for x in c.logprobs])
+                expected = policy_logprobs(policy, PROMPTS, completions, greedy)
+                assert (reported - expected).abs().max() <= 2 * TOLERANCE
+                accepted.append(counts(engine)[1] - before)
+    assert min(accepted) > 100
+    assert all(abs(one - two) <= 5 for one, two in zip(accepted[:2], accepted[2:], strict=True)), accepted
+
+
 def test_a_right_head_ends_a_run_where_the_completion_ends(tmp_path: Path) -> None:
     """Without layers the policy's most likely token follows from the last one alone, and the head knows it: k + 1
     tokens a step, up to an end-of-sequence token, the limit of a completion or that of a context."""

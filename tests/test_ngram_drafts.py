@@ -67,9 +67,11 @@ def sampling(**changes: Any) -> Sampling:
 
 
 @contextmanager
-def running(folder: Path, drafts: dict[str, Any] | None = NGRAM, **engine_args: Any) -> Iterator[ServedEngine]:
+def running(
+    folder: Path, drafts: dict[str, Any] | None = NGRAM, *, ranks: int = 1, **engine_args: Any
+) -> Iterator[ServedEngine]:
     arguments = engine_args | ({} if drafts is None else {"speculative_config": drafts})
-    sizes: dict[str, Any] = {"max_context": 256, "max_sequences": 12, "seed": 0}
+    sizes: dict[str, Any] = {"max_context": 256, "max_sequences": 12, "seed": 0, "tensor_parallel": ranks}
     engine = ServedEngine(VLLMEngine(str(folder), dtype="float32", engine_args=arguments, **sizes))
     try:
         yield engine

@@ -26,6 +26,7 @@ from cispo.learner.learner import Learner, UpdateResult
 from cispo.learner.loss import attention_of, read
 from cispo.learner.memory import heads_of, rank_memory, units_of
 from cispo.ops.logprobs import best_tokens
+from cispo.policies.costs import cache_sizes
 from cispo.policies.hybrid.model import HybridPolicy
 from cispo.policies.loading import check_weights, count_parameters, init_policy, load_policy, save_policy, shape_of
 from cispo.policies.moe import correction_biases
@@ -480,5 +481,7 @@ def test_the_memory_plan_counts_heads_but_not_in_a_reference() -> None:
     with_heads, without = (rank_memory(one, LearnerConfig(), **options) for one in (policy, plain))
     assert with_heads.weights - without.weights == 4 * more and with_heads.reference == without.reference
     assert with_heads.moments - without.moments == 8 * more
+    # A head is one layer more in an engine's cache, of four.
+    assert cache_sizes(policy)[0] * 4 == cache_sizes(plain)[0] * (4 + HEADS)
     trunk = [len(unit) for unit in units_of(plain)]
     assert [len(unit) for unit in units_of(policy)] == trunk + [1] * 2 * HEADS

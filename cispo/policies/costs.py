@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cispo.ops.recurrent import RecurrentOp
 from cispo.ops.sparse_attention import Index
+from cispo.policies.hybrid.model import HybridPolicy
 from cispo.policies.loading import config_of, shape_of
 from cispo.policies.moe import Experts, Router, ScoreRouter
 from cispo.policies.policy import HFConfig, Policy
@@ -84,11 +85,13 @@ def cache_sizes(policy: Policy) -> tuple[int, int]:
     """About the numbers that an engine keeps of a token, and of a sequence of any length, its states.
 
     Latents count as the keys and values that they expand to, which is too much; a convolution's last inputs are left
-    out. `policy` has shapes alone.
+    out. Heads that are modules count. `policy` has shapes alone.
     """
     token, cached = torch.zeros(1, dtype=torch.long, device="meta"), _Cached()
     with torch.no_grad(), _without_experts(policy):
-        policy.attend(token, token, cached)
+        hidden = policy.attend(token, token, cached).hidden
+        for number in range(len(policy.predictors) if isinstance(policy, HybridPolicy) else 0):
+            policy.predict(number, token, token, hidden, cached)
     return cached.token, cached.state
 
 

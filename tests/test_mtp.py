@@ -1,13 +1,14 @@
-"""Heads of multi-token prediction: the module, its names on disk, and their training beside the policy.
+"""Heads of multi-token prediction: the module, its loss, and its names on disk.
 
 References: transformers' layers with the equations of arXiv 2412.19437, section 2.2, around them, a document at a time;
-one document at a time in float64; the learner without heads, to the bit.
+one document at a time in float64.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,20 @@ from transformers import PreTrainedModel
 
 from cispo.batch.packing import pack
 from cispo.errors import UserError
-from cispo.learner.adapters import Adapters
-from cispo.learner.heads import HeadsLoss, Predictions, heads_loss, prediction_metrics
-from cispo.learner.learner import Learner, UpdateResult
+from cispo.learner.heads import HeadsLoss, heads_loss
 from cispo.learner.loss import attention_of, read
-from cispo.learner.memory import heads_of, rank_memory, units_of
+from cispo.learner.memory import heads_of
 from cispo.ops.logprobs import best_tokens
-from cispo.policies.costs import cache_sizes
 from cispo.policies.hybrid.model import HybridPolicy
 from cispo.policies.loading import check_weights, count_parameters, init_policy, load_policy, save_policy, shape_of
-from cispo.policies.moe import correction_biases
 from cispo.policies.policy import Policy
-from cispo.policies.replay import routers_of
 from cispo.recipe.drafts import asks_heads
-from cispo.recipe.schema import Learner as LearnerConfig
-from cispo.recipe.schema import Lora
 from cispo.types import MicroBatch, Sample
 from tests import tiny_hybrids
 from tests.shard_group import prompts_shared
-from tests.test_learner import CISPO, samples
+from tests.test_learner import samples
 from tests.test_released_configs import DEEPSEEK_V3
+from tests.test_shares import shares
 from tests.tiny_hybrids import TINY, VARIANTS
 from tests.tiny_policies import QWEN3, assert_close
 
@@ -65,13 +60,6 @@ def drawn(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.floa
             if weight.dim() == 1:
                 weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
     return policy
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp(request.param)
-    save_policy(drawn(config_of(request.param)), made)
-    return made
 
 
 def packed(given: list[Sample], *, budget: int = 60, shared: bool = False) -> list[MicroBatch]:
@@ -270,6 +258,33 @@ def test_best_tokens_are_the_argmax_in_any_chunks() -> None:
     assert len(best_tokens(hidden[:0], weight)) == 0
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v32"])
+def test_shares_of_an_engines_ranks_are_the_heads_together(family: str) -> None:
+    """Two ranks, float32: 2e-5 of log-probabilities, as for the policy (`test_shares.py`)."""
+    policy = drawn(config_of(family))
+    (mb,) = packed(samples(), budget=10_000)
+
+    def run(one: HybridPolicy) -> list[Tensor]:
+        with torch.no_grad():  # of each thread
+            hidden, found, attention = read(one, mb).hidden, [], attention_of(mb)
+            for number, head in enumerate(heads_of(one)):
+                hidden = one.predict(number, mb.targets, mb.positions, hidden, attention)
+                found.append((head.norm(hidden) @ one.lm_head_weight.T).log_softmax(-1))
+            return found
+
+    parts = shares(policy, 2)
+    for part in parts:
+        assert part.load(policy.checkpoint().items()) == set(part.policy.named_weights())
+        assert part.policy.get_parameter("predictors.1.layer.self_attn.o_proj.weight").numel() * 2 == (
+            policy.get_parameter("predictors.1.layer.self_attn.o_proj.weight").numel()
+        )
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda part: run(hybrid(part.policy)), parts))
+    for own in found:
+        for ours, expected in zip(own, run(policy), strict=True):
+            assert_close(ours, expected, 2e-5)
+
+
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
@@ -348,140 +363,3 @@ def test_a_recipe_asks_for_heads_by_the_method() -> None:
     assert asks_heads({"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}})
     assert not asks_heads({"speculative_config": {"method": "ngram"}}) and not asks_heads({})
     assert not asks_heads({"speculative_config": None})
-
-
-# --- the learner -----------------------------------------------------------------------------------------------------
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "biases balanced, prompts shared": {"router_bias_rate": 0.01, "share_prompts": True},
-    "8 bits, on the host, recomputed": {
-        "optimizer": "adamw8bit",
-        "offload": ["optimizer", "activations"],
-        "gradient_checkpointing": True,
-    },
-}
-
-
-def updates(
-    folder: Path, options: dict[str, Any], *, heads: bool, dtype: Any = "float32", count: int = 3
-) -> tuple[Learner, list[UpdateResult]]:
-    learner = Learner(str(folder), LearnerConfig(**options), heads=heads, dtype=dtype, temperature=1.3)
-    mbs = packed(prompts_shared(samples()), shared=bool(options.get("share_prompts")))
-    assert len(mbs) > 1
-    return learner, [learner.update(mbs, CISPO, lr=1e-2) for _ in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("options", "dtype"),
-    [*((options, "float32") for options in OPTIONS.values()), (OPTIONS["8 bits, on the host, recomputed"], "bfloat16")],
-    ids=[*OPTIONS, "masters on the host"],
-)
-def test_the_policy_is_the_one_without_heads_to_the_bit(folder: Path, options: dict[str, Any], dtype: str) -> None:
-    """Three updates: weights, moments, biases, losses, norms, log-probabilities. The heads learn meanwhile."""
-    alone, expected = updates(folder, options, heads=False, dtype=dtype)
-    learner, results = updates(folder, options, heads=True, dtype=dtype)
-    assert [(r.batch.loss, r.grad_norm, r.taken) for r in results] == [
-        (r.batch.loss, r.grad_norm, r.taken) for r in expected
-    ]
-    assert min(r.grad_norm for r in results) > 1, "nothing is clipped"
-    for one, other in zip(results, expected, strict=True):
-        assert one.batch.tokens is not None and other.batch.tokens is not None
-        assert torch.equal(one.batch.tokens.logprobs, other.batch.tokens.logprobs)
-    weights = learner.policy.named_weights()
-    assert all(torch.equal(w, weights[name]) for name, w in alone.policy.named_weights().items())
-    state, whole = alone.rank.optimizer.state(), learner.rank.optimizer.state()
-    assert state.keys() == whole.keys() and all(torch.equal(value, whole[key]) for key, value in state.items())
-    # What a reference and routers' biases are made of is the trunk's.
-    learner.freeze_reference()
-    assert learner.reference is not None and not heads_of(learner.reference)
-    assert len(correction_biases(learner.policy)) == len(routers_of(learner.policy)) == 3
-    losses = [found.loss / found.count for r in results if (found := r.batch.predictions)]
-    assert losses[2] < losses[1] < losses[0] < 6 and expected[0].batch.predictions is None
-
-
-def test_heads_have_a_norm_and_a_clip_of_their_own(folder: Path) -> None:
-    """With a bound far below their gradient's norm their first moments are those of a gradient of that norm: 1e-6, the
-    rounding of a float32 sum."""
-    learner, _ = updates(folder, {"max_grad_norm": 1e-3}, heads=True, count=1)
-    assert learner.rank.heads is not None
-    for optimizer in learner.rank.optimizers:
-        moments = [v for key, v in optimizer.state().items() if key.endswith("/exp_avg")]
-        norm = torch.stack([m.double().square().sum() for m in moments]).sum().sqrt()
-        assert float(norm) == pytest.approx(0.1 * 1e-3, rel=1e-5)
-
-
-def test_a_resumed_run_is_the_same_run(folder: Path, tmp_path: Path) -> None:
-    """To the bit; and a checkpoint with heads goes on without them, and the reverse."""
-    learner, _ = updates(folder, {}, heads=True, count=2)
-    (tmp_path / "training").mkdir()
-    learner.start_save(str(tmp_path))
-    assert learner.saved(wait=True)
-    mbs = packed(prompts_shared(samples()))
-    expected = learner.update(mbs, CISPO, lr=1e-2)
-    resumed = Learner(str(tmp_path), LearnerConfig(), heads=True, temperature=1.3)
-    resumed.restore(str(tmp_path))
-    found = resumed.update(mbs, CISPO, lr=1e-2)
-    assert (found.batch.predictions, found.grad_norm) == (expected.batch.predictions, expected.grad_norm)
-    weights = learner.policy.named_weights()
-    assert all(torch.equal(w, weights[name]) for name, w in resumed.policy.named_weights().items())
-    without = Learner(str(tmp_path), LearnerConfig(), temperature=1.3)
-    without.restore(str(tmp_path))
-    assert without.update(mbs, CISPO, lr=1e-2).grad_norm == expected.grad_norm and without.policy.kept
-    (tmp_path / "without" / "training").mkdir(parents=True)
-    without.start_save(str(tmp_path / "without"))
-    assert without.saved(wait=True)
-    again = Learner(str(tmp_path / "without"), LearnerConfig(), heads=True, temperature=1.3)
-    again.restore(str(tmp_path / "without"))
-    assert again.update(mbs, CISPO, lr=1e-2).taken
-
-
-def test_engines_and_folders_get_the_heads_weights(folder: Path, tmp_path: Path) -> None:
-    learner, _ = updates(folder, {}, heads=True, count=1)
-    names = {name for name, _ in learner.policy.disk_places()}
-    assert any(name.startswith("model.layers.5.") for name in names)
-    assert {slot.name for bucket in learner.sender.buckets for slot in bucket.slots} == names
-    sent = load_file(learner.publish(str(tmp_path), 1))
-    learner.save(str(tmp_path / "saved"))
-    written = load_file(tmp_path / "saved" / "model.safetensors")
-    second = {f"model.layers.{n}.{name}.weight" for n in (4, 5) for name in ("embed_tokens", "shared_head.head")}
-    assert sent.keys() == names and written.keys() == names | second
-    assert all(torch.equal(sent[name], written[name]) for name in names)
-    assert torch.equal(written["model.layers.5.embed_tokens.weight"], sent["model.embed_tokens.weight"])
-    assert torch.equal(written["model.layers.4.shared_head.head.weight"], sent["lm_head.weight"])
-
-
-def test_beside_an_adapter_heads_stay_as_they_came(folder: Path) -> None:
-    adapters = Adapters(lora=Lora(rank=2, alpha=4.0), seed=3)
-    before = load_policy(folder, heads=True).named_weights()
-    learner = Learner(str(folder), LearnerConfig(), adapters=adapters, heads=True)
-    alone = Learner(str(folder), LearnerConfig(), adapters=adapters)
-    results = [one.update(packed(samples()), CISPO, lr=1e-2) for one in (learner, alone)]
-    assert results[0].grad_norm == results[1].grad_norm > 0 and results[0].batch.predictions is None
-    weights = learner.policy.named_weights()
-    heads = [name for name in weights if name.startswith("predictors.")]
-    assert heads and all(torch.equal(weights[name], before[name]) for name in heads)
-    assert not any(".lora_" in name for name in heads)
-    sent = learner.policy.to_hf()
-    assert torch.equal(sent["model.layers.4.eh_proj.weight"], before["predictors.0.eh_proj.weight"])
-    one, other = (made.policy for made in (learner, alone))
-    assert one.adapter_config.to_dict() == other.adapter_config.to_dict()  # type: ignore[attr-defined]
-
-
-def test_the_metrics_are_means_over_predictions() -> None:
-    ranks = [Predictions(count=3, loss=6.0, right=1), None, Predictions(count=1, loss=1.0, right=1)]
-    assert prediction_metrics(ranks) == {"mtp/loss": 1.75, "mtp/accuracy": 0.5}
-    assert prediction_metrics([None]) == prediction_metrics([Predictions(count=0, loss=0.0, right=0)]) == {}
-
-
-def test_the_memory_plan_counts_heads_but_not_in_a_reference() -> None:
-    plain, policy = (shape_of(config_of("deepseek_v3"), heads=heads) for heads in (False, True))
-    more = sum(p.numel() for head in heads_of(policy) for p in head.parameters())
-    options: dict[str, Any] = {"dtype": "float32", "sharded": False, "reference": True}
-    with_heads, without = (rank_memory(one, LearnerConfig(), **options) for one in (policy, plain))
-    assert with_heads.weights - without.weights == 4 * more and with_heads.reference == without.reference
-    assert with_heads.moments - without.moments == 8 * more
-    # A head is one layer more in an engine's cache, of four.
-    assert cache_sizes(policy)[0] * 4 == cache_sizes(plain)[0] * (4 + HEADS)
-    trunk = [len(unit) for unit in units_of(plain)]
-    assert [len(unit) for unit in units_of(policy)] == trunk + [1] * 2 * HEADS

@@ -4,8 +4,8 @@
 
 Head n (from 0) predicts every trained token t_j from the position n + 2 tokens before it, which must be in t_j's
 document; w_j is the token's weight in the policy's loss (`MicroBatch.loss_weights`). Embedding and LM head are detached
-too, so heads alone get a gradient: equation 24 of arXiv 2412.19437, where trunk and head are trained as well. The mean
-over heads is its equation 25 without the factor, which AdamW divides out.
+too, so heads alone get a gradient: equation 24 of arXiv 2412.19437, where the trunk is trained as well. The mean over
+heads is its equation 25 without the factor.
 
 Heads read all tokens of every document, those of shared prompts again: the last token of a prompt has another next
 token in each. Logits go through the chunks of `ops.logprobs`; the best token takes one product more.

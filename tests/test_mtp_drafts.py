@@ -8,6 +8,7 @@ python -m pytest tests/test_mtp_drafts.py           the first model runner; test
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -29,6 +30,8 @@ from cispo.types import FinishReason  # noqa: E402
 from cispo.weights.publish import publish_weights, weights_folder  # noqa: E402
 from tests.served import sampled, update  # noqa: E402
 from tests.test_ngram_drafts import TOLERANCE, counts, policy_logprobs, running, sampling  # noqa: E402
+from tests.test_updates_in_flight import BLOCKS, EXACT, PLAIN, RULED, VERSIONS, Kind, interleaved  # noqa: E402
+from tests.test_updates_in_flight import running as running_kind  # noqa: E402
 from tests.test_vllm_parity import QWEN3, counting, lightning, random_prompts, scheduler, vllm  # noqa: E402
 from tests.tiny_hybrids import TINY, VARIANTS, draw_weights  # noqa: E402
 
@@ -82,6 +85,8 @@ class Proposal(NamedTuple):
     drafts: list[int]
     logits: Tensor | None
     """[drafts, V], of the head; None where a CUDA graph has them."""
+    version: int = 0
+    """Of the weights."""
 
 
 def proposals(engine: ServedEngine) -> list[Proposal]:
@@ -101,7 +106,7 @@ def proposals(engine: ServedEngine) -> list[Proposal]:
                 request = runner.requests[name]
                 if not runner.discard_request_mask.np[row]:
                     text = [*request.prompt_token_ids, *request.output_token_ids]
-                    found.append(Proposal(text, drafts[row].tolist(), logits[row]))
+                    found.append(Proposal(text, drafts[row].tolist(), logits[row], engine.version))
             return drafts
 
         def kept(hidden: Tensor) -> Tensor:
@@ -151,10 +156,13 @@ def check(engine: ServedEngine, policy: HybridPolicy, seed: int, prompts: Sequen
     reported = torch.tensor([x for c in completions for x in c.logprobs])
     assert (reported - policy_logprobs(policy, prompts, completions, sampling())).abs().max() <= TOLERANCE
     drafted, accepted = (now - then for now, then in zip(counts(engine), before, strict=True))
-    assert 0.2 * drafted < accepted < 0.9 * drafted
-    assert len(found) > 100 and all(proposal.logits is not None for proposal in found)
+    assert 0.2 * drafted < accepted < 0.9 * drafted and len(found) > 100
+    check_drafts(policy, found)
+
+
+def check_drafts(policy: HybridPolicy, found: Sequence[Proposal]) -> None:
     logits = torch.stack([proposal.logits for proposal in found if proposal.logits is not None])
-    assert (predicted(policy, found) - logits).abs().max() <= 10 * TOLERANCE
+    assert len(logits) == len(found) and (predicted(policy, found) - logits).abs().max() <= 10 * TOLERANCE
     assert [proposal.drafts for proposal in found] == logits.argmax(-1).tolist()
 
 
@@ -197,6 +205,35 @@ def test_every_way_of_scheduling(family: str, mode: str, tmp_path: Path) -> None
             check(engine, policy, seed, prompts)
     assert (preemptions[0] > 0) == (mode == "preempted")
     assert (hits[0] > 0) == (mode == "prefix_cache")
+
+
+class HeadKind(Kind):
+    """Versions of a policy whose head is published too."""
+
+    def __init__(self, folder: Path, weights: Path, family: str) -> None:
+        self.folder = folder
+        self.policies = [following(family, seed) for seed in range(VERSIONS)]
+        save_policy(self.policies[0], folder)
+        self.paths = [
+            str(publish_weights(policy.to_hf(), weights, number).rename(weights / f"{folder.name}-{number}"))
+            for number, policy in enumerate(self.policies)
+        ]
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_updates_cancelled_calls_and_rules_between_drafts(family: str, tmp_path: Path) -> None:
+    """Every draft behind an update is one of the new head over rows of the new weights."""
+    arguments = {"enable_prefix_caching": True, "num_gpu_blocks_override": BLOCKS["dense"], "block_size": 128}
+    with weights_folder("test") as weights:
+        kind = HeadKind(tmp_path, weights, family)
+        with running_kind(kind, speculative_config=MTP, **arguments) as engine:
+            found = proposals(engine)
+            for seed, rule in enumerate([PLAIN, RULED]):
+                assert asyncio.run(asyncio.wait_for(interleaved(engine, kind, seed, EXACT, rule), 60)) <= TOLERANCE
+    for version, policy in enumerate(kind.policies):
+        of_version = [proposal for proposal in found if proposal.version == version]
+        assert isinstance(policy, HybridPolicy) and of_version
+        check_drafts(policy, of_version)
 
 
 @pytest.mark.slow

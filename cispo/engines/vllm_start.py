@@ -23,6 +23,7 @@ from cispo.engines.draft_arguments import check_path, check_states, drafts_of, p
 from cispo.errors import UserError
 from cispo.files import read_json
 from cispo.policies.families import FAMILIES, PARSED, POLICY_MODEL, family_of
+from cispo.policies.loading import check_weights
 from cispo.policies.replay import ROUTES_KEY
 from cispo.recipe.drafts import asks_heads
 from cispo.runtime.start_parts import Parts
@@ -212,6 +213,8 @@ def _own_arguments(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]
         from cispo.policies.hybrid.vllm_config import name_heads
 
         check_path(folder)
+        if arguments["load_format"] != "dummy":
+            check_weights(folder, heads=True)
         name_heads()
     if arguments.get("config_format", PARSED) != PARSED:
         return {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,8 +263,11 @@ def test_a_right_head_ends_a_run_where_the_completion_ends(tmp_path: Path) -> No
     tokens a step, up to an end-of-sequence token, the limit of a completion or that of a context."""
     policy = following("glm4_moe", 0, context=0.0)
     save_policy(policy, tmp_path)
-    logits = policy.embed_tokens.weight @ policy.lm_head_weight.T
-    next_of = logits.argmax(1).tolist()
+    next_of = (policy.embed_tokens.weight @ policy.lm_head_weight.T).argmax(1).tolist()
+
+    def chain(token: int, length: int) -> tuple[int, ...]:
+        return tuple(islice(accumulate(repeat(token), lambda last, _: next_of[last]), 1, length + 1))
+
     limits = [17 + n for n in range(len(PROMPTS))]
     greedy, ending = sampling(temperature=0), sampling(temperature=0, eos_ids=tuple(range(0, 64, 9)))
     with running(tmp_path, MTP | {"num_speculative_tokens": 4}) as engine:
@@ -275,16 +278,14 @@ def test_a_right_head_ends_a_run_where_the_completion_ends(tmp_path: Path) -> No
         assert steps[0] <= 2 + max(limits) / 5 and accepted == drafted > 0
         ended = sampled(engine, PROMPTS, ending, 0, limits)
         assert engine.engine.sampled == sum(len(c.token_ids) for c in found + ended)
-        full = sampled(engine, PROMPTS[:2], sampling(temperature=0, max_tokens=240), 0)
-    for prompt, limit, whole, short in zip(PROMPTS, limits, found, ended, strict=True):
-        expected = prompt[-1:]
-        for _ in range(limit):
-            expected.append(next_of[expected[-1]])
-        assert list(whole.token_ids) == expected[1:]
-        until = next((n for n, token in enumerate(expected[1:], 1) if token in ending.eos_ids), limit)
-        assert list(short.token_ids) == expected[1 : until + 1]
+        whole = sampled(engine, PROMPTS, sampling(temperature=0, max_tokens=256), 0, [256 - len(p) for p in PROMPTS])
+    for prompt, limit, limited, short, full in zip(PROMPTS, limits, found, ended, whole, strict=True):
+        expected = chain(prompt[-1], limit)
+        assert limited.token_ids == expected
+        until = next((n for n, token in enumerate(expected, 1) if token in ending.eos_ids), limit)
+        assert short.token_ids == expected[:until]
+        assert full.token_ids == chain(prompt[-1], 256 - len(prompt))
     assert {c.finish_reason for c in ended} == {FinishReason.STOP, FinishReason.LENGTH}
-    assert [len(c.token_ids) for c in full] == [240, 240]
 
 
 REFUSED = {

@@ -31,7 +31,8 @@ def proposed_on(device: str, arguments: Mapping[str, Any]) -> dict[str, object]:
     """The argument with vLLM's proposer for the device.
 
     N-grams are looked up on a GPU there, with which vLLM schedules a step before the tokens of the last are known. On a
-    CPU a head reads the tokens that count and no others: vLLM's way around the wait for them, on a GPU, has kernels.
+    CPU a head reads the tokens that count and no others: where vLLM 0.32's first model runner passes it rejected ones
+    too, it takes a prompt's last token for the one behind a part of the prompt.
     """
     given = dict(arguments[KEY])
     if given["method"] == "mtp":

@@ -2,6 +2,7 @@
 
 study_POLICY.png          accuracy over completions and tokens, checked completions over steps, a row a regime
 study_tokens_POLICY.png   the tokens that a clip drops, their ratios, entropy
+study_overview.png        accuracy over completions in the regimes of all policies, a column a policy
 study_differences.png     every arm against the reference
 """
 
@@ -30,12 +31,15 @@ Points = tuple[Sequence[float], Sequence[float]]
 
 
 def draw(out: Path, study: Mapping[tuple[str, Regime], Runs], rows: Sequence[Row]) -> None:
+    drawn = dict[str, Mapping[Regime, Runs]]()
     for policy in dict.fromkeys(name for name, _ in study):
         of_policy = {regime: covered(runs) for (name, regime), runs in study.items() if name == policy}
         tested = {regime: runs for regime, runs in of_policy.items() if len(best(runs[ARMS[0]])) >= LEAST_SEEDS}
-        shown = tested or of_policy
+        drawn[policy] = shown = tested or of_policy
         _save(_curves(shown), out / f"study_{policy}.png")
         _save(_tokens(of_policy, list(shown)), out / f"study_tokens_{policy}.png")
+    if shared := set.intersection(*(set(regimes) for regimes in drawn.values())):
+        _save(_overview(drawn, sorted(shared)), out / "study_overview.png")
     if any(row.p is not None for row in rows):
         _save(_differences(rows), out / "study_differences.png")
 
@@ -92,23 +96,38 @@ def _lines(axis: Axes, arms: Runs, points: Callable[[Result], Points]) -> None:
     axis.grid(color="#dddddd", linewidth=0.6)
 
 
-def _curves(regimes: Mapping[Regime, Runs]) -> Figure:
-    """A row a regime, of those with seeds enough for a test where there are any."""
+def _accuracies(axis: Axes, arms: Runs, total: str) -> None:
+    """Over sampled completions or tokens."""
     from matplotlib.ticker import EngFormatter
 
+    _lines(axis, arms, of_history(METRIC, f"total/{total}"))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xlabel(f"sampled {total}", fontsize=8)
+    axis.set_ylabel("held-out accuracy", fontsize=8)
+    axis.set_ylim(0, 1.02)
+
+
+def _overview(policies: Mapping[str, Mapping[Regime, Runs]], regimes: Sequence[Regime]) -> Figure:
+    figure, axes = _figure(len(regimes), len(policies))
+    for regime, places in zip(regimes, axes, strict=True):
+        for axis, (policy, runs) in zip(places, policies.items(), strict=True):
+            axis.set_title(f"{policy}, {regime.updates}:{regime.staleness}", fontsize=9, loc="left")
+            _accuracies(axis, runs[regime], "completions")
+    _legend(figure, ARMS)
+    return figure
+
+
+def _curves(regimes: Mapping[Regime, Runs]) -> Figure:
+    """A row a regime, of those with seeds enough for a test where there are any."""
     figure, axes = _figure(len(regimes), 3)
     for (regime, arms), places in zip(regimes.items(), axes, strict=True):
         places[0].set_title(regime_name(regime), fontsize=10, loc="left")
         for axis, total in zip(places, ("completions", "tokens"), strict=False):
-            _lines(axis, arms, of_history(METRIC, f"total/{total}"))
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axis.set_xlabel(f"sampled {total}", fontsize=8)
-            axis.set_ylabel("held-out accuracy", fontsize=8)
+            _accuracies(axis, arms, total)
         _lines(places[2], arms, checked)
         places[2].set_xlabel("step", fontsize=8)
         places[2].set_ylabel("completions with a check", fontsize=8)
-        for axis in places:
-            axis.set_ylim(0, 1.02)
+        places[2].set_ylim(0, 1.02)
     _legend(figure, [arm for arm in ARMS if any(best(arms[arm]) for arms in regimes.values())])
     return figure
 

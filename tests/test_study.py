@@ -159,7 +159,7 @@ def test_results_of_several_machines_merge_into_one_page(tmp_path: Path):
     assert "| small | 16 updates, staleness 0 | A > 0 | 20.00% of 0" not in text
     assert "| small | 16 updates, staleness 0 | A > 0 | none | none |" in text, "marks are never rare"
     assert "| gspo | 0.0001: 0.610, 0.0003: 0.810 |" in text, "each rate's mean"
-    for name in ("study_small", "study_tokens_small"):
+    for name in ("study_small", "study_tokens_small", "study_overview"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

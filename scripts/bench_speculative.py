@@ -94,6 +94,9 @@ def folder_with_a_right_head(source: Path, share: float, folder: Path) -> str:
         policy.lm_head_weight[torch.randperm(vocab, device=device)] = (rows * sharpness / hidden**0.5).to(dtype)
         policy.get_parameter("predictors.0.eh_proj.weight")[:, :hidden] += torch.eye(hidden, device=device, dtype=dtype)
     save_policy(policy, folder)
+    del policy
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return str(folder)
 
 

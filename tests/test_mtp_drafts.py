@@ -178,7 +178,7 @@ def test_tokens_are_the_policys_and_drafts_the_heads_before_and_after_an_update(
 
 MODES: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 20},
-    "preempted": {"num_gpu_blocks_override": 8, "block_size": 128},
+    "preempted": {"num_gpu_blocks_override": 16, "block_size": 32},
     "prefix_cache": {"enable_prefix_caching": True, "block_size": 32},
 }
 

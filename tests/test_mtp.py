@@ -197,7 +197,7 @@ def test_losses_and_gradients_are_those_of_published_layers(family: str, tmp_pat
     assert largest(gradients, named) <= 1e-5
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v32"])
+@pytest.mark.parametrize("family", [*FAMILIES, pytest.param("deepseek_v32", marks=pytest.mark.slow)])
 def test_packing_shared_prompts_and_recomputation_change_nothing(family: str) -> None:
     """float64 against one document a micro-batch, with documents that are too short for a head: 1e-12 relative.
 

@@ -21,10 +21,10 @@ from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.recipe.schema import Lora
 from tests.shard_group import prompts_shared
 from tests.test_learner import CISPO, samples
-from tests.test_mtp import FAMILIES, HEADS, config_of, drawn, packed
+from tests.test_mtp import HEADS, config_of, drawn, packed
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["deepseek_v3", pytest.param("glm4_moe", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp(request.param)
     save_policy(drawn(config_of(request.param)), made)

@@ -90,8 +90,9 @@ def cache_sizes(policy: Policy) -> tuple[int, int]:
     token, cached = torch.zeros(1, dtype=torch.long, device="meta"), _Cached()
     with torch.no_grad(), _without_experts(policy):
         hidden = policy.attend(token, token, cached).hidden
-        for number in range(len(policy.predictors) if isinstance(policy, HybridPolicy) else 0):
-            policy.predict(number, token, token, hidden, cached)
+        if isinstance(policy, HybridPolicy):
+            for number in range(len(policy.predictors)):
+                policy.predict(number, token, token, hidden, cached)
     return cached.token, cached.state
 
 

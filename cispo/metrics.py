@@ -56,8 +56,9 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
     """Rewards, lengths, finish reasons and staleness of a batch of groups that the policy `version` is trained on.
 
     Lengths are split into completions above their group's mean reward (_better) and the others (_worse). Staleness is
-    in versions: of a completion that of its oldest token (mean, max), and of each token (tokens_mean). reward/NAME is
-    the mean over the completions that the function applies to, reward/NAME_count their number where some are left out.
+    in versions: of a completion that of its oldest token (mean, max), and of each token (tokens_mean).
+    rollout/accepted_frac is the share of the tokens that were drafts of speculative decoding. reward/NAME is the mean
+    over the completions that the function applies to, reward/NAME_count their number where some are left out.
     """
     trajectories = [t for group in groups for t in group.trajectories]
     if not trajectories:
@@ -85,6 +86,8 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup], *, version: int) -> dict[
         "staleness/max": float(max(stale)),
         "staleness/tokens_mean": version - sum(map(sum, by_turn)) / sum(map(len, by_turn)),
     }
+    if accepted := sum(turn.completion.accepted for t in trajectories for turn in t.turns):
+        metrics["rollout/accepted_frac"] = accepted / sum(map(len, by_turn))
     metrics |= agent_metrics([t for t in trajectories if t.status])
     names = dict.fromkeys(name for t in trajectories for name in t.rewards)
     for name in names:

@@ -152,6 +152,8 @@ class Completion:
     """The policy version that sampled each token, never falling."""
     cached: int = 0
     """Tokens of the prompt that the engine found in its prefix cache."""
+    accepted: int = 0
+    """Tokens that were drafts of speculative decoding, sampled in the step of a token before them."""
     routed_experts: RoutedExperts | None = None
     """Of prompt and completion but for its last token, which no engine reads; None unless they are replayed."""
 

@@ -98,9 +98,14 @@ def test_mismatch_metrics():
 
 
 def group(
-    rewards: list[float], lengths: list[int], reason: FinishReason = FinishReason.STOP, newer: int = 0
+    rewards: list[float],
+    lengths: list[int],
+    reason: FinishReason = FinishReason.STOP,
+    *,
+    newer: int = 0,
+    accepted: int = 0,
 ) -> TrajectoryGroup:
-    """Completions of version 3, but for their last `newer` tokens."""
+    """Completions of version 3, but for their last `newer` tokens; `accepted` drafts in each."""
     trajectories = []
     for index, (reward, length) in enumerate(zip(rewards, lengths, strict=True)):
         completion = Completion(
@@ -108,6 +113,7 @@ def group(
             logprobs=(-1.0,) * length,
             finish_reason=reason,
             versions=(3,) * (length - newer) + (5,) * newer,
+            accepted=accepted,
         )
         turn = Turn(context_ids=(0,), completion=completion)
         trajectories.append(
@@ -124,7 +130,9 @@ def test_rollout_and_group_metrics():
     assert m["truncation_frac"] == pytest.approx(1 / 3) and m["repetition_stop_frac"] == 0
     assert m["length/mean_better"] == 4 and m["length/mean_worse"] == pytest.approx(24 / 5)
     assert m["staleness/mean"] == 2 and m["staleness/max"] == 2 and m["staleness/tokens_mean"] == 2
-    mixed = rollout_metrics([group([1, 0], [4, 2], newer=2)], version=5)
+    assert "rollout/accepted_frac" not in m
+    mixed = rollout_metrics([group([1, 0], [4, 2], newer=2, accepted=1)], version=5)
+    assert mixed["rollout/accepted_frac"] == pytest.approx(2 / 6)
     assert mixed["staleness/mean"] == 1 and mixed["staleness/max"] == 2
     assert mixed["staleness/tokens_mean"] == pytest.approx(2 * 2 / 6)
     g = group_metrics(groups)

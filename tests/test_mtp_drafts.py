@@ -9,6 +9,7 @@ python -m pytest tests/test_mtp_drafts.py           the first model runner; test
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from itertools import accumulate, islice, repeat
 from pathlib import Path
@@ -282,6 +283,8 @@ def test_a_right_head_ends_a_run_where_the_completion_ends(tmp_path: Path) -> No
     for prompt, limit, limited, short, full in zip(PROMPTS, limits, found, ended, whole, strict=True):
         expected = chain(prompt[-1], limit)
         assert limited.token_ids == expected
+        # One token of the prompt's step, then five a step.
+        assert limited.accepted == limit - 1 - math.ceil((limit - 1) / 5)
         until = next((n for n, token in enumerate(expected, 1) if token in ending.eos_ids), limit)
         assert short.token_ids == expected[:until]
         assert full.token_ids == chain(prompt[-1], 256 - len(prompt))

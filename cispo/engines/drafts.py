@@ -44,6 +44,8 @@ class Draft:
     """Drafts of another name share no block of a prefix cache."""
     cached: int = 0
     """Tokens of the prompt that were found in it."""
+    accepted: int = 0
+    """Tokens that were drafts of speculative decoding."""
     counter: RunCounter | None = None
     """None where the limit rules out a run of the rule's length."""
     tokens: list[int] = field(default_factory=list)
@@ -73,7 +75,7 @@ class Draft:
     def start_again(self) -> int:
         """Forgets all tokens; returns their number."""
         lost = len(self.tokens)
-        self.tokens, self.logprobs, self.starts = [], [], {}
+        self.tokens, self.logprobs, self.starts, self.accepted = [], [], {}, 0
         if self.counter is not None:
             self.counter.run = 0
         return lost
@@ -91,6 +93,7 @@ class Draft:
             finish_reason=self.reason,
             versions=tuple(versions),
             cached=self.cached,
+            accepted=self.accepted,
             routed_experts=self._routed_experts(),
         )
 

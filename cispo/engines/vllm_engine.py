@@ -100,7 +100,8 @@ class VLLMEngine:
         # A worker on a CPU has no such method: its sampler returns log-probabilities with the tokens.
         on_gpu = self._engine.vllm_config.device_config.device_type == "cuda"
         records = on_gpu and all(self._engine.collective_rpc("record_logprobs"))
-        if self._engine.vllm_config.speculative_config is not None:
+        self._drafts = self._engine.vllm_config.speculative_config is not None
+        if self._drafts:
             self._engine.collective_rpc("sample_drafts")
         self._pending = self._recorded() if records else None
         self._routes = self._recorded_routes() if record_routes else None
@@ -183,6 +184,8 @@ class VLLMEngine:
         for output in outputs if self._caches else ():
             if output.prefill_stats is not None:
                 self._requests[output.request_id].cached = output.prefill_stats.num_cached_tokens
+        for output in outputs if self._drafts else ():
+            self._requests[output.request_id].accepted += max(len(output.new_token_ids) - 1, 0)
         if self._pending is None:
             return self._extend(map(_sampled_tokens, outputs))
         for output in outputs:

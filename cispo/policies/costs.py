@@ -85,14 +85,13 @@ def cache_sizes(policy: Policy) -> tuple[int, int]:
     """About the numbers that an engine keeps of a token, and of a sequence of any length, its states.
 
     Latents count as the keys and values that they expand to, which is too much; a convolution's last inputs are left
-    out. Heads that are modules count. `policy` has shapes alone.
+    out. The head that drafts counts, where heads are modules. `policy` has shapes alone.
     """
     token, cached = torch.zeros(1, dtype=torch.long, device="meta"), _Cached()
     with torch.no_grad(), _without_experts(policy):
         hidden = policy.attend(token, token, cached).hidden
-        if isinstance(policy, HybridPolicy):
-            for number in range(len(policy.predictors)):
-                policy.predict(number, token, token, hidden, cached)
+        if isinstance(policy, HybridPolicy) and policy.predictors:
+            policy.predict(0, token, token, hidden, cached)
     return cached.token, cached.state
 
 

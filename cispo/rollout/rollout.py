@@ -243,8 +243,9 @@ def rollouts_to_json(rollouts: Rollouts) -> dict[str, object]:
 
 
 def _plain(values: list[tuple[str, object]]) -> dict[str, object]:
-    """Bytes as base64 text; routed experts that are not recorded, and cached tokens where none are, leave no key."""
-    kept = [(n, value) for n, value in values if n not in ("routed_experts", "cached") or value not in (None, 0)]
+    """Bytes as base64 text; routed experts that are not recorded, and counts of zero, leave no key."""
+    sparse = ("routed_experts", "cached", "accepted")
+    kept = [(n, value) for n, value in values if n not in sparse or value not in (None, 0)]
     return {n: base64.b64encode(value).decode() if isinstance(value, bytes) else value for n, value in kept}
 
 

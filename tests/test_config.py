@@ -126,6 +126,10 @@ def test_paths_beside_the_recipe(tmp_path: Path):
             r"key rollout.engine_args.speculative_config.num_speculative_tokens is missing",
         ),
         (
+            "rollout: {engine: torch, engine_args: {speculative_config: {method: mtp, num_speculative_tokens: 1}}}",
+            r"speculative_config is for vLLM: rollout.engine torch makes no drafts",
+        ),
+        (
             "rollout: {engine_args: {speculative_config: {method: mtp, num_speculative_tokens: true}}}",
             r"speculative_config.num_speculative_tokens = True: a whole number from 1 on",
         ),

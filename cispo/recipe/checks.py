@@ -85,6 +85,8 @@ def _of_the_drafts(recipe: Recipe) -> Iterator[str]:
             yield f"key {key}.{name} is missing"
     if given.get("prompt_lookup_min", 1) > given.get("prompt_lookup_max", 1):
         yield f"{key}.prompt_lookup_min {given['prompt_lookup_min']} is above prompt_lookup_max"
+    if recipe.rollout.engine == "torch":
+        yield f"{key} is for vLLM: rollout.engine torch makes no drafts"
     if recipe.policy.router_replay == "rollout":
         yield (
             f"{key} and policy.router_replay exclude each other: the experts that an engine records would be those of "

@@ -69,6 +69,7 @@ MEASUREMENTS = (
     Measurement("delta", "bench_delta.py", 1, 4),
     Measurement("families", "bench_hybrid_engine.py --tokens 256", 1, 6),
     Measurement("drafts", "bench_speculative.py --model {model} --sequences 1,8,64 --tokens 192 --calls 2"),
+    Measurement("heads", "bench_speculative.py --method mtp --right 0.8 --k 3 --sequences 1,8,64 --tokens 192"),
     Measurement("ahead", f"bench_async.py recipes/lightning_30m.yaml {AHEAD} {HYBRID_AHEAD}", 2, 4),
     Measurement("ahead_smollm2", f"bench_async.py {CHAIN_SUM} {AHEAD} {DENSE_AHEAD}", 2, 5),
     Measurement("shards", "bench_sharding.py --out {out}/shards.json", 2, 6),

@@ -2,14 +2,14 @@
 
     python scripts/bench_speculative.py --model FOLDER [--texts sums,echo] [--sequences 1,8,64] [--tokens 256] [--k 4]
     python scripts/bench_speculative.py --model FOLDER --method mtp [--k 2]      drafts of the policy's own head
-    python scripts/bench_speculative.py --model FOLDER --method mtp --right 0.8  FOLDER with a config.json is enough
+    python scripts/bench_speculative.py [--model FOLDER] --method mtp --right 0.8        of a new one's
 
 Two engines, each in a process of its own, start at once, one without and one with drafts. They sample in turns: the
 same prompts and seeds, exactly `tokens` tokens of every completion. `sums` is a list of solved sums in the manner of
 recipes/smollm2_chain_sum.yaml, with which the model goes on; `echo` a paragraph, twice and once more begun; without a
-tokenizer.json there are random tokens instead. With `--right` the weights are new ones of the config's shapes: a token
-is followed by one other with that probability, and the head knows it, which shows what such a head would bring. A row
-is printed once it is measured: medians of `--calls` calls after a short one that is not counted. "accepted" is the
+tokenizer.json there are random tokens instead. With `--right` the weights are new ones of the shapes in
+FOLDER/config.json, or of GLM-4-MoE's blocks, 1.4 B: a token is followed by one other with that probability, and the head knows it, which shows what such a head would bring. A row
+is printed once it is measured: medians of `--calls` calls after one that is not counted. "accepted" is the
 share of all drafts, "same" that of tokens before the first of a completion that differs: on a GPU both engines draw the
 same noise, and only rounding parts them; on a CPU each draws its own. bfloat16 on a GPU.
 """
@@ -37,12 +37,23 @@ from tokenizers import Tokenizer
 from cispo.engines.serving import ServedEngine, make_engine
 from cispo.files import read_json
 from cispo.policies.loading import init_policy, save_policy
+from cispo.policies.policy import HFConfig
 from cispo.types import RepetitionStop, Sampling
 
 PARAGRAPH = (
     "The valley lies between two ranges of hills, and the river that runs through it turns the wheels of seven mills. "
     "In spring the water is high and cold, and the millers open the gates in the morning and close them at night. "
 )
+
+SHAPE = {
+    "model_type": "glm4_moe", "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 5632,
+    "num_hidden_layers": 16, "num_nextn_predict_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 128, "use_qk_norm": True, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "moe_intermediate_size": 1408, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "initializer_range": 0.02,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+"""Of `--right` without `--model`."""
 
 
 class Call(NamedTuple):
@@ -77,12 +88,12 @@ TEXTS: dict[str, Callable[[int], str]] = {"sums": sums, "echo": echo}
 """Name of a text -> its prompt of a number."""
 
 
-def folder_with_a_right_head(source: Path, share: float, folder: Path) -> str:
-    """Writes a policy of the shapes in `source`/config.json that follows a token by one other with probability `share`,
-    as its head does."""
+def folder_with_a_right_head(config: HFConfig, share: float, folder: Path) -> str:
+    """Writes a policy of the config's shapes that follows a token by one other with probability `share`, as its head
+    does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = init_policy(read_json(source / "config.json"), 0, dtype, device, heads=True)
+    policy = init_policy(config, 0, dtype, device, heads=True)
     vocab, hidden = policy.lm_head_weight.shape
     with torch.no_grad():
         for name, weight in policy.named_parameters():
@@ -164,7 +175,7 @@ def same(first: Measured, second: Measured) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="folder of a policy")
     parser.add_argument("--texts", default="sums,echo")
     parser.add_argument("--sequences", default="1,8,64")
     parser.add_argument("--tokens", type=int, default=256)
@@ -178,7 +189,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         if given.right is not None:
-            given.model = folder_with_a_right_head(Path(given.model), given.right, Path(folder))
+            config = SHAPE if given.model is None else read_json(Path(given.model) / "config.json")
+            given.model = folder_with_a_right_head(config, given.right, Path(folder))
+        elif given.model is None:
+            parser.error("--model is needed, but for --right")
         measure(given)
 
 
@@ -207,7 +221,7 @@ def measure(given: argparse.Namespace) -> None:
     for text, number in itertools.product(prompts, numbers):
         call = Call(prompts[text][:number], given.tokens, given.temperature)
         for engine in engines:
-            asked(engine, call._replace(tokens=min(16, given.tokens)))
+            asked(engine, call)
         turns = [[asked(engine, call) for engine in engines] for _ in range(given.calls)]
         plain, drafting = (number * given.tokens / statistics.median(t[i].seconds for t in turns) for i in range(2))
         drafted, accepted = (sum(values) for values in zip(*(turn[1][2:] for turn in turns), strict=True))

@@ -8,10 +8,11 @@ Two engines, each in a process of its own, start at once, one without and one wi
 same prompts and seeds, exactly `tokens` tokens of every completion. `sums` is a list of solved sums in the manner of
 recipes/smollm2_chain_sum.yaml, with which the model goes on; `echo` a paragraph, twice and once more begun; without a
 tokenizer.json there are random tokens instead. With `--right` the weights are new ones of the shapes in
-FOLDER/config.json, or of GLM-4-MoE's blocks, 1.4 B: a token is followed by one other with that probability, and the head knows it, which shows what such a head would bring. A row
-is printed once it is measured: medians of `--calls` calls after one that is not counted. "accepted" is the
-share of all drafts, "same" that of tokens before the first of a completion that differs: on a GPU both engines draw the
-same noise, and only rounding parts them; on a CPU each draws its own. bfloat16 on a GPU.
+FOLDER/config.json, or of GLM-4-MoE's blocks, 1.4 B: a token is followed by one other with that probability, and the
+head knows it, which shows what such a head would bring. A row is printed once it is measured: medians of `--calls`
+calls after one that is not counted. "accepted" is the share of all drafts, "same" that of tokens before the first of a
+completion that differs: on a GPU both engines draw the same noise, and only rounding parts them; on a CPU each draws
+its own. bfloat16 on a GPU.
 """
 
 from __future__ import annotations

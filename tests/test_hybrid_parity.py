@@ -59,7 +59,7 @@ and engine up to 3e-5 each from float64 on the same tokens."""
 TIE = 1e-6
 """Scores of experts that are closer are ordered by rounding."""
 
-DEFAULT = ("qwen3_next", "minimax_m2")
+DEFAULT = ("qwen3_next",)
 """Families of the default run: recurrences and softmax, both kinds of routers. For latents: `test_ngram_drafts`."""
 
 CONFIGS = {name: tiny.hf_config for name, tiny in TINY.items()}

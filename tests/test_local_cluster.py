@@ -77,7 +77,11 @@ SERVERS = "servers cat cat gcs_server python ray::clerk"
 
 @pytest.mark.parametrize(
     ("server", "said"),
-    [(None, []), ("gcs_server", ["said Ray's GCS"]), ("raylet", ["said Ray's raylet"])],
+    [
+        (None, []),
+        ("gcs_server", ["said Ray's GCS"]),
+        pytest.param("raylet", ["said Ray's raylet"], marks=pytest.mark.slow),
+    ],
     ids=["none", "gcs", "raylet"],
 )
 def test_a_cluster_of_this_machine(server: str | None, said: list[str]) -> None:

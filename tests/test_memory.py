@@ -261,6 +261,7 @@ def test_a_learner_resumes_bit_for_bit(folder: Path, tmp_path: Path, optimizer: 
     assert_equal(second.rank.optimizer.state(), first.rank.optimizer.state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["hybrid"], indirect=True)
 def test_sharded_ranks_offload_and_round_alike(folder: Path, tmp_path: Path):
     """Two ranks with halves of every parameter: offloads change no bit, adapters included; moments in 8 bits are

@@ -290,7 +290,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "chunked")) for mode in MODES])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_every_way_of_scheduling_samples_the_policys_greedy_tokens(
     mode: str, echoing: tuple[Path, list[Policy]]
 ) -> None:
@@ -330,6 +331,7 @@ def test_ends_inside_of_a_run_of_drafts(echoing: tuple[Path, list[Policy]]) -> N
     assert [len(c.token_ids) for c in found[0]] == limits
 
 
+@pytest.mark.slow
 def test_updates_cancelled_calls_and_rules_between_drafts(tmp_path: Path) -> None:
     arguments = {"enable_prefix_caching": True, "num_gpu_blocks_override": BLOCKS["dense"], "block_size": 128}
     with weights_folder("test") as weights:
@@ -341,7 +343,7 @@ def test_updates_cancelled_calls_and_rules_between_drafts(tmp_path: Path) -> Non
             assert counts(engine)[1] > 0
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2"])
+@pytest.mark.parametrize("family", ["deepseek_v3", pytest.param("minimax_m2", marks=pytest.mark.slow)])
 def test_policies_of_softmax_and_latent_attention(family: str, tmp_path: Path) -> None:
     policy = init_policy(TINY[family].hf_config, 0)
     draw_weights(policy, 0)

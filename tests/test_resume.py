@@ -70,7 +70,10 @@ FAULTS = script()
     [
         (),
         ("algorithm={name: ppo, ratio_max: null, updates_per_batch: 2, kl_coef: 0.01, kl_in: reward, kl: k1}",),
-        ("policy.dtype=bfloat16", "algorithm={name: dapo, ratio_max: null, dynamic_sampling: 1}"),
+        pytest.param(
+            ("policy.dtype=bfloat16", "algorithm={name: dapo, ratio_max: null, dynamic_sampling: 1}"),
+            marks=pytest.mark.slow,
+        ),
         ("curriculum={drop_above: 0.9, weighting: difficulty, length_stages: [[0, 8], [3, 16]]}", "data.limit=12"),
         TURNS,
     ],

@@ -185,7 +185,10 @@ def test_a_row_without_an_answer_is_not_the_word_none() -> None:
 VERIFIED = ["countdown", "binary_matrix", "n_queens", "coin_flip", "boxnet", "rubiks_cube", "spell_backward"]
 
 
-@pytest.mark.parametrize("task", VERIFIED)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=[pytest.mark.slow] * (task in ("binary_matrix", "n_queens"))) for task in VERIFIED],
+)
 def test_a_verifier_of_reasoning_gym_is_total(task: str) -> None:
     """Some of them evaluate the answer: as an expression, or as Python that exits."""
     row = load_rows(f"reasoning_gym:{task}", "train", {"size": 1, "seed": 0}, None, "data")[0]

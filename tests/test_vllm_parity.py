@@ -206,8 +206,8 @@ MODES: dict[str, tuple[dict[str, Any], list[list[int]], str]] = {
         "hits and preemptions",
     ),
 }
-APART = ("prefix_cache", "preempted")
-"""Slow: the last mode has both."""
+APART = ("prefix_cache", "preempted", "prefix_cache_preempted")
+"""Slow."""
 
 
 @pytest.mark.parametrize("mode", [pytest.param(m, marks=[pytest.mark.slow] * (m in APART)) for m in MODES])

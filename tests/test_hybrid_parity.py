@@ -59,8 +59,8 @@ and engine up to 3e-5 each from float64 on the same tokens."""
 TIE = 1e-6
 """Scores of experts that are closer are ordered by rounding."""
 
-DEFAULT = ("qwen3_next",)
-"""Families of the default run: recurrences and softmax, both kinds of routers. For latents: `test_ngram_drafts`."""
+DEFAULT = "qwen3_next"
+"""The family of the default run, of recurrences and softmax. For latents: `test_ngram_drafts` and `test_mtp_drafts`."""
 
 CONFIGS = {name: tiny.hf_config for name, tiny in TINY.items()}
 # Sparse attention runs in vLLM while it selects every key: in contexts of at most this length.
@@ -253,7 +253,9 @@ def check(family: str, mode: Mode, folder: Path, weights: Path) -> None:
     assert preemptions[0] >= mode.preemptions and hits[0] >= mode.hits, (preemptions, hits)
 
 
-@pytest.mark.parametrize("family", DEFAULT)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.slow] * (family != DEFAULT)) for family in CONFIGS]
+)
 def test_engine_equals_learner(family: str, weights: Path, tmp_path: Path) -> None:
     """Ragged prompts, chunked prefill, prefix cache and preemption at once."""
     check(family, SHORT, tmp_path, weights)

@@ -7,12 +7,9 @@ parent  run_group(world, folders) --> processes, each: every case --torch.save--
 from __future__ import annotations
 
 import os
-import socket
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,6 +45,7 @@ from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.recipe.schema import Lora
 from cispo.types import MicroBatch, Sample
+from tests.rank_group import run_ranks
 from tests.shard_group import F64, Case, gradients, prompts_shared
 from tests.test_learner import samples
 
@@ -381,17 +379,4 @@ def _entry(own: int, world: int, root: Path, address: str, every: bool) -> None:
 
 def run_group(world: int, root: Path, every: bool = False) -> list[int | None]:
     """Runs the cases in `world` processes, which leave their results in `root`; the exit code of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.context_group", "cispo.policies.dense.model"])
-    ranks = [context.Process(target=_entry, args=(own, world, root, address, every)) for own in range(world)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + 400
-    for process in ranks:
-        process.join(timeout=max(deadline - time.monotonic(), 0.1))
-        process.kill()  # one that hangs is a failure, not a process for ever
-        process.join()
-    return [process.exitcode for process in ranks]
+    return run_ranks(_entry, world, root, every, preload=["cispo.policies.dense.model"])

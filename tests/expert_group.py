@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -33,7 +32,8 @@ from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.recipe.schema import Lora
 from cispo.types import MicroBatch
-from tests.shard_group import BUCKET, F64, LR, SEQUENCE, TOKEN, free_address
+from tests.rank_group import run_ranks
+from tests.shard_group import BUCKET, F64, LR, SEQUENCE, TOKEN
 from tests.test_learner import samples
 
 
@@ -265,12 +265,4 @@ def run_experts(world: int, root: Path, *, thorough: bool = False) -> list[int |
 
     `thorough`: every case on every mesh.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.expert_group"])
-    address = free_address()
-    ranks = [context.Process(target=_entry, args=(own, world, root, address, thorough)) for own in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=1200)
-    return [process.exitcode for process in ranks]
+    return run_ranks(_entry, world, root, thorough, timeout=1200)

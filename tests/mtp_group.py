@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,7 +27,8 @@ from cispo.learner.rows import Rows, rows_of
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch
 from tests.expert_group import Axes
-from tests.shard_group import BUCKET, F64, LR, TOKEN, free_address, prompts_shared
+from tests.rank_group import run_ranks
+from tests.shard_group import BUCKET, F64, LR, TOKEN, prompts_shared
 from tests.test_learner import samples
 
 
@@ -179,12 +179,4 @@ def _entry(own: int, world: int, root: Path, address: str, thorough: bool) -> No
 def run_group(world: int, root: Path, *, thorough: bool) -> list[int | None]:
     """Runs the cases, all of them if `thorough`, in `world` processes, which leave their results in `root`; the exit
     code of each."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.mtp_group"])
-    address = free_address()
-    ranks = [context.Process(target=_entry, args=(own, world, root, address, thorough)) for own in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=400)
-    return [process.exitcode for process in ranks]
+    return run_ranks(_entry, world, root, thorough)

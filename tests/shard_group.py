@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -36,6 +34,7 @@ from cispo.learner.sharding import rows_of
 from cispo.recipe.schema import Critic as CriticConfig
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch, Sample
+from tests.rank_group import run_ranks
 from tests.test_learner import samples
 
 Dtype = Literal["float32", "bfloat16"]
@@ -324,21 +323,6 @@ def _entry(own: int, world: int, root: Path, address: str, draft: Path | None) -
     os._exit(0)  # a thread may still wait in a collective
 
 
-def free_address() -> str:
-    """An address of this machine with a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-
-
 def run_group(world: int, root: Path, draft: Path | None = None) -> list[int | None]:
     """Runs the cases in `world` processes, which leave their results in `root`; the exit code of each."""
-    address = free_address()
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.shard_group", "cispo.policies.dense.model"])
-    ranks = [context.Process(target=_entry, args=(own, world, root, address, draft)) for own in range(world)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=300)
-    return [process.exitcode for process in ranks]
+    return run_ranks(_entry, world, root, draft, preload=["cispo.policies.dense.model"], timeout=300)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from cispo.start import merged_folder
 from cispo.weights.buckets import WeightReceiver
 from cispo.weights.publish import mapped_weights
 from tests.lora_ranks import ADAPTERS, run_rank, with_values
+from tests.rank_group import free_address
 from tests.test_learner import CISPO, TINY, packed, samples
 from tests.tiny_hybrids import TINY as HYBRIDS
 from tests.tiny_policies import LLAMA, MINIMAX, ORIGINAL, QWEN3, bounds, tokens_of
@@ -334,12 +334,6 @@ def test_targets_are_ends_of_names():
     # The short name would be that of other layers as well.
     assert one.adapter_config.target_modules == ["model.layers.2.self_attn.qkv_proj"]
     assert sum(parameter.requires_grad for parameter in one.parameters()) == 2
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def test_sharded_ranks_train_and_send_the_same_adapter(folder: Path, tmp_path: Path):

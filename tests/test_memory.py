@@ -39,7 +39,7 @@ from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.recipe.schema import Lora, Recipe
 from tests.lora_ranks import with_values
 from tests.memory_ranks import ADAPTERS, CISPO, LR, SETTINGS, run_rank
-from tests.shard_group import free_address
+from tests.rank_group import free_address
 from tests.test_end_to_end import QUICKSTART, ROOT
 from tests.test_learner import samples
 from tests.test_resume import FAULTS, KEYS

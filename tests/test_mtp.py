@@ -23,11 +23,10 @@ from cispo.batch.packing import pack
 from cispo.errors import UserError
 from cispo.learner.heads import HeadsLoss, heads_loss
 from cispo.learner.loss import attention_of, read
-from cispo.learner.memory import heads_of
 from cispo.ops.logprobs import best_tokens
 from cispo.policies.hybrid.model import HybridPolicy
 from cispo.policies.loading import check_weights, count_parameters, init_policy, load_policy, save_policy, shape_of
-from cispo.policies.policy import Policy
+from cispo.policies.policy import Policy, heads_of
 from cispo.recipe.drafts import asks_heads
 from cispo.types import MicroBatch, Sample
 from tests import tiny_hybrids

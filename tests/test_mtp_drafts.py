@@ -184,6 +184,12 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def sharing(number: int) -> list[list[int]]:
+    """Prompts that share whole blocks, though the head's last row of them belongs to the token behind."""
+    (shared,) = random_prompts([96], seed=6)
+    return [shared + own for own in random_prompts([3 + n for n in range(number)], seed=7)]
+
+
 @pytest.mark.parametrize(
     ("family", "mode"),
     [
@@ -196,9 +202,7 @@ def test_every_way_of_scheduling(family: str, mode: str, tmp_path: Path) -> None
     """A prompt in parts, whose last draft reads the next token of the prompt; rows recomputed; rows of other calls."""
     policy = following(family, 0)
     save_policy(policy, tmp_path)
-    # Whole blocks are shared, though the head's last row of them belongs to the token behind.
-    shared = [random_prompts([96], seed=6)[0] + prompt for prompt in random_prompts([3 + n for n in range(12)], seed=7)]
-    prompts = shared if mode == "prefix_cache" else PROMPTS
+    prompts = sharing(12) if mode == "prefix_cache" else PROMPTS
     with running(tmp_path, MTP, **MODES[mode]) as engine:
         preemptions = counting(scheduler(engine), "_preempt_request", lambda _: 1)
         hits = counting(scheduler(engine).kv_cache_manager, "get_computed_blocks", lambda found: found[1])

@@ -28,8 +28,8 @@ from cispo.types import Completion
 from cispo.weights.publish import publish_weights
 from tests.served import sampled, update
 from tests.test_hybrids_cuda import WITHOUT_REPLAY, gaps
-from tests.test_mtp_drafts import CONFIGS, MTP, PROMPTS, Proposal, counts, following, predicted, sampling
-from tests.test_vllm_parity import counting, random_prompts, scheduler, vllm
+from tests.test_mtp_drafts import CONFIGS, MTP, PROMPTS, Proposal, counts, following, predicted, sampling, sharing
+from tests.test_vllm_parity import counting, scheduler, vllm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -144,9 +144,7 @@ MODES: dict[str, dict[str, Any]] = {
 def test_every_way_of_scheduling(family: str, dtype: str, mode: str, tmp_path: Path) -> None:
     save_policy(following(family, 0), tmp_path)
     policy = on_gpu(tmp_path, dtype)
-    # Whole blocks are shared, though the head's last row of them belongs to the token behind.
-    shared = [random_prompts([96], seed=6)[0] + prompt for prompt in random_prompts([3 + n for n in range(24)], seed=7)]
-    prompts = shared if mode == "prefix_cache" else MANY
+    prompts = sharing(24) if mode == "prefix_cache" else MANY
     with started(tmp_path, dtype, **MODES[mode]) as engine:
         preemptions = counting(scheduler(engine), "_preempt_request", lambda _: 1)
         hits = counting(scheduler(engine).kv_cache_manager, "get_computed_blocks", lambda found: found[1])

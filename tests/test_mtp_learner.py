@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from cispo.learner.adapters import Adapters
 from cispo.learner.heads import Predictions, prediction_metrics
 from cispo.learner.learner import Learner, UpdateResult
-from cispo.learner.memory import heads_of, rank_memory, units_of
+from cispo.learner.memory import rank_memory, units_of
 from cispo.policies.costs import cache_sizes
 from cispo.policies.loading import load_policy, save_policy, shape_of
 from cispo.policies.moe import correction_biases
+from cispo.policies.policy import heads_of
 from cispo.policies.replay import routers_of
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.recipe.schema import Lora

@@ -14,13 +14,13 @@ from cispo.algorithms.describe import describe, warnings
 from cispo.algorithms.losses import Gspo
 from cispo.commands.card import CARDS, Planner, card_here
 from cispo.engines.choice import EngineChoice, engine_of, settled
-from cispo.learner.memory import RankMemory, gib, heads_of, rank_memory
+from cispo.learner.memory import RankMemory, gib, rank_memory
 from cispo.learner.parallel import Mesh, shards
 from cispo.learner.traffic import draw, traffic
 from cispo.output.screen import new_console, table_of, warn
 from cispo.policies.loading import config_of, count_parameters, shape_of
 from cispo.policies.lora import adapter_size
-from cispo.policies.policy import Policy
+from cispo.policies.policy import Policy, heads_of
 from cispo.policies.replay import bytes_per_token
 from cispo.recipe.drafts import asks_heads
 from cispo.recipe.load import dump_yaml, load_recipe

@@ -45,7 +45,7 @@ class Draft:
     cached: int = 0
     """Tokens of the prompt that were found in it."""
     accepted: int = 0
-    """Tokens that were drafts of speculative decoding."""
+    """Tokens that were drafts of speculative decoding, also of those that `extend` drops behind a rule's end."""
     counter: RunCounter | None = None
     """None where the limit rules out a run of the rule's length."""
     tokens: list[int] = field(default_factory=list)

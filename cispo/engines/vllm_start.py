@@ -323,6 +323,8 @@ def _cache_bytes(config: VllmConfig) -> int:
     from vllm.model_executor.models import ModelRegistry
     from vllm.utils.torch_utils import get_dtype_size
 
+    from cispo.policies.vllm_plugin import drafts_by_heads
+
     model, parallel = config.model_config, config.parallel_config
     softmax = model.get_num_layers_by_block_type(parallel, "attention")
     linear = model.get_num_layers(parallel) - softmax
@@ -339,7 +341,7 @@ def _cache_bytes(config: VllmConfig) -> int:
         # vLLM puts layers of a kind into groups of one size and pads the last group.
         group = min(softmax, linear) or linear
         softmax, linear = (math.ceil(layers / group) * group for layers in (softmax, linear))
-    softmax += config.speculative_config is not None and config.speculative_config.method == "mtp"  # the head's layer
+    softmax += drafts_by_heads(config)  # the head's layer
     # With prefix caching a sequence keeps the states of up to three blocks.
     states = linear * (3 if config.cache_config.enable_prefix_caching else 1)
     pages = softmax * math.ceil(model.max_model_len / block) + states

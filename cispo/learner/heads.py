@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from cispo.learner.loss import WholeDocuments, attention_of
-from cispo.learner.memory import heads_of
 from cispo.ops.collectives import Group
 from cispo.ops.logprobs import best_tokens, fused_token_loss
 from cispo.policies.hybrid.model import HybridPolicy
-from cispo.policies.policy import Policy
+from cispo.policies.policy import Policy, heads_of
 from cispo.types import MicroBatch
 
 

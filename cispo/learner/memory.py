@@ -26,7 +26,7 @@ from torch import nn
 from cispo.learner.optim import PIECE
 from cispo.learner.optimizer_moments import ROUNDING_BYTES, moment_bytes
 from cispo.policies.moe import Experts
-from cispo.policies.policy import Head, Policy
+from cispo.policies.policy import Policy, heads_of
 from cispo.policies.replay import choices_of, routers_of
 from cispo.recipe.schema import Learner as LearnerConfig
 
@@ -161,11 +161,6 @@ def _gathered(policy: Policy, config: LearnerConfig, *, trained_layers: bool) ->
     # The root stays gathered, and FSDP gathers the next layers while some are computed. Gradients of the trained ones
     # are whole in the compute dtype, and once more in float32 while they are summed.
     return rest + 2 * max(units, default=0), max(rest, max(units, default=0)) if trained_layers else 0
-
-
-def heads_of(model: nn.Module) -> list[Head]:
-    """The heads of multi-token prediction."""
-    return [module for module in model.modules() if isinstance(module, Head)]
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -28,7 +28,7 @@ from cispo.learner.sharding import fill_from, reshard, sharded_policy
 from cispo.learner.state import StoredState, state_path, write_state
 from cispo.policies.loading import load_policy
 from cispo.policies.lora import adapt
-from cispo.policies.policy import HEADS, Head, Policy
+from cispo.policies.policy import HEADS, Policy, heads_of
 from cispo.recipe.schema import Learner as LearnerConfig
 from cispo.types import MicroBatch
 
@@ -92,8 +92,7 @@ class Rank:
         self._save: BackgroundSave | None = None
         # From before the first pass: FSDP shows gathered weights under the same names during and after one.
         self._named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        heads = (module for module in model.modules() if isinstance(module, Head))
-        self._of_heads = {id(parameter) for head in heads for parameter in head.parameters()}
+        self._of_heads = {id(parameter) for head in heads_of(model) for parameter in head.parameters()}
         self.heads: Optimizer | None = None
         """Of heads of multi-token prediction: neither norm nor sums of the other gradients know theirs."""
         self.reset_optimizer()

@@ -72,6 +72,11 @@ def trunk_modules(model: nn.Module) -> Iterator[nn.Module]:
             yield from trunk_modules(child)
 
 
+def heads_of(model: nn.Module) -> list[Head]:
+    """The heads of multi-token prediction."""
+    return [module for module in model.modules() if isinstance(module, Head)]
+
+
 HEADS = "predictors."
 """Beginning of the names of heads' parameters."""
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from functools import cache
 from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import CONFIG_MAPPING
 
 from cispo.policies.families import FAMILIES
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 HEADS = "PolicyHeads"
 """Name of the architecture of a policy's heads of multi-token prediction, as vLLM's model of drafts."""
 
 HEADS_MODEL = "cispo.policies.hybrid.vllm_heads:PolicyHeads"
+
+
+def drafts_by_heads(config: VllmConfig) -> bool:
+    """Whether the engine's drafts are those of heads of multi-token prediction."""
+    return config.speculative_config is not None and config.speculative_config.method == "mtp"
 
 
 @cache

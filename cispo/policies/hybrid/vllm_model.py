@@ -31,6 +31,7 @@ from cispo.policies.moe import Experts
 from cispo.policies.policy import HFConfig, Policy
 from cispo.policies.replay import route_buffer
 from cispo.policies.vllm_experts import run_experts
+from cispo.policies.vllm_plugin import drafts_by_heads
 from cispo.policies.vllm_ranks import vllm_ranks
 
 TARGET = "policy"
@@ -143,11 +144,6 @@ def _source(model: ModelConfig) -> tuple[HFConfig, Path]:
 
 def _plan(model: ModelConfig, ranks: int, *, heads: bool = False) -> Plan:
     return plan_of(*_source(model), model.dtype, ranks, heads=heads)
-
-
-def drafts_by_heads(config: VllmConfig) -> bool:
-    """Whether the engine's drafts are those of heads of multi-token prediction."""
-    return config.speculative_config is not None and config.speculative_config.method == "mtp"
 
 
 def softmax_layer(plan: Plan, call: SoftmaxCall, config: VllmConfig, prefix: str) -> Attention | LatentAttention:
